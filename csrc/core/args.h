@@ -1,0 +1,55 @@
+// What each kernel is told. No torch type: the launchers take these, on the CPU and on CUDA alike.
+#pragma once
+
+#include "core/layout.h"
+
+namespace ddpm {
+
+// Where a kernel makes its noise: three int64 on the tensors' device, so that a captured CUDA graph
+// can be replayed for another chunk. Sample n of the batch is sample first_sample + n of the seed.
+struct Rng {
+  const int64_t* words;  // seed, stream, first_sample; null where noise is given
+};
+
+struct QSampleArgs {
+  int64_t samples, elements;
+  View x0, noise, x_t;  // noise is read, or written where rng is set
+  const int64_t* t;
+  int64_t t_stride;
+  const void* coefs;  // [num_timesteps, 2] of the arithmetic's type
+  int64_t num_timesteps;
+  Rng rng;
+};
+
+struct QPosteriorArgs {
+  int64_t samples, elements;
+  View x0, x_t, mean;
+  const int64_t* t;
+  int64_t t_stride;
+  const void* coefs;  // [num_timesteps, 4]
+  int64_t num_timesteps;
+  void* variance;  // [samples] of the arithmetic's type
+  void* log_variance;
+};
+
+struct ReverseStepArgs {
+  int64_t samples, elements;
+  View x, out;
+  View noise;        // data is null where the step uses no noise, or makes it
+  View model_input;  // data is null where it is not wanted
+  View pred_x0;      // data is null where it is not wanted
+  const void* rows;  // [num_rows, kRowWidth]
+  int64_t num_rows;
+  const int64_t* step;  // row of each sample; outside [0, num_rows) the sample is left alone
+  int64_t step_stride;
+  int64_t flags;  // RowFlag
+  Rng rng;        // the row's noise is of stream words[1] + row
+};
+
+struct PhiloxNormalArgs {
+  int64_t samples, elements;
+  View out;
+  Rng rng;
+};
+
+}  // namespace ddpm

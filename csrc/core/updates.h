@@ -1,0 +1,47 @@
+// The arithmetic of the three fused updates, one element at a time: the only place it is written.
+// Used by the CPU and the CUDA kernels; the Triton twin is ddpm_fast/ops/triton_math.py.
+#pragma once
+
+#include "core/row.h"
+
+namespace ddpm {
+
+// Eq. 4, Ho et al. 2020: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise.
+template <class R>
+DDPM_HD R q_sample(R x0, R noise, R signal_scale, R noise_scale) {
+  return fma(signal_scale, x0, noise_scale * noise);
+}
+
+// Eq. 7, Ho et al. 2020: the mean of q(x_{t-1} | x_t, x_0).
+template <class R>
+DDPM_HD R q_posterior_mean(R x0, R x_t, R coef_x0, R coef_x_t) {
+  return fma(coef_x0, x0, coef_x_t * x_t);
+}
+
+// x0 from the model's output, whatever it predicts.
+template <class R>
+DDPM_HD R predict_x0(R x, R out, const Row<R>& row) {
+  return fma(row.P, x, row.Q * out);
+}
+
+// NaN passes: both comparisons are false for it, where fmin and fmax would swallow it.
+template <class R>
+DDPM_HD R clip(R value, R bound) {
+  value = value < -bound ? -bound : value;
+  return value > bound ? bound : value;
+}
+
+// x' without its noise term.
+template <bool kUsesOut, class R>
+DDPM_HD R step_mean(R x, R x0, R out, const Row<R>& row) {
+  R next = fma(row.Xx0, x0, row.Xx * x);
+  if constexpr (kUsesOut) next = fma(row.Xo, out, next);
+  return next;
+}
+
+template <class R>
+DDPM_HD R add_noise(R mean, R noise, const Row<R>& row) {
+  return fma(row.S, noise, mean);
+}
+
+}  // namespace ddpm

@@ -1,0 +1,203 @@
+// The CPU kernels, compiled once per instruction set: kernels_*.cpp set the target, define DDPM_ISA
+// and include this file. Everything that is compiled lies in namespace ddpm::DDPM_ISA or is forced
+// inline, so that the linker cannot mix the sets.
+
+#include "core/half.h"
+#include "core/normal.h"
+#include "core/updates.h"
+#include "cpu/kernels.h"
+
+namespace ddpm {
+namespace DDPM_ISA {
+
+#include "cpu/blocks.h"
+#include "cpu/normals.h"
+
+struct Block {
+  int64_t sample, first, count;
+};
+
+DDPM_HD Block block_at(int64_t work, int64_t per_sample, int64_t elements) {
+  const int64_t sample = work / per_sample;
+  const int64_t first = (work - sample * per_sample) * kBlock;
+  const int64_t left = elements - first;
+  return {sample, first, left < kBlock ? left : kBlock};
+}
+
+DDPM_HD int64_t clamped(int64_t index, int64_t size) {
+  index = index < 0 ? 0 : index;
+  return index < size ? index : size - 1;
+}
+
+template <class R>
+void q_sample_blocks(const QSampleArgs& a, int64_t begin, int64_t end) {
+  alignas(64) R x0_scratch[kBlock], noise_scratch[kBlock], x_t_scratch[kBlock];
+  alignas(64) float normals[kBlock];
+  const int64_t per_sample = blocks_per_sample(a.elements);
+  for (int64_t work = begin; work < end; ++work) {
+    const Block b = block_at(work, per_sample, a.elements);
+    const R* coefs = static_cast<const R*>(a.coefs) +
+                     2 * clamped(a.t[b.sample * a.t_stride], a.num_timesteps);
+    const R* noise;
+    if (a.rng.words) {
+      make_normals(normals, b.first, b.count, static_cast<uint32_t>(a.rng.words[1]),
+                   static_cast<uint64_t>(a.rng.words[2] + b.sample),
+                   static_cast<uint64_t>(a.rng.words[0]));
+      // x_t is made from the noise as it is returned: rounded to its type.
+      scatter(a.noise, b.sample, b.first, b.count, normals);
+      gather(a.noise, b.sample, b.first, b.count, noise_scratch);
+      noise = noise_scratch;
+    } else {
+      noise = read_block(a.noise, b.sample, b.first, b.count, noise_scratch);
+    }
+    const R* x0 = read_block(a.x0, b.sample, b.first, b.count, x0_scratch);
+    R* x_t = target_block(a.x_t, b.sample, b.first, x_t_scratch);
+    const R signal_scale = coefs[0], noise_scale = coefs[1];
+#pragma GCC ivdep
+    for (int64_t i = 0; i < b.count; ++i) {
+      x_t[i] = q_sample(x0[i], noise[i], signal_scale, noise_scale);
+    }
+    write_block(a.x_t, b.sample, b.first, b.count, x_t);
+  }
+}
+
+template <class R>
+void q_posterior_blocks(const QPosteriorArgs& a, int64_t begin, int64_t end) {
+  alignas(64) R x0_scratch[kBlock], x_t_scratch[kBlock], mean_scratch[kBlock];
+  const int64_t per_sample = blocks_per_sample(a.elements);
+  for (int64_t work = begin; work < end; ++work) {
+    const Block b = block_at(work, per_sample, a.elements);
+    const R* coefs = static_cast<const R*>(a.coefs) +
+                     4 * clamped(a.t[b.sample * a.t_stride], a.num_timesteps);
+    if (b.first == 0) {
+      static_cast<R*>(a.variance)[b.sample] = coefs[2];
+      static_cast<R*>(a.log_variance)[b.sample] = coefs[3];
+    }
+    const R* x0 = read_block(a.x0, b.sample, b.first, b.count, x0_scratch);
+    const R* x_t = read_block(a.x_t, b.sample, b.first, b.count, x_t_scratch);
+    R* mean = target_block(a.mean, b.sample, b.first, mean_scratch);
+    const R coef_x0 = coefs[0], coef_x_t = coefs[1];
+#pragma GCC ivdep
+    for (int64_t i = 0; i < b.count; ++i) {
+      mean[i] = q_posterior_mean(x0[i], x_t[i], coef_x0, coef_x_t);
+    }
+    write_block(a.mean, b.sample, b.first, b.count, mean);
+  }
+}
+
+template <class R>
+struct StepBlock {
+  R* x;
+  const R* out;
+  const R* noise;
+  R* pred_x0;
+  int64_t count;
+};
+
+template <bool kClips, bool kUsesOut, bool kNoisy, bool kStoresX0, class R>
+void step_block(const StepBlock<R>& b, const Row<R>& row) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < b.count; ++i) {
+    const R x = b.x[i];
+    const R out = b.out[i];
+    R x0 = predict_x0(x, out, row);
+    if constexpr (kClips) x0 = clip(x0, row.clip);
+    if constexpr (kStoresX0) b.pred_x0[i] = x0;
+    R next = step_mean<kUsesOut>(x, x0, out, row);
+    if constexpr (kNoisy) next = add_noise(next, b.noise[i], row);
+    b.x[i] = next;
+  }
+}
+
+template <bool... kChosen, class R>
+void choose_step(const StepBlock<R>& b, const Row<R>& row) {
+  step_block<kChosen...>(b, row);
+}
+template <bool... kChosen, class R, class... Rest>
+void choose_step(const StepBlock<R>& b, const Row<R>& row, bool next, Rest... rest) {
+  next ? choose_step<kChosen..., true>(b, row, rest...)
+       : choose_step<kChosen..., false>(b, row, rest...);
+}
+
+template <class R>
+void reverse_step_blocks(const ReverseStepArgs& a, int64_t begin, int64_t end) {
+  alignas(64) R x_scratch[kBlock], out_scratch[kBlock], noise_scratch[kBlock], x0_scratch[kBlock];
+  alignas(64) float normals[kBlock];
+  const int64_t per_sample = blocks_per_sample(a.elements);
+  const bool noisy = a.rng.words || a.noise.data;
+  for (int64_t work = begin; work < end; ++work) {
+    const Block b = block_at(work, per_sample, a.elements);
+    const int64_t index = a.step[b.sample * a.step_stride];
+    if (index < 0 || index >= a.num_rows) continue;
+    const Row<R> row = load_row(static_cast<const R*>(a.rows), index);
+
+    StepBlock<R> block{};
+    block.count = b.count;
+    block.out = read_block(a.out, b.sample, b.first, b.count, out_scratch);
+    block.x = target_block(a.x, b.sample, b.first, x_scratch);
+    if (block.x == x_scratch) gather(a.x, b.sample, b.first, b.count, x_scratch);
+    if (a.rng.words) {
+      make_normals(normals, b.first, b.count, static_cast<uint32_t>(a.rng.words[1] + index),
+                   static_cast<uint64_t>(a.rng.words[2] + b.sample),
+                   static_cast<uint64_t>(a.rng.words[0]));
+      block.noise = made_block(normals, b.count, noise_scratch);
+    } else if (noisy) {
+      block.noise = read_block(a.noise, b.sample, b.first, b.count, noise_scratch);
+    }
+    if (a.pred_x0.data) block.pred_x0 = target_block(a.pred_x0, b.sample, b.first, x0_scratch);
+
+    choose_step(block, row, (a.flags & kClip) != 0, (a.flags & kRawOut) != 0, noisy,
+                a.pred_x0.data != nullptr);
+
+    write_block(a.x, b.sample, b.first, b.count, block.x);
+    if (a.pred_x0.data) write_block(a.pred_x0, b.sample, b.first, b.count, block.pred_x0);
+    if (a.model_input.data) {
+      const R* input = block.x;
+      if (a.flags & kScaleIn) {
+        for (int64_t i = 0; i < b.count; ++i) out_scratch[i] = row.Cin * block.x[i];
+        input = out_scratch;
+      }
+      scatter(a.model_input, b.sample, b.first, b.count, input);
+    }
+  }
+}
+
+inline void q_sample_any(const QSampleArgs& a, int64_t begin, int64_t end) {
+  a.x_t.dtype == DType::f64 ? q_sample_blocks<double>(a, begin, end)
+                            : q_sample_blocks<float>(a, begin, end);
+}
+inline void q_posterior_any(const QPosteriorArgs& a, int64_t begin, int64_t end) {
+  a.mean.dtype == DType::f64 ? q_posterior_blocks<double>(a, begin, end)
+                             : q_posterior_blocks<float>(a, begin, end);
+}
+inline void reverse_step_any(const ReverseStepArgs& a, int64_t begin, int64_t end) {
+  a.x.dtype == DType::f64 ? reverse_step_blocks<double>(a, begin, end)
+                          : reverse_step_blocks<float>(a, begin, end);
+}
+
+inline void philox_normal_any(const PhiloxNormalArgs& a, int64_t begin, int64_t end) {
+  alignas(64) float normals[kBlock];
+  const int64_t per_sample = blocks_per_sample(a.elements);
+  for (int64_t work = begin; work < end; ++work) {
+    const Block b = block_at(work, per_sample, a.elements);
+    make_normals(normals, b.first, b.count, static_cast<uint32_t>(a.rng.words[1]),
+                 static_cast<uint64_t>(a.rng.words[2] + b.sample),
+                 static_cast<uint64_t>(a.rng.words[0]));
+    scatter(a.out, b.sample, b.first, b.count, normals);
+  }
+}
+
+}  // namespace DDPM_ISA
+
+#define DDPM_STRING_(x) #x
+#define DDPM_STRING(x) DDPM_STRING_(x)
+#define DDPM_JOIN_(a, b) a##b
+#define DDPM_JOIN(a, b) DDPM_JOIN_(a, b)
+
+extern const CpuKernels DDPM_JOIN(cpu_kernels_, DDPM_ISA);
+const CpuKernels DDPM_JOIN(cpu_kernels_, DDPM_ISA) = {
+    DDPM_STRING(DDPM_ISA),      DDPM_ISA::q_sample_any,      DDPM_ISA::q_posterior_any,
+    DDPM_ISA::reverse_step_any, DDPM_ISA::philox_normal_any,
+};
+
+}  // namespace ddpm

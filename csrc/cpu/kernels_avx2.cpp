@@ -1,0 +1,12 @@
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
+#else
+#pragma GCC target("arch=x86-64-v3")
+#endif
+#define DDPM_ISA avx2
+#include "cpu/kernels.inl"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
