@@ -1,0 +1,231 @@
+// The operators torch.ops.ddpm_fast.*, written once for every device.
+//
+// A Launch type says how a device runs the kernels. Schemas, fakes and gradients are in
+// ddpm_fast/ops/registry.py, which defines the operators before these libraries are loaded. Messages
+// for users come from Python as well; the checks here only keep a direct call from reading outside
+// its tensors.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "core/args.h"
+#include "core/row.h"
+
+namespace ddpm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float16, bfloat16, float32 or float64");
+  }
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+  }
+  return true;
+}
+
+// The walk over the elements of one batch [samples, ...], and the views of its tensors.
+class Batch {
+ public:
+  Batch(const Tensor& leader, bool channels_last) : leader_(leader) {
+    STD_TORCH_CHECK(leader.dim() > 0, "a tensor of samples needs a batch dimension");
+    const int ndim = static_cast<int>(leader.dim());
+    order_ = channels_last
+                 ? channels_last_order(ndim)
+                 : memory_order(ndim, leader.sizes().data(), leader.strides().data());
+  }
+
+  int64_t samples() const { return leader_.size(0); }
+  int64_t elements() const {
+    int64_t count = 1;
+    for (int64_t d = 1; d < leader_.dim(); ++d) count *= leader_.size(d);
+    return count;
+  }
+
+  View view(const Tensor& tensor, const char* name) const {
+    STD_TORCH_CHECK(same_shape(tensor, leader_), name, " must have the shape of the state");
+    STD_TORCH_CHECK(tensor.is_cuda() == leader_.is_cuda() &&
+                        tensor.get_device_index() == leader_.get_device_index(),
+                    name, " must be on the device of the state");
+    View view{};
+    const bool fits = make_view(&view, tensor.data_ptr(), dtype_of(tensor, name),
+                                static_cast<int>(tensor.dim()), tensor.sizes().data(),
+                                tensor.strides().data(), order_);
+    STD_TORCH_CHECK(fits, name, " has more than ", kMaxDims,
+                    " dimensions that cannot be walked as one");
+    return view;
+  }
+
+  View view(const std::optional<Tensor>& tensor, const char* name) const {
+    return tensor ? view(*tensor, name) : View{};
+  }
+
+ private:
+  Tensor leader_;
+  WalkOrder order_;
+};
+
+inline void check_index(const Tensor& index, int64_t samples, const char* name) {
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.dim() == 1 &&
+                      index.size(0) == samples,
+                  name, " must be int64 with one value for each sample");
+}
+
+inline void check_coefs(const Tensor& coefs, int64_t width, const Tensor& state,
+                        const char* name) {
+  const bool wide = state.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(coefs.dim() == 2 && coefs.size(1) == width && coefs.size(0) > 0 &&
+                      coefs.is_contiguous() && coefs.is_cuda() == state.is_cuda(),
+                  name, " must be a contiguous [rows, ", width, "] on the device of the state");
+  STD_TORCH_CHECK(coefs.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), name,
+                  " must be ", wide ? "float64" : "float32");
+}
+
+inline Rng rng_of(const Tensor& rng, const Tensor& state) {
+  STD_TORCH_CHECK(rng.scalar_type() == ScalarType::Long && rng.numel() == 3 &&
+                      rng.is_contiguous() && rng.is_cuda() == state.is_cuda(),
+                  "rng must be three int64 on the device of the state");
+  return {static_cast<const int64_t*>(rng.data_ptr())};
+}
+
+template <class Launch>
+struct Ops {
+  static void fill_q_sample(QSampleArgs& a, const Tensor& x0, const Tensor& t,
+                            const Tensor& coefs) {
+    check_coefs(coefs, 2, x0, "coefs");
+    check_index(t, x0.size(0), "t");
+    a.t = static_cast<const int64_t*>(t.data_ptr());
+    a.t_stride = t.stride(0);
+    a.coefs = coefs.data_ptr();
+    a.num_timesteps = coefs.size(0);
+  }
+
+  static void run_q_sample(QSampleArgs& a, const Batch& batch, const Tensor& x0) {
+    a.samples = batch.samples();
+    a.elements = batch.elements();
+    if (a.samples > 0 && a.elements > 0) Launch::q_sample(a, x0);
+  }
+
+  static Tensor q_sample(const Tensor x0, const Tensor t, const Tensor noise, const Tensor coefs) {
+    Tensor x_t = torch::stable::empty_like(x0);
+    const Batch batch(x_t, /*channels_last=*/false);
+    QSampleArgs a{};
+    fill_q_sample(a, x0, t, coefs);
+    a.x0 = batch.view(x0, "x0");
+    a.noise = batch.view(noise, "noise");
+    a.x_t = batch.view(x_t, "x_t");
+    run_q_sample(a, batch, x0);
+    return x_t;
+  }
+
+  static std::tuple<Tensor, Tensor> q_sample_philox(const Tensor x0, const Tensor t,
+                                                    const Tensor coefs, const Tensor rng) {
+    Tensor x_t = torch::stable::empty_like(x0);
+    Tensor noise = torch::stable::empty_like(x0);
+    const Batch batch(x_t, /*channels_last=*/true);
+    QSampleArgs a{};
+    fill_q_sample(a, x0, t, coefs);
+    a.x0 = batch.view(x0, "x0");
+    a.noise = batch.view(noise, "noise");
+    a.x_t = batch.view(x_t, "x_t");
+    a.rng = rng_of(rng, x0);
+    run_q_sample(a, batch, x0);
+    return {x_t, noise};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> q_posterior(const Tensor x0, const Tensor x_t,
+                                                        const Tensor t, const Tensor coefs) {
+    Tensor mean = torch::stable::empty_like(x_t);
+    const Batch batch(mean, /*channels_last=*/false);
+    std::vector<int64_t> per_sample(static_cast<size_t>(x_t.dim()), 1);
+    per_sample[0] = batch.samples();
+    Tensor variance = torch::stable::new_empty(coefs, per_sample);
+    Tensor log_variance = torch::stable::new_empty(coefs, per_sample);
+    check_coefs(coefs, 4, x_t, "coefs");
+    check_index(t, batch.samples(), "t");
+    QPosteriorArgs a{};
+    a.samples = batch.samples();
+    a.elements = batch.elements();
+    a.x0 = batch.view(x0, "x0");
+    a.x_t = batch.view(x_t, "x_t");
+    a.mean = batch.view(mean, "mean");
+    a.t = static_cast<const int64_t*>(t.data_ptr());
+    a.t_stride = t.stride(0);
+    a.coefs = coefs.data_ptr();
+    a.num_timesteps = coefs.size(0);
+    a.variance = variance.data_ptr();
+    a.log_variance = log_variance.data_ptr();
+    if (a.samples > 0) Launch::q_posterior(a, x_t);
+    return {mean, variance, log_variance};
+  }
+
+  static void reverse_step_(const Tensor x, const Tensor model_output, const Tensor rows,
+                            const Tensor step, const std::optional<Tensor> noise,
+                            const std::optional<Tensor> rng,
+                            const std::optional<Tensor> model_input,
+                            const std::optional<Tensor> pred_x0, int64_t flags) {
+    STD_TORCH_CHECK(!(noise && rng), "noise is either given or made, not both");
+    STD_TORCH_CHECK((flags & ~int64_t{kKnownFlags}) == 0, "flags ", flags,
+                    " has a term that this build has no kernel for");
+    check_coefs(rows, kRowWidth, x, "rows");
+    check_index(step, x.size(0), "step");
+    const Batch batch(x, /*channels_last=*/rng.has_value());
+    ReverseStepArgs a{};
+    a.samples = batch.samples();
+    a.elements = batch.elements();
+    a.x = batch.view(x, "x");
+    a.out = batch.view(model_output, "model_output");
+    a.noise = batch.view(noise, "noise");
+    a.model_input = batch.view(model_input, "model_input");
+    a.pred_x0 = batch.view(pred_x0, "pred_x0");
+    a.rows = rows.data_ptr();
+    a.num_rows = rows.size(0);
+    a.step = static_cast<const int64_t*>(step.data_ptr());
+    a.step_stride = step.stride(0);
+    a.flags = flags;
+    if (rng) a.rng = rng_of(*rng, x);
+    if (a.samples > 0 && a.elements > 0) Launch::reverse_step(a, x);
+  }
+
+  static void philox_normal_(const Tensor out, const Tensor rng) {
+    const Batch batch(out, /*channels_last=*/true);
+    PhiloxNormalArgs a{};
+    a.samples = batch.samples();
+    a.elements = batch.elements();
+    a.out = batch.view(out, "out");
+    a.rng = rng_of(rng, out);
+    if (a.samples > 0 && a.elements > 0) Launch::philox_normal(a, out);
+  }
+
+  static void add_to(torch::stable::detail::StableLibrary& library) {
+    library.impl("q_sample", TORCH_BOX(&q_sample));
+    library.impl("q_sample_philox", TORCH_BOX(&q_sample_philox));
+    library.impl("q_posterior", TORCH_BOX(&q_posterior));
+    library.impl("reverse_step_", TORCH_BOX(&reverse_step_));
+    library.impl("philox_normal_", TORCH_BOX(&philox_normal_));
+  }
+};
+
+}  // namespace ddpm

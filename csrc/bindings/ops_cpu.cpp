@@ -1,0 +1,62 @@
+// The operators on the CPU: blocks of work spread over torch's own threads.
+#include <string>
+
+#include "bindings/ops.h"
+#include "cpu/kernels.h"
+
+namespace ddpm {
+namespace {
+
+// Blocks a thread should have at the least: handing work out costs about as much as one block of
+// made noise, and several of given noise.
+constexpr int64_t kGrainGiven = 16;
+constexpr int64_t kGrainMade = 2;
+
+template <class Args>
+void over_blocks(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t grain) {
+  const int64_t per_sample = blocks_per_sample(a.elements);
+  torch::stable::parallel_for(0, a.samples * (per_sample > 0 ? per_sample : 1), grain,
+                              [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+void check_timesteps(const int64_t* t, int64_t stride, int64_t samples, int64_t num_timesteps) {
+  for (int64_t n = 0; n < samples; ++n) {
+    STD_TORCH_CHECK(t[n * stride] >= 0 && t[n * stride] < num_timesteps, "t must lie in [0, ",
+                    num_timesteps, "), got ", t[n * stride]);
+  }
+}
+
+struct CpuLaunch {
+  static void q_sample(const QSampleArgs& a, const Tensor&) {
+    check_timesteps(a.t, a.t_stride, a.samples, a.num_timesteps);
+    over_blocks(cpu_kernels().q_sample, a, a.rng.words ? kGrainMade : kGrainGiven);
+  }
+  static void q_posterior(const QPosteriorArgs& a, const Tensor&) {
+    check_timesteps(a.t, a.t_stride, a.samples, a.num_timesteps);
+    over_blocks(cpu_kernels().q_posterior, a, kGrainGiven);
+  }
+  static void reverse_step(const ReverseStepArgs& a, const Tensor&) {
+    over_blocks(cpu_kernels().reverse_step, a, a.rng.words ? kGrainMade : kGrainGiven);
+  }
+  static void philox_normal(const PhiloxNormalArgs& a, const Tensor&) {
+    over_blocks(cpu_kernels().philox_normal, a, kGrainMade);
+  }
+};
+
+// Chooses the instruction set ("baseline", "avx2", "avx512", "auto") and returns the one now used.
+std::string use_cpu_kernels(std::string name) {
+  STD_TORCH_CHECK(select_cpu_kernels(name.c_str()), "CPU kernels '", name,
+                  "' cannot run here; these can: ", runnable_cpu_kernels());
+  return cpu_kernels().name;
+}
+
+}  // namespace
+}  // namespace ddpm
+
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, library) {
+  ddpm::Ops<ddpm::CpuLaunch>::add_to(library);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CompositeExplicitAutograd, library) {
+  library.impl("use_cpu_kernels", TORCH_BOX(&ddpm::use_cpu_kernels));
+}

@@ -1,0 +1,51 @@
+// The operators on CUDA: one kernel each, on the current stream of the tensors' device.
+#define USE_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "bindings/ops.h"
+#include "cuda/launch.h"
+
+namespace ddpm {
+namespace {
+
+template <class Args>
+void on_stream(int (*launch)(const Args&, void* stream), const Args& a, const Tensor& state) {
+  const int32_t device = state.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const int error = launch(a, stream);
+  STD_TORCH_CHECK(error == 0, "CUDA kernel launch failed: ", cuda_error_string(error));
+}
+
+void check_width(const Tensor& state) {
+  STD_TORCH_CHECK(state.scalar_type() != ScalarType::Double,
+                  "float64 runs in the backends reference and cpu only");
+}
+
+struct CudaLaunch {
+  static void q_sample(const QSampleArgs& a, const Tensor& x0) {
+    check_width(x0);
+    on_stream(cuda_q_sample, a, x0);
+  }
+  static void q_posterior(const QPosteriorArgs& a, const Tensor& x_t) {
+    check_width(x_t);
+    on_stream(cuda_q_posterior, a, x_t);
+  }
+  static void reverse_step(const ReverseStepArgs& a, const Tensor& x) {
+    check_width(x);
+    on_stream(cuda_reverse_step, a, x);
+  }
+  static void philox_normal(const PhiloxNormalArgs& a, const Tensor& out) {
+    check_width(out);
+    on_stream(cuda_philox_normal, a, out);
+  }
+};
+
+}  // namespace
+}  // namespace ddpm
+
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, library) {
+  ddpm::Ops<ddpm::CudaLaunch>::add_to(library);
+}
