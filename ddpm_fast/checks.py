@@ -1,0 +1,130 @@
+"""Checks of arguments, with messages that name the argument, what came and what is accepted.
+
+Nothing here waits for a GPU: values on a device are not looked at, because the kernels clamp what
+they read there.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SEED_END = 1 << 64
+STREAM_END = 1 << 32
+SAMPLE_END = 1 << 63
+ELEMENTS_END = 1 << 34  # 2^32 Philox blocks of four normals
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` -> ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_text(tensor: Tensor) -> str:
+    """A shape as people write it: ``[2, 3, 32, 32]``."""
+    return str(list(tensor.shape))
+
+
+def batch(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
+    """``value`` as a batch of samples [N, ...] of one of ``dtypes``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor; got layout {value.layout}")
+    if value.dtype not in dtypes:
+        accepted = ", ".join(dtype_name(d) for d in dtypes)
+        raise TypeError(f"{name} must be {accepted}; got {dtype_name(value.dtype)}")
+    if value.ndim == 0:
+        raise ValueError(f"{name} must have a batch dimension, [N, ...]; got a 0-d tensor")
+    return value
+
+
+def like(
+    name: str, value: Any, other_name: str, other: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> Tensor:
+    """``value`` as a batch of the shape and device of ``other``."""
+    value = batch(name, value, dtypes)
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {shape_text(other)};"
+            f" got {shape_text(value)}"
+        )
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}; got {value.device}"
+        )
+    return value
+
+
+def written(name: str, value: Tensor) -> Tensor:
+    """``value`` as a tensor that is written in place: no two elements share memory."""
+    if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride())):
+        raise ValueError(f"{name} is written in place and must not be expanded; .clone() it first")
+    if value.requires_grad:
+        raise ValueError(f"{name} is written in place and must not require grad; .detach() it")
+    return value
+
+
+def index(name: str, value: Any, like: Tensor, end: int | None) -> Tensor:
+    """``value``, an int or integers [N], as int64 [N] on the device of ``like``.
+
+    Values on the CPU are checked against [0, ``end``); on a GPU they are clamped by the kernels.
+    """
+    samples = like.shape[0]
+    if isinstance(value, bool) or not isinstance(value, (int, Tensor)):
+        raise TypeError(
+            f"{name} must be an int or an int64 tensor [{samples}]; got {type(value).__name__}"
+        )
+    if isinstance(value, int):
+        if end is not None and not 0 <= value < end:
+            raise ValueError(f"{name} must lie in [0, {end}); got {value}")
+        return torch.full((), value, dtype=torch.int64, device=like.device).expand(samples)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64; got {dtype_name(value.dtype)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, as the samples; got {value.device}")
+    if value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, samples)):
+        raise ValueError(
+            f"{name} must have one value for each of {samples} samples; got {shape_text(value)}"
+        )
+    if (
+        end is not None
+        and value.device.type == "cpu"
+        and value.numel() > 0
+        and not torch.compiler.is_compiling()
+    ):
+        low, high = (int(v) for v in value.aminmax())
+        if low < 0 or high >= end:
+            raise ValueError(f"{name} must lie in [0, {end}); got {low if low < 0 else high}")
+    return value.to(torch.int64).expand(samples)
+
+
+def integer(name: str, value: Any, low: int, end: int) -> int:
+    """``value`` as an int in [low, end)."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    if not low <= number < end:
+        raise ValueError(f"{name} must lie in [{low}, {end}); got {number}")
+    return number
+
+
+def sample_shape(name: str, value: Any) -> tuple[int, ...]:
+    """``value`` as the shape of one sample, such as (3, 32, 32)."""
+    try:
+        shape = tuple(operator.index(size) for size in value)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of ints, such as (3, 32, 32); got {value!r}") from None
+    if any(size < 0 for size in shape):
+        raise ValueError(f"{name} must have no negative size; got {shape}")
+    if math.prod(shape) > ELEMENTS_END:
+        raise ValueError(f"{name} must have at most 2^34 elements; got {shape}")
+    return shape

@@ -1,0 +1,173 @@
+"""Which backend runs an operator, and why one cannot.
+
+========== =================================== ================================================
+name       what                                runs on
+========== =================================== ================================================
+reference  plain PyTorch, float64-capable      any device
+cpu        C++, vectorised, parallel           CPU
+triton     Triton kernels                      NVIDIA GPU; CPU with TRITON_INTERPRET=1, for tests
+cuda       CUDA C++                            NVIDIA GPU
+========== =================================== ================================================
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+from typing import Any
+
+import torch
+
+from ddpm_fast.ops import reference
+from ddpm_fast.ops.registry import NOT_LOADED, OPS
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "reference": (*HALF_AND_SINGLE, torch.float64),
+    "cpu": (*HALF_AND_SINGLE, torch.float64),
+    "triton": HALF_AND_SINGLE,
+    "cuda": HALF_AND_SINGLE,
+}
+# Fastest first.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_log = logging.getLogger("ddpm_fast")
+
+
+class Implementation:
+    """The operators of one backend: q_sample, q_sample_philox, q_posterior, reverse_step_,
+    philox_normal_, with the signatures of ``torch.ops.ddpm_fast.*``.
+    """  # noqa: D205
+
+    q_sample: Any
+    q_sample_philox: Any
+    q_posterior: Any
+    reverse_step_: Any
+    philox_normal_: Any
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        prefix = "triton_" if backend == "triton" else ""
+        for op in OPS:
+            source = reference if backend == "reference" else torch.ops.ddpm_fast
+            setattr(self, op, getattr(source, prefix + op))
+
+
+_IMPLEMENTATIONS = {name: Implementation(name) for name in BACKENDS}
+_CHOSEN: dict[tuple[str, torch.device, torch.dtype], Implementation] = {}
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels are interpreted, so that they run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes"}
+
+
+def compiled_architectures() -> list[str]:
+    """The CUDA architectures in the build, such as ``["80", "90a+PTX"]``; empty without CUDA."""
+    try:
+        from ddpm_fast import _C
+    except ImportError:
+        return []
+    return str(_C.build_info()["cuda_architectures"]).split()
+
+
+def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for ``architectures`` runs on a GPU of this compute capability."""
+    device = capability[0] * 10 + capability[1]
+    for name in architectures:
+        match = re.fullmatch(r"(\d+)(a?)(\+PTX)?", name)
+        if match is None:
+            continue
+        built = int(match[1])
+        same_major = built // 10 == capability[0]
+        runs = device == built if match[2] else same_major and device >= built
+        if runs or (match[3] and device >= built):
+            return True
+    return False
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """Why ``backend`` cannot run on ``device`` and what to do about it; None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        if device.type != "cpu":
+            return f"it runs on CPU tensors, these are on {device}"
+        reason = NOT_LOADED["cpu"]
+        return f"{reason}; build it with `pip install .` in the source folder" if reason else None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed; `pip install triton`"
+        if device.type == "cpu" and not interpreting():
+            return (
+                "it needs an NVIDIA GPU; on CPU tensors it runs only interpreted, slowly:"
+                " set TRITON_INTERPRET=1 before Python starts"
+            )
+        if device.type not in {"cpu", "cuda"}:
+            return f"it runs on NVIDIA GPUs, these tensors are on {device}"
+        return None if device.type == "cpu" else _no_gpu()
+    return _why_not_cuda(device)
+
+
+def _no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "torch finds no NVIDIA GPU (see nvidia-smi)"
+
+
+def _why_not_cuda(device: torch.device) -> str | None:
+    rebuild = (
+        "build it with `DDPM_FAST_CUDA=1 CUDA_HOME=<toolkit of torch's CUDA major> pip install .`"
+        " in the source folder"
+    )
+    if device.type != "cuda":
+        return f"it runs on CUDA tensors, these are on {device}"
+    if NOT_LOADED["cuda"]:
+        return f"{NOT_LOADED['cuda']}; {rebuild}"
+    if reason := _no_gpu():
+        return reason
+    capability = torch.cuda.get_device_capability(device)
+    built = compiled_architectures()
+    if not covers(built, capability):
+        wanted = f"{capability[0]}{capability[1]}"
+        return (
+            f"it was built for {' '.join(built)}, this GPU is sm_{wanted};"
+            f" {rebuild} with DDPM_FAST_CUDA_ARCHS={wanted}"
+        )
+    return None
+
+
+def implementation(backend: str, device: torch.device, dtype: torch.dtype) -> Implementation:
+    """The operators to use for tensors of ``dtype`` on ``device``.
+
+    ``"auto"`` is the fastest backend that can run and is logged (logger ``ddpm_fast``, INFO).
+    Raises ValueError for an unknown name, TypeError for a dtype that the backend does not take,
+    RuntimeError, with what to do, for a named backend that cannot run here.
+    """
+    key = (backend, device, dtype)
+    found = _CHOSEN.get(key)
+    if found is None:
+        found = _CHOSEN[key] = _IMPLEMENTATIONS[_choose(backend, device, dtype)]
+    return found
+
+
+def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    if dtype not in DTYPES["reference"]:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES["reference"])
+        raise TypeError(f"tensors must be {accepted}; got {str(dtype).removeprefix('torch.')}")
+    if backend == "auto":
+        for name in _PREFERENCE.get(device.type, ("reference",)):
+            if dtype in DTYPES[name] and why_not(name, device) is None:
+                _log.info("backend auto: %s on %s for %s", name, device, dtype)
+                return name
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {backend!r}")
+    if dtype not in DTYPES[backend]:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[backend])
+        raise TypeError(
+            f"backend {backend} takes {accepted}; got {str(dtype).removeprefix('torch.')}"
+        )
+    if reason := why_not(backend, device):
+        raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
+    return backend

@@ -1,0 +1,136 @@
+"""The reference backend: every operator in plain PyTorch, written from the equations.
+
+Runs on any device and in float64, where it is the oracle that the kernels are judged against. It
+allocates freely and is not fast. Signatures are those of ``torch.ops.ddpm_fast.*``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.ops.registry import per_sample
+from ddpm_fast.row import RowFlag, column
+
+_WORD = 0xFFFFFFFF
+
+
+def _gather(coefs: Tensor, t: Tensor, like: Tensor) -> list[Tensor]:
+    """The columns of the coefficients of each sample, shaped to broadcast over ``like``."""
+    chosen = coefs.index_select(0, t.clamp(0, coefs.shape[0] - 1))
+    return [per_sample(chosen[:, i], like) for i in range(coefs.shape[1])]
+
+
+def q_sample(x0: Tensor, t: Tensor, noise: Tensor, coefs: Tensor) -> Tensor:
+    """Eq. 4, Ho et al. 2020: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
+    signal_scale, noise_scale = _gather(coefs, t, x0)
+    x_t = signal_scale * x0.to(coefs.dtype) + noise_scale * noise.to(coefs.dtype)
+    return torch.empty_like(x0).copy_(x_t) if not x_t.requires_grad else x_t.to(x0.dtype)
+
+
+def q_sample_philox(x0: Tensor, t: Tensor, coefs: Tensor, rng: Tensor) -> tuple[Tensor, Tensor]:
+    """``q_sample`` with its noise made from (seed, stream, first_sample)."""
+    noise = torch.empty_like(x0, requires_grad=False)
+    philox_normal_(noise, rng)
+    return q_sample(x0, t, noise, coefs), noise
+
+
+def q_posterior(
+    x0: Tensor, x_t: Tensor, t: Tensor, coefs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. 6 and 7, Ho et al. 2020: mean, variance and log-variance of q(x_{t-1} | x_t, x_0)."""
+    coef_x0, coef_x_t, variance, log_variance = _gather(coefs, t, x_t)
+    mean = coef_x0 * x0.to(coefs.dtype) + coef_x_t * x_t.to(coefs.dtype)
+    mean = torch.empty_like(x_t).copy_(mean) if not mean.requires_grad else mean.to(x_t.dtype)
+    return mean, variance, log_variance
+
+
+def reverse_step_(
+    x: Tensor,
+    model_output: Tensor,
+    rows: Tensor,
+    step: Tensor,
+    noise: Tensor | None,
+    rng: Tensor | None,
+    model_input: Tensor | None,
+    pred_x0: Tensor | None,
+    flags: int,
+) -> None:
+    """One row of a step table on the state; the equation is in ``ddpm_fast.row``."""
+    active = per_sample((step >= 0) & (step < rows.shape[0]), x)
+    index = step.clamp(0, rows.shape[0] - 1)
+    row = rows.index_select(0, index)
+
+    def coef(name: str) -> Tensor:
+        return per_sample(row[:, column(name)], x)
+
+    out = model_output.to(x.dtype)
+    x0 = coef("P") * x + coef("Q") * out
+    if flags & RowFlag.CLIP:
+        x0 = torch.clamp(x0, -coef("clip"), coef("clip"))
+    mean = coef("Xx") * x + coef("Xx0") * x0
+    if flags & RowFlag.RAW_OUT:
+        mean = mean + coef("Xo") * out
+    if rng is not None:
+        seed, stream, first = rng.unbind()
+        noise = normals(x, seed, stream + index, first)
+    if noise is not None:
+        mean = mean + coef("S") * noise
+    x.copy_(torch.where(active, mean, x))
+    if pred_x0 is not None:
+        pred_x0.copy_(torch.where(active, x0, pred_x0))
+    if model_input is not None:
+        scaled = coef("Cin") * x if flags & RowFlag.SCALE_IN else x
+        model_input.copy_(torch.where(active, scaled.to(model_input.dtype), model_input))
+
+
+def philox_normal_(out: Tensor, rng: Tensor) -> None:
+    """Fill ``out`` [N, ...] with the normals of (seed, stream, first_sample)."""
+    seed, stream, first = rng.unbind()
+    out.copy_(normals(out, seed, stream.expand(out.shape[0]), first))
+
+
+def normals(like: Tensor, seed: Tensor, stream: Tensor, first_sample: Tensor) -> Tensor:
+    """float32 normals of the shape of ``like`` [N, C, ...]; ``stream`` int64 [N].
+
+    Word r becomes u = r 2^-32 + 2^-33 in float32; the rest, Box and Muller 1958, is evaluated in
+    float64 and rounded once. Element (c, s) of a sample, s its position in space, is number
+    s C + c, and lane number % 4 of block number // 4.
+    """
+    samples, device = like.shape[0], like.device
+    channels = like.shape[1] if like.ndim > 1 else 1
+    elements = math.prod(like.shape[1:])
+    blocks = torch.arange(-(-elements // 4), device=device).expand(samples, -1)
+    sample = (first_sample + torch.arange(samples, device=device))[:, None].expand_as(blocks)
+    words = philox4x32_10(
+        (blocks, stream[:, None].expand_as(blocks), sample, sample >> 32),
+        (seed, seed >> 32),
+    )
+    u = [(word.double() * 2.0**-32 + 2.0**-33).float().double() for word in words]
+    lanes = []
+    for radial, angular in ((u[0], u[1]), (u[2], u[3])):
+        radius = torch.sqrt(-2 * torch.log(radial))
+        lanes += [
+            radius * torch.cos(2 * math.pi * angular),
+            radius * torch.sin(2 * math.pi * angular),
+        ]
+    flat = torch.stack(lanes, dim=-1).view(samples, -1)[:, :elements].float()
+    spatial = flat.reshape(samples, *like.shape[2:], channels).movedim(-1, 1)
+    return spatial.reshape(like.shape)
+
+
+def philox4x32_10(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011) on int64 tensors; only the low 32 bits of each count."""
+    c0, c1, c2, c3 = (c & _WORD for c in counter)
+    k0, k1 = (k & _WORD for k in key)
+    for _ in range(10):
+        # The product of two words may wrap int64; its 64 bits are right all the same.
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD
+        c2, c3 = ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3

@@ -1,0 +1,162 @@
+"""The operators ``torch.ops.ddpm_fast.*``: schemas, fakes, gradients, and the compiled libraries.
+
+Each operator is defined once, here, under two names: ``name`` is implemented by the compiled
+libraries on the keys CPU and CUDA, ``triton_name`` by Triton. They are kept apart because a second
+registration on an occupied key replaces the first with only a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "ddpm_fast"
+SCHEMAS = {
+    "q_sample": "(Tensor x0, Tensor t, Tensor noise, Tensor coefs) -> Tensor",
+    "q_sample_philox": "(Tensor x0, Tensor t, Tensor coefs, Tensor rng) -> (Tensor, Tensor)",
+    "q_posterior": "(Tensor x0, Tensor x_t, Tensor t, Tensor coefs) -> (Tensor, Tensor, Tensor)",
+    "reverse_step_": (
+        "(Tensor(a!) x, Tensor model_output, Tensor rows, Tensor step, Tensor? noise, Tensor? rng,"
+        " Tensor(b!)? model_input, Tensor(c!)? pred_x0, int flags) -> ()"
+    ),
+    "philox_normal_": "(Tensor(a!) out, Tensor rng) -> ()",
+}
+OPS = tuple(SCHEMAS)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[N] -> [N, 1, ...] with the number of dimensions of ``like``."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _fake_q_sample(x0: Tensor, t: Tensor, noise: Tensor, coefs: Tensor) -> Tensor:
+    return torch.empty_like(x0)
+
+
+def _fake_q_sample_philox(
+    x0: Tensor, t: Tensor, coefs: Tensor, rng: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x0), torch.empty_like(x0)
+
+
+def _fake_q_posterior(
+    x0: Tensor, x_t: Tensor, t: Tensor, coefs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = [x_t.shape[0], *[1] * (x_t.ndim - 1)]
+    return torch.empty_like(x_t), coefs.new_empty(shape), coefs.new_empty(shape)
+
+
+def _fake_in_place(*args: Any) -> None:
+    return None
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "q_sample": _fake_q_sample,
+    "q_sample_philox": _fake_q_sample_philox,
+    "q_posterior": _fake_q_posterior,
+    "reverse_step_": _fake_in_place,
+    "philox_normal_": _fake_in_place,
+}
+
+
+def _save_for_q_sample(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, t, _, coefs = inputs
+    ctx.save_for_backward(t, coefs)
+
+
+def _save_for_q_sample_philox(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, t, coefs, _ = inputs
+    ctx.save_for_backward(t, coefs)
+
+
+def _gathered(ctx: Any, column: int, grad: Tensor) -> Tensor:
+    t, coefs = ctx.saved_tensors
+    scale = coefs[:, column].index_select(0, t.clamp(0, coefs.shape[0] - 1))
+    return (per_sample(scale, grad) * grad).to(grad.dtype)
+
+
+def _q_sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x0 = _gathered(ctx, 0, grad) if ctx.needs_input_grad[0] else None
+    grad_noise = _gathered(ctx, 1, grad) if ctx.needs_input_grad[2] else None
+    return grad_x0, None, grad_noise, None
+
+
+def _q_sample_philox_backward(
+    ctx: Any, grad: Tensor, grad_noise: Tensor
+) -> tuple[Tensor | None, ...]:
+    # The noise does not depend on x0.
+    return _gathered(ctx, 0, grad), None, None, None
+
+
+def _save_for_q_posterior(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, _, t, coefs = inputs
+    ctx.save_for_backward(t, coefs)
+
+
+def _q_posterior_backward(
+    ctx: Any, grad: Tensor, grad_variance: Tensor, grad_log_variance: Tensor
+) -> tuple[Tensor | None, ...]:
+    grad_x0 = _gathered(ctx, 0, grad) if ctx.needs_input_grad[0] else None
+    grad_x_t = _gathered(ctx, 1, grad) if ctx.needs_input_grad[1] else None
+    return grad_x0, grad_x_t, None, None
+
+
+GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "q_sample": (_q_sample_backward, _save_for_q_sample),
+    "q_sample_philox": (_q_sample_philox_backward, _save_for_q_sample_philox),
+    "q_posterior": (_q_posterior_backward, _save_for_q_posterior),
+}
+
+
+def _triton_launcher(name: str) -> Callable[..., Any]:
+    """The launcher of a Triton operator; Triton is imported by its first call."""
+
+    def launch(*args: Any) -> Any:
+        kernels = import_module("ddpm_fast.ops.triton_kernels")
+        return getattr(kernels, name)(*args)
+
+    return launch
+
+
+def _load(stem: str) -> str:
+    """Load a compiled library; the reason where it cannot be loaded, else an empty string."""
+    folder = Path(__file__).resolve().parent.parent
+    found = sorted(p for p in folder.glob(f"{stem}.*") if p.suffix in {".so", ".pyd"})
+    if not found:
+        return f"ddpm_fast/{stem} is not built"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"ddpm_fast/{found[0].name} does not load: {error}"
+    return ""
+
+
+def _register() -> tuple[torch.library.Library, dict[str, str]]:
+    library = torch.library.Library(NAMESPACE, "DEF")
+    library.define("use_cpu_kernels(str name) -> str")
+    for name, schema in SCHEMAS.items():
+        for full in (name, f"triton_{name}"):
+            library.define(full + schema, tags=(torch.Tag.needs_fixed_stride_order,))
+            torch.library.register_fake(f"{NAMESPACE}::{full}", FAKES[name], lib=library)
+            if name in GRADIENTS:
+                backward, save = GRADIENTS[name]
+                torch.library.register_autograd(
+                    f"{NAMESPACE}::{full}", backward, setup_context=save, lib=library
+                )
+        for key in ("CPU", "CUDA"):
+            library.impl(f"triton_{name}", _triton_launcher(name), key)
+    reasons = {"cpu": _load("_ops_cpu")}
+    # The CUDA library links torch's, which a build of torch without CUDA does not have.
+    reasons["cuda"] = (
+        _load("_ops_cuda") if torch.version.cuda else "this torch is a build without CUDA"
+    )
+    return library, reasons
+
+
+# Why a compiled library is not there; empty where it is. The library object keeps the operators.
+LIBRARY, NOT_LOADED = _register()

@@ -1,0 +1,155 @@
+"""The three fused updates: q_sample, q_posterior and the in-place reverse step.
+
+Each is one kernel in the backends cpu, triton and cuda, and plain PyTorch in reference. Inputs may
+be contiguous, channels-last, sliced or expanded, with any number of dimensions; outputs keep the
+strides of the input they stand for. Arithmetic is in float32 (float64 for float64 inputs), whatever
+the dtype of the tensors. Index t is step t + 1 of the papers. On the CPU a timestep outside the
+schedule is a ValueError; on a GPU it is clamped, because looking would make the host wait.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import checks
+from ddpm_fast.noise import STREAM_TRAINING, philox_rng
+from ddpm_fast.ops import implementation
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.tables import StepTable
+
+
+def _arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _schedule(value: NoiseSchedule) -> NoiseSchedule:
+    if not isinstance(value, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule; got {type(value).__name__}")
+    return value
+
+
+def q_sample(
+    x0: Tensor, t: Tensor | int, noise: Tensor, schedule: NoiseSchedule, backend: str = "auto"
+) -> Tensor:
+    """Noise x0 to step t: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (Eq. 4, Ho et al. 2020).
+
+    x0: [N, ...], float32, float16, bfloat16 (float64 in reference and cpu). t: int64 [N] or an
+    int, in [0, T). noise: shape, dtype and device of x0. Returns x_t, the dtype and strides of x0.
+    Differentiable in x0 and noise.
+
+    Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    """
+    x0 = checks.batch("x0", x0)
+    noise = checks.like("noise", noise, "x0", x0, (x0.dtype,))
+    t = checks.index("t", t, x0, _schedule(schedule).T)
+    run = implementation(backend, x0.device, x0.dtype)
+    coefs = schedule.q_sample_coefs(x0.device, _arithmetic(x0.dtype))
+    return run.q_sample(x0, t, noise, coefs)
+
+
+def q_sample_philox(
+    x0: Tensor,
+    t: Tensor | int,
+    schedule: NoiseSchedule,
+    seed: int,
+    stream: int = STREAM_TRAINING,
+    first_sample: int = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`q_sample` with its noise made in the same kernel; returns (x_t, noise).
+
+    The noise is that of `philox_normal(N, x0.shape[1:], seed, stream, first_sample)`, rounded to
+    the dtype of x0; x_t is made from it as it is returned, because it is the training target.
+    Streams from 2^31 on are for training; below, they are the sampler's. Differentiable in x0.
+
+    Raises as `q_sample` and `philox_rng`.
+    """
+    x0 = checks.batch("x0", x0)
+    t = checks.index("t", t, x0, _schedule(schedule).T)
+    run = implementation(backend, x0.device, x0.dtype)
+    coefs = schedule.q_sample_coefs(x0.device, _arithmetic(x0.dtype))
+    return run.q_sample_philox(x0, t, coefs, philox_rng(seed, stream, first_sample, x0.device))
+
+
+def q_posterior(
+    x0: Tensor, x_t: Tensor, t: Tensor | int, schedule: NoiseSchedule, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and log-variance of q(x_{t-1} | x_t, x_0) (Eq. 6 and 7, Ho et al. 2020).
+
+    x0, x_t: [N, ...] of one shape, dtype and device. t: int64 [N] or an int, in [0, T).
+    Returns the mean with the dtype and strides of x_t, and variance and log-variance as float32
+    (float64 for float64) [N, 1, ...]. At index 0 the variance is 0 and its logarithm that of
+    1e-20. The mean is differentiable in x0 and x_t.
+
+    Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    """
+    x_t = checks.batch("x_t", x_t)
+    x0 = checks.like("x0", x0, "x_t", x_t, (x_t.dtype,))
+    t = checks.index("t", t, x_t, _schedule(schedule).T)
+    run = implementation(backend, x_t.device, x_t.dtype)
+    coefs = schedule.q_posterior_coefs(x_t.device, _arithmetic(x_t.dtype))
+    return run.q_posterior(x0, x_t, t, coefs)
+
+
+def reverse_step_(
+    x: Tensor,
+    model_output: Tensor,
+    table: StepTable,
+    step: Tensor | int,
+    *,
+    noise: Tensor | None = None,
+    rng: Tensor | None = None,
+    model_input: Tensor | None = None,
+    pred_x0: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One reverse step in place: row ``step`` of a table applied to the state x; returns x.
+
+    x: [N, ...] float32 (float64 in reference and cpu). model_output: the shape of x, float32,
+    float16 or bfloat16 (float64 where x is). step: int64 [N] or an int, the row of each sample; a
+    sample whose row lies outside the table is left alone, so chains of unequal length share a batch.
+    Noise, where the table has any: `noise` of the shape and dtype of x, or `rng` from `philox_rng`,
+    to make it in the kernel (row i uses stream rng[1] + i). It is not read where the table has none.
+    model_input: written with x' in its own dtype (float32, float16, bfloat16), the tensor that the
+    network reads next. pred_x0: dtype of x, written with the clipped prediction of x_0.
+
+    The equation of a row is in `ddpm_fast.row`. Raises TypeError or ValueError naming the argument,
+    RuntimeError where the backend cannot run.
+    """
+    wide = (torch.float64,)
+    x = checks.written("x", checks.batch("x", x, (torch.float32, torch.float64)))
+    outputs = wide if x.dtype == torch.float64 else checks.FLOATS[:3]
+    model_output = checks.like("model_output", model_output, "x", x, outputs)
+    if not isinstance(table, StepTable):
+        raise TypeError(f"table must be a StepTable; got {type(table).__name__}")
+    if not table.uses_noise:
+        noise = rng = None
+    elif (noise is None) == (rng is None):
+        raise ValueError(
+            "this table adds noise: give either noise or rng;"
+            f" got {'neither' if noise is None else 'both'}"
+        )
+    if noise is not None:
+        noise = checks.like("noise", noise, "x", x, (x.dtype,))
+    if rng is not None:
+        rng = _rng(rng, x)
+    if model_input is not None:
+        checks.written("model_input", checks.like("model_input", model_input, "x", x, outputs))
+    if pred_x0 is not None:
+        checks.written("pred_x0", checks.like("pred_x0", pred_x0, "x", x, (x.dtype,)))
+    step = checks.index("step", step, x, None)
+    run = implementation(backend, x.device, x.dtype)
+    rows, _ = table.to(x.device, x.dtype)
+    run.reverse_step_(
+        x, model_output.detach(), rows, step, noise, rng, model_input, pred_x0, int(table.flags)
+    )
+    return x
+
+
+def _rng(rng: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(rng, Tensor) or rng.dtype != torch.int64 or tuple(rng.shape) != (3,):
+        raise TypeError("rng must be int64 [3] = (seed, stream, first_sample), as from philox_rng")
+    if rng.device != x.device:
+        raise ValueError(f"rng must be on the device of x, {x.device}; got {rng.device}")
+    return rng.contiguous()
