@@ -1,0 +1,35 @@
+"""ddpm_fast: the fastest exact sampler for denoising diffusion models.
+
+A sampler is a table of coefficients (`StepTable`), and one fused kernel runs them all, in four
+backends that can be checked against plain PyTorch.
+"""
+
+from ddpm_fast.checkpoint import Checkpoint, load, save
+from ddpm_fast.noise import philox_normal, philox_rng
+from ddpm_fast.ops import BACKENDS
+from ddpm_fast.sampler import Sampler
+from ddpm_fast.schedules import NoiseSchedule, ScheduleWarning
+from ddpm_fast.tables import StepTable
+from ddpm_fast.unet import UNet, UNetConfig
+from ddpm_fast.updates import q_posterior, q_sample, q_sample_philox, reverse_step_
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKENDS",
+    "Checkpoint",
+    "NoiseSchedule",
+    "Sampler",
+    "ScheduleWarning",
+    "StepTable",
+    "UNet",
+    "UNetConfig",
+    "load",
+    "philox_normal",
+    "philox_rng",
+    "q_posterior",
+    "q_sample",
+    "q_sample_philox",
+    "reverse_step_",
+    "save",
+]

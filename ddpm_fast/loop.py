@@ -1,0 +1,113 @@
+"""One micro-batch of a reverse chain: static buffers, and the step that advances them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import checks
+from ddpm_fast.noise import STREAM_STEPS, STREAM_X_T, empty_samples, philox_rng
+from ddpm_fast.ops import Implementation
+from ddpm_fast.tables import StepTable
+
+Model = Callable[[Tensor, Tensor], Any]
+
+
+class StepLoop:
+    """The state of ``batch`` samples and one step of their chains.
+
+    Every tensor is allocated here and keeps its address, so that a step can be captured in a CUDA
+    graph: the state x [batch, ...], the network's input (x itself where the dtypes agree), the row
+    of each sample in ``step``, and the noise, either a buffer that the caller fills or made in the
+    kernel from ``rng``. A step allocates nothing that outlives it and does not wait for the GPU.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        table: StepTable,
+        run: Implementation,
+        batch: int,
+        sample_shape: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        makes_noise: bool,
+    ) -> None:
+        self._model, self._run, self._flags = model, run, int(table.flags)
+        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.x = empty_samples(batch, sample_shape, state_dtype, device).zero_()
+        self._half = None if dtype == state_dtype else torch.empty_like(self.x, dtype=dtype)
+        self.step_index = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._rows, timesteps = table.to(device, state_dtype)
+        # A chain of random length that has ended goes on counting beside longer ones.
+        rest = timesteps[-1:].expand(table.steps if table.start == "random" else 0)
+        self._timesteps = torch.cat([timesteps, rest])
+        noisy = table.uses_noise
+        self.noise = torch.zeros_like(self.x) if noisy and not makes_noise else None
+        self._rng = philox_rng(0, device=device) if noisy and makes_noise else None
+
+    def start(self, seed: int, first_sample: int, start_rows: Tensor | None) -> None:
+        """Begin the chains of samples first_sample .. with x_T from Philox.
+
+        start_rows: int64 [batch], each sample's first row; None: row 0.
+        """
+        device = self.x.device
+        self._run.philox_normal_(self.x, philox_rng(seed, STREAM_X_T, first_sample, device))
+        if self._rng is not None:
+            self._rng.copy_(philox_rng(seed, STREAM_STEPS, first_sample))
+        self.rewind()
+        if start_rows is not None:
+            self.step_index.copy_(start_rows)
+        self.refresh_input()
+
+    def rewind(self) -> None:
+        """Back to row 0 in every sample."""
+        self.step_index.zero_()
+
+    def refresh_input(self) -> None:
+        """Bring the network's input up to date after x was written from outside."""
+        if self._half is not None:
+            self._half.copy_(self.x)
+
+    def step(self) -> None:
+        """One step: the network, the fused update, the counter."""
+        model_input = self.x if self._half is None else self._half
+        t = self._timesteps.index_select(0, self.step_index)
+        out = self._checked(self._model(model_input, t))
+        self._run.reverse_step_(
+            self.x,
+            out,
+            self._rows,
+            self.step_index,
+            self.noise,
+            self._rng,
+            self._half,
+            None,
+            self._flags,
+        )
+        self.step_index.add_(1)
+
+    def _checked(self, out: Any) -> Tensor:
+        if not isinstance(out, Tensor):
+            out = getattr(out, "sample", out)  # the output objects of diffusers
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                "model must return a tensor, or an object whose .sample is one;"
+                f" it returned {type(out).__name__}"
+            )
+        if out.shape != self.x.shape or out.device != self.x.device:
+            raise ValueError(
+                f"model must return the shape and device of its input,"
+                f" {checks.shape_text(self.x)} on {self.x.device};"
+                f" it returned {checks.shape_text(out)} on {out.device}"
+            )
+        if out.dtype != self.x.dtype and out.dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"model must return {checks.dtype_name(self.x.dtype)}, float16 or bfloat16 for a"
+                f" {checks.dtype_name(self.x.dtype)} state; it returned"
+                f" {checks.dtype_name(out.dtype)}"
+            )
+        return out

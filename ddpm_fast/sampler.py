@@ -1,0 +1,317 @@
+"""Sampling: the chains of any number of samples, micro-batch by micro-batch."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, overload
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ddpm_fast import checks
+from ddpm_fast.graph import CaptureError, GraphedStep
+from ddpm_fast.loop import Model, StepLoop
+from ddpm_fast.noise import STREAM_START, empty_samples, philox_rng
+from ddpm_fast.ops import implementation
+from ddpm_fast.ops.reference import philox4x32_10
+from ddpm_fast.tables import StepTable
+
+Noise = Literal["philox"] | torch.Generator | Tensor
+_LOOPS_KEPT = 2  # the full micro-batch, and a last one without padding
+
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A micro-batch: samples first .. first + batch of the seed, of which slots are wanted."""
+
+    first: int
+    batch: int
+    slots: slice  # of the micro-batch
+    place: slice  # of the result
+
+
+class Sampler:
+    """Runs a step table with a model.
+
+    model: any callable ``model(x, t)``: x [B, *sample_shape] in ``dtype``, channels-last in memory
+    for images, t int64 [B]; returns the prediction that the table was made for, of x's shape
+    (float32, float16 or bfloat16; or an object whose ``.sample`` is that tensor). It must not
+    write to x. Switching it to eval mode is the caller's.
+    sample_shape: the shape of one sample, such as (3, 32, 32).
+    micro_batch: how many samples go through the model together. It is part of a sample's identity:
+    sample k always sits in slot k % micro_batch, beside the samples that belong there, because the
+    slot and the batch size change the last bits of a convolution.
+    device, dtype: default to those of the model's parameters. The state is float32 whatever dtype
+    the model reads; with dtype float64 all is float64 (backends reference and cpu).
+    backend: "auto" or one of reference, cpu, triton, cuda.
+    noise: "philox": counter-based, so that sample k of a seed is the same in any batch.
+    torch.Generator: drawn from it as diffusers does, x_T and then the noise of each row that has
+    any, for the wanted samples of each micro-batch. A tensor [steps, num, *sample_shape]: row i of
+    the table adds noise[i].
+    graph: "auto" captures the step in a CUDA graph on a GPU, and warns and goes on without where
+    the model cannot be captured; True insists; False never does. The bits are the same.
+    pad: False skips the samples that were not asked for, for fewer forwards of a last, smaller
+    micro-batch; the last bits of its samples then depend on its size.
+
+    Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        table: StepTable,
+        sample_shape: Sequence[int],
+        micro_batch: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        noise: Noise = "philox",
+        graph: Literal["auto"] | bool = "auto",
+        pad: bool = True,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable as model(x, t); got {type(model).__name__}")
+        if not isinstance(table, StepTable):
+            raise TypeError(f"table must be a StepTable; got {type(table).__name__}")
+        if graph not in ("auto", True, False):
+            raise ValueError(f"graph must be 'auto', True or False; got {graph!r}")
+        if not (isinstance(noise, (torch.Generator, Tensor)) or noise == "philox"):
+            raise TypeError(
+                "noise must be 'philox', a torch.Generator or a tensor [steps, num, ...];"
+                f" got {noise!r}"
+            )
+        self.model, self.table, self.noise, self.pad = model, table, noise, bool(pad)
+        self.sample_shape = checks.sample_shape("sample_shape", sample_shape)
+        self.micro_batch = checks.integer("micro_batch", micro_batch, 1, 1 << 31)
+        self.device, self.dtype = _placement(model, device, dtype)
+        self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self._run = implementation(backend, self.device, self.state_dtype)
+        self.backend = self._run.backend
+        if graph is True and self.device.type != "cuda":
+            raise ValueError(f"graph=True needs a CUDA device; the sampler is on {self.device}")
+        self._graph = graph if self.device.type == "cuda" else False
+        self._loops: dict[int, tuple[StepLoop, Callable[[], None]]] = {}
+        self._lock = threading.Lock()
+
+    @overload
+    def sample(
+        self,
+        num: int,
+        seed: int = ...,
+        first_sample: int = ...,
+        x_T: Tensor | None = ...,
+        progress: bool = ...,
+        return_steps: None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def sample(
+        self,
+        num: int,
+        seed: int = ...,
+        first_sample: int = ...,
+        x_T: Tensor | None = ...,
+        progress: bool = ...,
+        *,
+        return_steps: Sequence[int],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num: int,
+        seed: int = 0,
+        first_sample: int = 0,
+        x_T: Tensor | None = None,
+        progress: bool = True,
+        return_steps: Sequence[int] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Samples first_sample .. first_sample + num - 1 of a seed, float32 [num, *sample_shape].
+
+        With the noise "philox", ``sample(10)[7]`` and ``sample(1, first_sample=7)[0]`` are the same
+        bits, and so is any other cut of the same samples. Values are as the chain leaves them,
+        about [-1, 1] for images; nothing is clamped afterwards. A NaN that the model makes stays.
+
+        x_T: the starting points, float32 [num, *sample_shape]; by default made from the seed (or
+        drawn from the generator). progress: shows a bar, which never waits for the GPU.
+        return_steps: numbers of steps in 0 .. table.steps; returns also the states after so many
+        steps, float32 [len(return_steps), num, *sample_shape], 0 being x_T.
+
+        One call at a time uses the buffers; calls from other threads wait.
+        Raises TypeError or ValueError naming the argument, also for what the model returns.
+        """
+        num = checks.integer("num", num, 0, 1 << 40)
+        checks.integer("seed", seed, 0, checks.SEED_END)
+        first_sample = checks.integer("first_sample", first_sample, 0, checks.SAMPLE_END - num)
+        wanted = self._check_return_steps(return_steps)
+        shape = (num, *self.sample_shape)
+        if x_T is not None:
+            _check_given("x_T", x_T, shape)
+        if isinstance(self.noise, Tensor):
+            _check_given("noise", self.noise, (self.table.steps, *shape))
+        result = empty_samples(num, self.sample_shape, self.state_dtype, self.device)
+        states = result.new_empty((len(wanted), *shape)) if wanted is not None else None
+        chunks = list(self._chunks(num, first_sample))
+        with (
+            self._lock,
+            tqdm(
+                total=len(chunks) * self.table.steps,
+                desc="sampling",
+                unit="step",
+                disable=not progress,
+            ) as bar,
+        ):
+            for chunk in chunks:
+                taken = self._run_chunk(chunk, seed, x_T, wanted or {}, states, bar)
+                result[chunk.place] = taken
+        return result if states is None else (result, states)
+
+    def _chunks(self, num: int, first_sample: int) -> Iterator[_Chunk]:
+        size = self.micro_batch
+        done = 0
+        while done < num:
+            at = first_sample + done
+            before = at % size if self.pad else 0
+            count = min(size - before, num - done)
+            batch = size if self.pad else count
+            yield _Chunk(at - before, batch, slice(before, before + count), slice(done, done + count))
+            done += count
+
+    def _run_chunk(
+        self,
+        chunk: _Chunk,
+        seed: int,
+        x_T: Tensor | None,
+        wanted: dict[int, list[int]],
+        states: Tensor | None,
+        bar: tqdm,
+    ) -> Tensor:
+        loop, step = self._loop(chunk.batch)
+        rows = self._start_rows(chunk, seed)
+        loop.start(seed, chunk.first, rows)
+        x = loop.x[chunk.slots]
+        given = x_T[chunk.place] if x_T is not None else self._drawn(x)
+        if given is not None:
+            x.copy_(given)
+            loop.refresh_input()
+        first_rows = [0] * x.shape[0] if rows is None else rows[chunk.slots].tolist()
+        count = self.table.steps - min(first_rows)
+        for done in range(self.table.steps + 1):
+            for i in wanted.get(done, ()):
+                cast(Tensor, states)[i, chunk.place] = x
+            if done < count:
+                self._fill_noise(loop, chunk, done, first_rows)
+                step()
+                bar.update()
+        bar.update(self.table.steps - count)
+        return x
+
+    def _loop(self, batch: int) -> tuple[StepLoop, Callable[[], None]]:
+        """The buffers of a batch size and what advances them by a step, made at first use."""
+        found = self._loops.pop(batch, None)
+        if found is None:
+            while len(self._loops) >= _LOOPS_KEPT:
+                self._loops.pop(next(iter(self._loops)))
+            loop = StepLoop(
+                self.model,
+                self.table,
+                self._run,
+                batch,
+                self.sample_shape,
+                self.device,
+                self.dtype,
+                self.noise == "philox" if isinstance(self.noise, str) else False,
+            )
+            found = loop, self._captured(loop)
+        self._loops[batch] = found
+        return found
+
+    def _captured(self, loop: StepLoop) -> Callable[[], None]:
+        if not self._graph:
+            return loop.step
+        try:
+            return GraphedStep(loop.step, loop.rewind, self.device)
+        except CaptureError as error:
+            if self._graph is True:
+                raise
+            warnings.warn(f"sampling without a CUDA graph: {error}", stacklevel=5)
+            self._graph = False
+            return loop.step
+
+    def _start_rows(self, chunk: _Chunk, seed: int) -> Tensor | None:
+        """Each sample's first row for a chain of random length, uniform over the table."""
+        if self.table.start != "random":
+            return None
+        sample = chunk.first + torch.arange(chunk.batch)
+        zero = torch.zeros_like(sample)
+        key = philox_rng(seed, STREAM_START)
+        word, *_ = philox4x32_10(
+            (zero, zero + key[1], sample, sample >> 32), (key[0] + zero, (key[0] >> 32) + zero)
+        )
+        return (word * self.table.steps) >> 32
+
+    def _drawn(self, x: Tensor) -> Tensor | None:
+        """Standard normals of the shape of x from the caller's generator, if there is one."""
+        if not isinstance(self.noise, torch.Generator):
+            return None
+        return torch.randn(
+            x.shape, generator=self.noise, device=self.noise.device, dtype=self.state_dtype
+        )
+
+    def _fill_noise(self, loop: StepLoop, chunk: _Chunk, done: int, first_rows: list[int]) -> None:
+        if loop.noise is None:
+            return
+        target = loop.noise[chunk.slots]
+        if isinstance(self.noise, Tensor):
+            noise = self.noise[:, chunk.place]
+            if self.table.start != "random":
+                target.copy_(noise[done])
+                return
+            for i, first in enumerate(first_rows):
+                if first + done < self.table.steps:
+                    target[i].copy_(noise[first + done, i])
+        elif self.table.start == "random" or self.table.adds_noise(done):
+            target.copy_(cast(Tensor, self._drawn(target)))
+
+    def _check_return_steps(self, steps: Sequence[int] | None) -> dict[int, list[int]] | None:
+        """Step count -> the places in the trajectory that record it."""
+        if steps is None:
+            return None
+        places: dict[int, list[int]] = {}
+        for i, value in enumerate(steps):
+            count = checks.integer(f"return_steps[{i}]", value, 0, self.table.steps + 1)
+            places.setdefault(count, []).append(i)
+        return places
+
+
+def _placement(
+    model: Model, device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype asked for, else those of the model's parameters."""
+    parameter = None
+    if isinstance(model, torch.nn.Module):
+        parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if device is None:
+        fallback = "cuda" if torch.cuda.is_available() else "cpu"
+        device = parameter.device if parameter is not None else fallback
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if dtype is None:
+        dtype = parameter.dtype if parameter is not None else torch.float32
+    if dtype not in checks.FLOATS:
+        accepted = ", ".join(checks.dtype_name(d) for d in checks.FLOATS)
+        raise TypeError(f"dtype must be {accepted}; got {dtype}")
+    return device, dtype
+
+
+def _check_given(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor; got {type(value).__name__}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must be {list(shape)}; got {checks.shape_text(value)}")
