@@ -63,7 +63,9 @@ def like(
 
 def written(name: str, value: Tensor) -> Tensor:
     """``value`` as a tensor that is written in place: no two elements share memory."""
-    if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride())):
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)
+    ):
         raise ValueError(f"{name} is written in place and must not be expanded; .clone() it first")
     if value.requires_grad:
         raise ValueError(f"{name} is written in place and must not require grad; .detach() it")
@@ -122,7 +124,9 @@ def sample_shape(name: str, value: Any) -> tuple[int, ...]:
     try:
         shape = tuple(operator.index(size) for size in value)
     except TypeError:
-        raise TypeError(f"{name} must be a sequence of ints, such as (3, 32, 32); got {value!r}") from None
+        raise TypeError(
+            f"{name} must be a sequence of ints, such as (3, 32, 32); got {value!r}"
+        ) from None
     if any(size < 0 for size in shape):
         raise ValueError(f"{name} must have no negative size; got {shape}")
     if math.prod(shape) > ELEMENTS_END:

@@ -24,7 +24,6 @@ Noise = Literal["philox"] | torch.Generator | Tensor
 _LOOPS_KEPT = 2  # the full micro-batch, and a last one without padding
 
 
-
 @dataclass(frozen=True)
 class _Chunk:
     """A micro-batch: samples first .. first + batch of the seed, of which slots are wanted."""
@@ -179,7 +178,9 @@ class Sampler:
             before = at % size if self.pad else 0
             count = min(size - before, num - done)
             batch = size if self.pad else count
-            yield _Chunk(at - before, batch, slice(before, before + count), slice(done, done + count))
+            yield _Chunk(
+                at - before, batch, slice(before, before + count), slice(done, done + count)
+            )
             done += count
 
     def _run_chunk(

@@ -108,11 +108,11 @@ def reverse_step_(
 
     x: [N, ...] float32 (float64 in reference and cpu). model_output: the shape of x, float32,
     float16 or bfloat16 (float64 where x is). step: int64 [N] or an int, the row of each sample; a
-    sample whose row lies outside the table is left alone, so chains of unequal length share a batch.
-    Noise, where the table has any: `noise` of the shape and dtype of x, or `rng` from `philox_rng`,
-    to make it in the kernel (row i uses stream rng[1] + i). It is not read where the table has none.
-    model_input: written with x' in its own dtype (float32, float16, bfloat16), the tensor that the
-    network reads next. pred_x0: dtype of x, written with the clipped prediction of x_0.
+    sample whose row lies outside the table is left alone, so that chains of unequal length share a
+    batch. Noise, where the table has any: `noise` of the shape and dtype of x, or `rng` from
+    `philox_rng`, to make it in the kernel (row i uses stream rng[1] + i); it is not read where the
+    table has none. model_input: written with x' in its own dtype (float32, float16, bfloat16), the
+    tensor that the network reads next. pred_x0: dtype of x, written with the clipped x_0.
 
     The equation of a row is in `ddpm_fast.row`. Raises TypeError or ValueError naming the argument,
     RuntimeError where the backend cannot run.

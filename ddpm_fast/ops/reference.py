@@ -37,9 +37,7 @@ def q_sample_philox(x0: Tensor, t: Tensor, coefs: Tensor, rng: Tensor) -> tuple[
     return q_sample(x0, t, noise, coefs), noise
 
 
-def q_posterior(
-    x0: Tensor, x_t: Tensor, t: Tensor, coefs: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def q_posterior(x0: Tensor, x_t: Tensor, t: Tensor, coefs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. 6 and 7, Ho et al. 2020: mean, variance and log-variance of q(x_{t-1} | x_t, x_0)."""
     coef_x0, coef_x_t, variance, log_variance = _gather(coefs, t, x_t)
     mean = coef_x0 * x0.to(coefs.dtype) + coef_x_t * x_t.to(coefs.dtype)
@@ -95,8 +93,8 @@ def philox_normal_(out: Tensor, rng: Tensor) -> None:
 def normals(like: Tensor, seed: Tensor, stream: Tensor, first_sample: Tensor) -> Tensor:
     """float32 normals of the shape of ``like`` [N, C, ...]; ``stream`` int64 [N].
 
-    Word r becomes u = r 2^-32 + 2^-33 in float32; the rest, Box and Muller 1958, is evaluated in
-    float64 and rounded once. Element (c, s) of a sample, s its position in space, is number
+    Word r, rounded to float32, becomes u = r 2^-32 + 2^-33, rounded again; the rest (Box and Muller
+    1958) is evaluated in float64 and rounded once. Element (c, s) of a sample, s its position in space, is number
     s C + c, and lane number % 4 of block number // 4.
     """
     samples, device = like.shape[0], like.device
@@ -108,7 +106,7 @@ def normals(like: Tensor, seed: Tensor, stream: Tensor, first_sample: Tensor) ->
         (blocks, stream[:, None].expand_as(blocks), sample, sample >> 32),
         (seed, seed >> 32),
     )
-    u = [(word.double() * 2.0**-32 + 2.0**-33).float().double() for word in words]
+    u = [(word.float().double() * 2.0**-32 + 2.0**-33).float().double() for word in words]
     lanes = []
     for radial, angular in ((u[0], u[1]), (u[2], u[3])):
         radius = torch.sqrt(-2 * torch.log(radial))
@@ -116,7 +114,7 @@ def normals(like: Tensor, seed: Tensor, stream: Tensor, first_sample: Tensor) ->
             radius * torch.cos(2 * math.pi * angular),
             radius * torch.sin(2 * math.pi * angular),
         ]
-    flat = torch.stack(lanes, dim=-1).view(samples, -1)[:, :elements].float()
+    flat = torch.stack(lanes, dim=-1).flatten(1)[:, :elements].float()
     spatial = flat.reshape(samples, *like.shape[2:], channels).movedim(-1, 1)
     return spatial.reshape(like.shape)
 

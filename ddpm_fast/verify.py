@@ -1,0 +1,314 @@
+"""Every operator x backend x dtype x layout against the float64 reference.
+
+The bound on an error is not a fixed tolerance but what the arithmetic may cost: a few roundings
+in float32 of the terms of the sum, and one rounding to the output's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.noise import STREAM_STEPS, STREAM_TRAINING, philox_rng
+from ddpm_fast.ops import BACKENDS, Implementation, implementation, reference, why_not
+from ddpm_fast.ops.backends import DTYPES
+from ddpm_fast.ops.registry import per_sample
+from ddpm_fast.row import column
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.tables import StepTable
+
+LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded", "odd", "empty")
+# Roundings of the terms of a sum and of their coefficients, of the sum of their absolute values.
+ROUNDINGS = 4
+# |z| <= 6.8 times the error of the polynomials and of sqrt, in core/normal.h.
+NORMAL_ERROR = 2e-6
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table: the largest error over its bound; at most 1 where all is well."""
+
+    op: str
+    backend: str
+    device: str
+    dtype: str
+    layout: str
+    error: float  # largest absolute error
+    ratio: float  # largest error / bound
+    same_bits_as_cpu: bool | None  # None where there is nothing to compare
+    ok: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """The inputs of one check, on the backend's device."""
+
+    run: Implementation
+    dtype: torch.dtype
+    layout: str
+    device: torch.device
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def tensor(self, seed: int, dtype: torch.dtype | None = None, written: bool = False) -> Tensor:
+        """Normal numbers of the case's layout; a tensor that is written is never expanded."""
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(_shape(self.layout), generator=generator, dtype=torch.float64)
+        values = values.to(dtype or self.dtype).to(self.device)
+        if self.layout == "channels_last":
+            return values.to(memory_format=torch.channels_last)
+        if self.layout == "sliced":
+            return values[:, 1:, ::2, 1:]
+        if self.layout == "expanded" and not written:
+            return values[:, :1].expand_as(values)
+        return values
+
+    def made_noise(self, like: Tensor, step: Tensor, rng: Tensor) -> Tensor:
+        """The noise of row ``step[n]`` for each sample n, by the backend's own generator."""
+        noise = torch.empty_like(like)
+        for n, row in enumerate(step.tolist()):
+            words = rng + torch.tensor([0, row, n], device=rng.device)
+            self.run.philox_normal_(noise[n : n + 1], words)
+        return noise
+
+    def indices(self, seed: int, end: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        samples = _shape(self.layout)[0]
+        return torch.randint(end, (samples,), generator=generator).to(self.device)
+
+
+def _shape(layout: str) -> tuple[int, ...]:
+    if layout == "empty":
+        return (0, 3, 8, 8)
+    return (3, 5, 7, 9) if layout == "odd" else (4, 4, 8, 8)
+
+
+# What an operator is run and judged by: (outputs, float64 oracles, sums of absolute terms).
+_Results = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
+
+def _q_sample(case: _Case, schedule: NoiseSchedule) -> _Results:
+    x0, noise = case.tensor(0), case.tensor(1)
+    t = case.indices(2, schedule.T)
+    x_t = case.run.q_sample(x0, t, noise, schedule.q_sample_coefs(case.device, case.arithmetic))
+    return _judged_q_sample([x_t], x0, t, noise, schedule)
+
+
+def _judged_q_sample(
+    outputs: list[Tensor], x0: Tensor, t: Tensor, noise: Tensor, schedule: NoiseSchedule
+) -> _Results:
+    coefs = schedule.q_sample_coefs("cpu", torch.float64)
+    x0, t, noise = x0.double().cpu(), t.cpu(), noise.double().cpu()
+    oracle = reference.q_sample(x0, t, noise, coefs)
+    return outputs, [oracle], [reference.q_sample(x0.abs(), t, noise.abs(), coefs)]
+
+
+def _q_sample_philox(case: _Case, schedule: NoiseSchedule) -> _Results:
+    x0, t = case.tensor(0), case.indices(2, schedule.T)
+    coefs = schedule.q_sample_coefs(case.device, case.arithmetic)
+    rng = philox_rng(1 << 63, STREAM_TRAINING, 1 << 40, case.device)
+    x_t, noise = case.run.q_sample_philox(x0, t, coefs, rng)
+    outputs, oracles, sums = _judged_q_sample([x_t], x0, t, noise, schedule)
+    return (
+        [*outputs, noise],
+        [*oracles, _normals(noise, rng)],
+        [*sums, _normal_sum(noise, case.arithmetic)],
+    )
+
+
+def _philox_normal(case: _Case, schedule: NoiseSchedule) -> _Results:
+    out = torch.full_like(case.tensor(0, written=True), float("nan"))
+    rng = philox_rng(7, STREAM_STEPS, 3, case.device)
+    case.run.philox_normal_(out, rng)
+    return [out], [_normals(out, rng)], [_normal_sum(out, case.arithmetic)]
+
+
+def _normals(like: Tensor, rng: Tensor) -> Tensor:
+    seed, stream, first = rng.cpu().unbind()
+    return reference.normals(like.cpu(), seed, stream.expand(like.shape[0]), first).double()
+
+
+def _normal_sum(like: Tensor, arithmetic: torch.dtype) -> Tensor:
+    """What makes the bound NORMAL_ERROR: normals are float32 numbers in every dtype."""
+    epsilon = torch.finfo(arithmetic).eps
+    return torch.full(like.shape, NORMAL_ERROR / (ROUNDINGS * epsilon), dtype=torch.float64)
+
+
+def _q_posterior(case: _Case, schedule: NoiseSchedule) -> _Results:
+    x0, x_t, t = case.tensor(0), case.tensor(1), case.indices(2, schedule.T)
+    outputs = case.run.q_posterior(
+        x0, x_t, t, schedule.q_posterior_coefs(case.device, case.arithmetic)
+    )
+    coefs = schedule.q_posterior_coefs("cpu", torch.float64)
+    x0, x_t, t = x0.double().cpu(), x_t.double().cpu(), t.cpu()
+    oracles = reference.q_posterior(x0, x_t, t, coefs)
+    terms = reference.q_posterior(x0.abs(), x_t.abs(), t, coefs)
+    return list(outputs), list(oracles), [term.abs() for term in terms]
+
+
+def _reverse_step(table: StepTable, made: bool) -> Callable[[_Case, NoiseSchedule], _Results]:
+    def run(case: _Case, schedule: NoiseSchedule) -> _Results:
+        state = case.arithmetic
+        x = case.tensor(0, state, written=True)
+        out, noise = case.tensor(1), case.tensor(2, state)
+        step = case.indices(3, table.steps)
+        rng = philox_rng(11, STREAM_STEPS, 5, case.device)
+        model_input = torch.full_like(x, float("nan"), dtype=case.dtype)
+        pred_x0 = torch.full_like(x, float("nan"))
+        before = x.clone()
+        given = None if made or not table.uses_noise else noise
+        rows, _ = table.to(case.device, state)
+        flags = int(table.flags)
+        words = rng if made else None
+        case.run.reverse_step_(x, out, rows, step, given, words, model_input, pred_x0, flags)
+        if made:
+            given = case.made_noise(before, step, rng)
+        return _judged_step([x, model_input, pred_x0], before, out, table, step, given)
+
+    return run
+
+
+def _judged_step(
+    outputs: list[Tensor],
+    x: Tensor,
+    out: Tensor,
+    table: StepTable,
+    step: Tensor,
+    noise: Tensor | None,
+) -> _Results:
+    rows, _ = table.to("cpu", torch.float64)
+    x, out, step = x.double().cpu(), out.double().cpu(), step.cpu()
+    noise = None if noise is None else noise.double().cpu()
+    row = rows.index_select(0, step).abs()
+
+    def term(name: str, values: Tensor) -> Tensor:
+        return per_sample(row[:, column(name)], x) * values.abs()
+
+    x0_sum = term("P", x) + term("Q", out)
+    next_sum = term("Xx", x) + term("Xx0", x0_sum) + term("Xo", out)
+    if noise is not None:
+        next_sum = next_sum + term("S", noise)
+    pred_x0 = torch.zeros_like(x)
+    reference.reverse_step_(x, out, rows, step, noise, None, None, pred_x0, int(table.flags))
+    return outputs, [x, x, pred_x0], [next_sum, next_sum, x0_sum]
+
+
+def _operators() -> Iterator[tuple[str, Callable[[_Case, NoiseSchedule], _Results]]]:
+    schedule = NoiseSchedule.linear()
+    ddpm = StepTable.ddpm(schedule)
+    yield "q_sample", _q_sample
+    yield "q_sample_philox", _q_sample_philox
+    yield "q_posterior", _q_posterior
+    yield "philox_normal", _philox_normal
+    yield "reverse_step ddpm, noise given", _reverse_step(ddpm, made=False)
+    yield "reverse_step ddpm, noise made", _reverse_step(ddpm, made=True)
+    yield "reverse_step ddpm, no clip", _reverse_step(StepTable.ddpm(schedule, clip=None), False)
+    raw = StepTable.ddim(schedule, 50, rederive_epsilon=False)
+    yield "reverse_step ddim, raw epsilon", _reverse_step(raw, made=False)
+
+
+def verify(backends: tuple[str, ...] | None = None) -> tuple[list[Check], dict[str, str]]:
+    """Run every operator on every backend, dtype and layout.
+
+    backends: those to run, all of them by default. Returns the checks, and for each backend that
+    cannot run here the reason with what to do.
+    Raises ValueError for an unknown backend.
+    """
+    checks: list[Check] = []
+    skipped: dict[str, str] = {}
+    for backend in BACKENDS if backends is None else backends:
+        if backend not in BACKENDS:
+            raise ValueError(f"backends must be of {', '.join(BACKENDS)}; got {backend!r}")
+        devices = [d for d in map(torch.device, ("cuda", "cpu")) if why_not(backend, d) is None]
+        if backend == "reference" and not torch.cuda.is_available():
+            devices = [torch.device("cpu")]
+        if not devices:
+            wanted = torch.device("cpu" if backend == "cpu" else "cuda")
+            skipped[backend] = str(why_not(backend, wanted))
+        for device in devices[:1]:
+            for dtype in DTYPES[backend]:
+                run = implementation(backend, device, dtype)
+                checks += _verify_backend(run, device, dtype)
+    return checks, skipped
+
+
+def _verify_backend(
+    run: Implementation, device: torch.device, dtype: torch.dtype
+) -> Iterator[Check]:
+    schedule = NoiseSchedule.linear()
+    compares = run.backend in ("triton", "cuda") and why_not("cpu", torch.device("cpu")) is None
+    for op, operate in _operators():
+        for layout in LAYOUTS:
+            outputs, oracles, sums = operate(_Case(run, dtype, layout, device), schedule)
+            twins = None
+            if compares:
+                cpu = torch.device("cpu")
+                twin = _Case(implementation("cpu", cpu, dtype), dtype, layout, cpu)
+                twins, _, _ = operate(twin, schedule)
+            yield _check(op, run.backend, device, dtype, layout, outputs, oracles, sums, twins)
+
+
+def _check(
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: str,
+    outputs: list[Tensor],
+    oracles: list[Tensor],
+    sums: list[Tensor],
+    twins: list[Tensor] | None,
+) -> Check:
+    error = ratio = 0.0
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    for output, oracle, total in zip(outputs, oracles, sums, strict=True):
+        if output.numel() == 0:
+            continue
+        rounding = ROUNDINGS * torch.finfo(arithmetic).eps * total
+        to_output = torch.finfo(output.dtype).eps * oracle.abs() + torch.finfo(output.dtype).tiny
+        miss = (output.double().cpu() - oracle).abs()
+        relative = miss / (rounding + to_output)
+        error = max(error, _largest(miss))
+        ratio = max(ratio, _largest(relative))
+    same = None
+    if twins is not None:
+        same = all(torch.equal(a.cpu(), b) for a, b in zip(outputs, twins, strict=True))
+    name = str(dtype).removeprefix("torch.")
+    ok = ratio <= 1 and same is not False
+    return Check(op, backend, device.type, name, layout, error, ratio, same, ok)
+
+
+def _largest(values: Tensor) -> float:
+    """The largest value, infinite where one is NaN: a NaN is a miss."""
+    return float(values.nan_to_num(nan=float("inf")).max())
+
+
+def as_table(checks: list[Check], skipped: dict[str, str]) -> str:
+    """The checks as text: one line for each operator, backend and dtype, layouts together."""
+    lines = [f"{'operator':<31}{'backend':<11}{'dtype':<10}{'error':>9}{'of bound':>10}  bits  "]
+    groups: dict[tuple[str, str, str, str], list[Check]] = {}
+    for check in checks:
+        groups.setdefault((check.backend, check.device, check.op, check.dtype), []).append(check)
+    for (backend, _, op, dtype), group in groups.items():
+        bits = {c.same_bits_as_cpu for c in group}
+        missed = [c.layout for c in group if not c.ok]
+        same = "" if bits == {None} else "same" if bits <= {True, None} else "DIFFER"
+        verdict = f"MISS: {', '.join(missed)}" if missed else "ok"
+        error, ratio = max(c.error for c in group), max(c.ratio for c in group)
+        lines.append(
+            f"{op:<31}{backend:<11}{dtype:<10}{error:>9.1e} {ratio:>9.2f}  {same:<6}{verdict}"
+        )
+    lines += [f"{backend}: not run: {reason}" for backend, reason in skipped.items()]
+    bad = sum(not c.ok for c in checks)
+    lines.append(f"{len(checks)} checks over layouts {', '.join(LAYOUTS)}; {bad} missed")
+    return "\n".join(lines)
