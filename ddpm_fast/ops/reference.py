@@ -94,8 +94,8 @@ def normals(like: Tensor, seed: Tensor, stream: Tensor, first_sample: Tensor) ->
     """float32 normals of the shape of ``like`` [N, C, ...]; ``stream`` int64 [N].
 
     Word r, rounded to float32, becomes u = r 2^-32 + 2^-33, rounded again; the rest (Box and Muller
-    1958) is evaluated in float64 and rounded once. Element (c, s) of a sample, s its position in space, is number
-    s C + c, and lane number % 4 of block number // 4.
+    1958) is evaluated in float64 and rounded once. Element (c, s) of a sample, s its position in
+    space, is number s C + c, and lane number % 4 of block number // 4.
     """
     samples, device = like.shape[0], like.device
     channels = like.shape[1] if like.ndim > 1 else 1
