@@ -1,0 +1,120 @@
+"""What the sampling loop costs beyond the network: a chain beside as many bare forwards.
+
+    python benchmarks/loop.py [--device cpu|cuda] [--out FILE]
+
+On a GPU both are CUDA graphs, and the chain with an identity model shows the loop alone.
+`of_network` is the time of a step over that of the network's forward in the same run. Writes
+benchmarks/results/loop_<device>.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import ddpm_fast
+from _results import RESULTS, metadata, write_csv
+from _timing import Case, interleaved, quantiles
+from ddpm_fast import NoiseSchedule, Sampler, StepTable, UNet, UNetConfig
+from ddpm_fast.graph import GraphedStep
+
+TRIANGLES = Path(ddpm_fast.__file__).parent / "assets" / "triangles"
+CIFAR = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "norm_eps": 1e-6,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "sample_size": 32,
+}
+
+
+class Identity(nn.Module):
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def networks(device: torch.device) -> dict[str, tuple[nn.Module, tuple[int, ...], list[int]]]:
+    """Name -> (model in the dtype it runs in, sample shape, batches)."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    triangles = ddpm_fast.load(TRIANGLES).unet.to(device, dtype)
+    found: dict[str, tuple[nn.Module, tuple[int, ...], list[int]]] = {
+        "identity": (Identity(), (3, 32, 32), [1, 64]),
+        "triangles": (triangles, (1, 32, 32), [64]),
+    }
+    if device.type == "cuda":
+        cifar = UNet(UNetConfig(**CIFAR)).eval().to(device, dtype)
+        found["cifar32"] = (cifar, (3, 32, 32), [1, 64, 512])
+    return found
+
+
+def cases_of(
+    model: nn.Module, shape: tuple[int, ...], batch: int, device: torch.device, steps: int
+) -> dict[str, Case]:
+    table = StepTable.ddpm(NoiseSchedule.linear(), steps=steps)
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    sampler = Sampler(model, table, shape, micro_batch=batch, device=device, dtype=dtype)
+    x = torch.randn((batch, *shape), device=device, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last)
+    t = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(x, t)
+
+    run = GraphedStep(forward, t.zero_, device) if device.type == "cuda" else forward
+
+    def forwards() -> None:
+        for _ in range(steps):
+            run()
+
+    return {
+        "step of the sampler": lambda: sampler.sample(batch, progress=False),
+        "network": forwards,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=None, help="default: 200 on a GPU, else 5")
+    parser.add_argument("--out", default=None)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    steps = args.steps or (200 if device.type == "cuda" else 5)
+    facts = metadata()
+    rows: list[dict[str, object]] = []
+    for name, (model, shape, batches) in networks(device).items():
+        for batch in batches:
+            cases = cases_of(model, shape, batch, device, steps)
+            times = interleaved(cases, device, args.rounds)
+            network = statistics.median(times["network"])
+            for case, seconds in times.items():
+                per_step = {key: round(us / steps, 3) for key, us in quantiles(seconds).items()}
+                row = {"network": name, "batch": batch, "case": case, "steps": steps}
+                ratio = round(statistics.median(seconds) / network, 4) if name != "identity" else ""
+                rows.append(
+                    facts | row | {"rounds": args.rounds} | per_step | {"of_network": ratio}
+                )
+                print(
+                    f"{name:<11}{batch:>4}  {case:<22}"
+                    f"{per_step['p50_us']:>12.2f} us a step  {ratio}"
+                )
+    path = args.out or RESULTS / f"loop_{device.type}.csv"
+    write_csv(path, rows)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
