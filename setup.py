@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80;86;89;90a+PTX"
 # The LibTorch stable ABI of torch 2.10: one build serves that torch and every later one.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-CXX_FLAGS = ["-O3", "-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden"]
+CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-fvisibility=hidden"]
 # No contraction: an fma is one where it is written, and nowhere else.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
