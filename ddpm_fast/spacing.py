@@ -1,0 +1,115 @@
+"""Which timesteps of a schedule a chain visits, and the checks of its numbers."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from torch import Tensor
+
+SPACINGS = ("linspace", "leading", "trailing", "quad")
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """Return value as an int in [low, high].
+
+    Raises TypeError, ValueError naming the argument; a bool or a float is no integer.
+    """
+    accepted = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        got = f"{value!r} ({type(value).__name__})"
+        raise TypeError(f"{name} must be {accepted}, got {got}") from None
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name} must be {accepted}, got {number}")
+    return number
+
+
+def check_real(name: str, value: object, low: float, high: float, closed: str) -> float:
+    """Return value as a float between low and high; closed is "[]", "(]", "[)" or "()".
+
+    Raises TypeError, ValueError naming the argument; a bool is no number, NaN is in no interval.
+    """
+    accepted = f"a number in {closed[0]}{low:g}, {high:g}{closed[1]}"
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {accepted}, got {value!r} ({type(value).__name__})")
+    number = float(value)
+    above = number >= low if closed[0] == "[" else number > low
+    below = number <= high if closed[1] == "]" else number < high
+    if not (above and below):
+        raise ValueError(f"{name} must be {accepted}, got {number}")
+    return number
+
+
+def timesteps(
+    T: int, steps: int | None = None, spacing: str | Sequence[int] = "linspace"
+) -> list[int]:
+    """Timesteps of a chain, descending, each in 0..T-1 (index t is step t+1 of the papers).
+
+    T: length of the schedule, at least 1.
+    steps: how many, 1..T; None for all T, whatever named spacing is given.
+    spacing: "linspace" (both ends included; a single step is t = 0), "leading" (multiples of
+    T // steps from 0), "trailing" (back from T - 1 in strides of T / steps), the three of Table 2,
+    Lin et al. 2023, rounded as diffusers rounds them; "quad" (squares up to 0.8 T, Song et al.
+    2020, Appendix D.2, rounded down); or the timesteps themselves, strictly ascending or
+    descending.
+
+    Raises TypeError for a T, steps or listed timestep that is no integer; ValueError for one out
+    of range, an unknown name, a listed timestep that is repeated or out of order, a steps that is
+    not the length of the list, and a quad spacing so dense that it repeats a timestep.
+    """
+    T = check_int("T", T, 1)
+    if steps is not None:
+        steps = check_int("steps", steps, 1, T)
+    if not isinstance(spacing, str):
+        return _listed(T, steps, spacing)
+    if spacing not in SPACINGS:
+        raise ValueError(
+            f"spacing must be one of {', '.join(SPACINGS)} or a list of timesteps; got {spacing!r}"
+        )
+    if steps is None:
+        return list(range(T - 1, -1, -1))
+    chosen: np.ndarray
+    if spacing == "linspace":
+        chosen = np.linspace(0, T - 1, steps).round()[::-1]
+    elif spacing == "leading":
+        chosen = np.arange(steps)[::-1] * (T // steps)
+    elif spacing == "trailing":
+        # The stride may round so that arange reaches one value too many, at 0.
+        chosen = np.arange(T, 0, -T / steps).round()[:steps] - 1
+    else:
+        chosen = np.floor(np.linspace(0, np.sqrt(0.8 * T), steps) ** 2)[::-1]
+        if len(set(chosen.tolist())) < steps:
+            raise ValueError(
+                f"spacing 'quad' repeats timesteps at steps={steps}, T={T}; use fewer steps"
+            )
+    return [int(t) for t in chosen]
+
+
+def _listed(T: int, steps: int | None, spacing: Sequence[int]) -> list[int]:
+    """Check a list of timesteps and sort it descending."""
+    try:
+        values = spacing.tolist() if isinstance(spacing, np.ndarray | Tensor) else list(spacing)
+    except TypeError:
+        raise TypeError(
+            f"spacing must be a name or a list of timesteps, got {type(spacing).__name__}"
+        ) from None
+    if not isinstance(values, list) or not values:
+        raise ValueError("spacing: a list of timesteps must have one axis and at least one element")
+    values = [check_int(f"spacing[{i}]", t, 0, T - 1) for i, t in enumerate(values)]
+    if values[0] < values[-1]:
+        values.reverse()
+    if any(a <= b for a, b in pairwise(values)):
+        raise ValueError("spacing: listed timesteps must be strictly ascending or descending")
+    if steps is not None and steps != len(values):
+        raise ValueError(
+            f"steps must be None or the number of timesteps listed in spacing, {len(values)}; "
+            f"got {steps}"
+        )
+    return values
