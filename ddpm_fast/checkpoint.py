@@ -1,0 +1,310 @@
+"""Checkpoints on disk: a diffusers pipeline folder, read and written.
+
+    model_index.json
+    unet/config.json, unet/diffusion_pytorch_model.safetensors
+    scheduler/scheduler_config.json
+
+Files of `unet` and `scheduler` may also lie in the folder itself, as in google/ddpm-cifar10-32.
+Weights are read from safetensors alone: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from ddpm_fast.scheduler_config import SchedulerOptions, describe_schedule, parse_scheduler
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.unet import UNet, UNetConfig
+from ddpm_fast.unet.weights import read_unet, write_weights
+
+INDEX = "model_index.json"
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SCHEDULER = "scheduler_config.json"
+
+_PIPELINES = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_OWN_FILES = {
+    *(INDEX, CONFIG, WEIGHTS, SCHEDULER),
+    *(f"unet/{CONFIG}", f"unet/{WEIGHTS}", f"scheduler/{SCHEDULER}"),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as `load` finds it on disk.
+
+    unet: in eval mode, channels_last.
+    schedule, prediction, variance, clip, spacing, thresholding, steps_offset: see
+        `SchedulerOptions`; None (False, 0) for a folder that holds a U-Net alone.
+    scheduler_config: scheduler_config.json as read; None for a U-Net alone.
+    sample_shape: (C, H, W) of an image; None where the U-Net's config has no sample_size.
+    """
+
+    unet: UNet
+    schedule: NoiseSchedule | None
+    prediction: str | None
+    variance: str | None
+    clip: float | None
+    spacing: str | None
+    thresholding: bool
+    steps_offset: int
+    scheduler_config: dict[str, Any] | None
+    sample_shape: tuple[int, int, int] | None
+
+
+def load(
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Checkpoint:
+    """Read a checkpoint from a diffusers pipeline folder, or from a folder with a U-Net alone.
+
+    A U-Net alone (config.json and weights, no model_index.json) comes without a schedule, unless
+    scheduler_config.json lies beside it. `dtype` is float32 (the default), float16, bfloat16 or
+    float64, and `device` the CPU by default. Nothing is downloaded.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is corrupt, truncated, of another kind, or does not fit the others, or
+            the dtype is none of the four; the message names the file and what is wrong.
+    """
+    folder = Path(folder)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    if folder.is_file():
+        _refuse_file(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such checkpoint folder", str(folder))
+
+    index = folder / INDEX
+    if index.exists():
+        _check_index(index)
+    config_path = _locate(folder, "unet", CONFIG)
+    raw = _read_json(config_path)
+    if raw.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise ValueError(f"{config_path}: expected a UNet2DModel, found {raw['_class_name']!r}")
+    try:
+        config = UNetConfig.from_dict(raw)
+    except ValueError as error:
+        raise ValueError(f"{config_path}: {error}") from error
+
+    options, scheduler = _read_scheduler(folder, required=index.exists())
+    weights = _locate(folder, "unet", WEIGHTS)
+    unet = read_unet(config, weights, dtype or torch.float32, device or "cpu")
+    return Checkpoint(
+        unet=unet,
+        schedule=options.schedule if options else None,
+        prediction=options.prediction if options else None,
+        variance=options.variance if options else None,
+        clip=options.clip if options else None,
+        spacing=options.spacing if options else None,
+        thresholding=options.thresholding if options else False,
+        steps_offset=options.steps_offset if options else 0,
+        scheduler_config=scheduler,
+        sample_shape=config.sample_shape,
+    )
+
+
+def _refuse_file(path: Path) -> NoReturn:
+    kind = "a pickle, which is never loaded" if path.suffix in _PICKLES else "a file"
+    raise ValueError(f"{path}: is {kind}; expected a folder with {INDEX} or {CONFIG}")
+
+
+def _locate(folder: Path, part: str, name: str) -> Path:
+    """`folder/part/name`, or `folder/name` where there is no folder `part`."""
+    home = folder / part if (folder / part).is_dir() else folder
+    path = home / name
+    if not path.is_file():
+        pickles = sorted(p.name for p in home.iterdir() if p.suffix in _PICKLES)
+        held = f" (there is {', '.join(pickles)}: pickles are never loaded)" if pickles else ""
+        raise FileNotFoundError(errno.ENOENT, f"checkpoint file is missing{held}", str(path))
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _check_index(path: Path) -> None:
+    index = _read_json(path)
+    if index.get("_class_name") not in _PIPELINES.values():
+        accepted = " or ".join(_PIPELINES.values())
+        raise ValueError(f"{path}: expected a {accepted}, found {index.get('_class_name')!r}")
+    for part, kinds in (("unet", ("UNet2DModel",)), ("scheduler", tuple(_PIPELINES))):
+        entry = index.get(part)
+        if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in kinds:
+            raise ValueError(f"{path}: {part} is {entry!r}, expected {' or '.join(kinds)}")
+
+
+def _read_scheduler(
+    folder: Path, *, required: bool
+) -> tuple[SchedulerOptions | None, dict[str, Any] | None]:
+    try:
+        path = _locate(folder, "scheduler", SCHEDULER)
+    except FileNotFoundError:
+        if required:
+            raise
+        return None, None
+    raw = _read_json(path)
+    try:
+        return parse_scheduler(raw), raw
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def save(
+    folder: str | os.PathLike[str],
+    unet: UNet,
+    schedule: NoiseSchedule | None = None,
+    *,
+    prediction: str = "epsilon",
+    variance: str = "posterior",
+    clip: float | None = 1.0,
+    spacing: str = "leading",
+    scheduler_config: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint that `load` and diffusers' from_pretrained read; returns the folder.
+
+    The scheduler is described either by `schedule` and the four options after it, or by
+    `scheduler_config` verbatim (what `Checkpoint.scheduler_config` holds). With neither, the
+    folder holds the U-Net alone and is one for diffusers' UNet2DModel.from_pretrained.
+    Weights keep their dtype.
+
+    All is written and flushed to a folder beside the target, which then takes its name; after an
+    error the target is as it was and nothing else is left. With `overwrite` an existing
+    checkpoint is replaced as a whole.
+
+    Raises:
+        TypeError: `unet` or `schedule` is something else.
+        ValueError: both ways of describing the scheduler at once, an option that is not accepted,
+            or weights that are not finite.
+        FileExistsError: the folder exists and `overwrite` is False, or it holds files that are
+            not part of a checkpoint, which would be lost.
+        OSError: the folder cannot be written; the message has the path and the reason.
+    """
+    if not isinstance(unet, UNet):
+        raise TypeError(f"unet: expected a UNet, got {type(unet).__name__}")
+    if schedule is not None:
+        if scheduler_config is not None:
+            raise ValueError("scheduler_config: give either it or schedule, not both")
+        scheduler_config = describe_schedule(
+            schedule, prediction=prediction, variance=variance, clip=clip, spacing=spacing
+        )
+    documents: dict[str, Mapping[str, Any]] = {
+        CONFIG: {"_class_name": "UNet2DModel", **unet.config.to_dict()}
+    }
+    weights = WEIGHTS
+    if scheduler_config is not None:
+        scheduler = {"_class_name": "DDPMScheduler", **scheduler_config}
+        parse_scheduler(scheduler)
+        kind = scheduler["_class_name"]
+        weights = f"unet/{WEIGHTS}"
+        documents = {
+            f"unet/{CONFIG}": documents[CONFIG],
+            f"scheduler/{SCHEDULER}": scheduler,
+            INDEX: {
+                "_class_name": _PIPELINES[kind],
+                "scheduler": ["diffusers", kind],
+                "unet": ["diffusers", "UNet2DModel"],
+            },
+        }
+
+    target = Path(folder).resolve()
+    _check_target(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        token = secrets.token_hex(4)
+        temporary = target.with_name(f".{target.name}.{token}.tmp")
+        temporary.mkdir()
+        try:
+            for name, document in documents.items():
+                _write_json(temporary / name, document)
+            write_weights(unet, temporary / weights)
+            # The safetensors library makes its file readable by the owner alone.
+            mode = (temporary / weights).with_name(CONFIG).stat().st_mode
+            (temporary / weights).chmod(mode & 0o777)
+            for path in (temporary / weights, *_folders(temporary)):
+                _flush(path)
+            _install(temporary, target, target.with_name(f".{target.name}.{token}.old"))
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        reason = f"checkpoint cannot be saved: {error.strerror or error}"
+        raise OSError(error.errno or errno.EIO, reason, str(target)) from error
+    return Path(folder)
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        reason = "checkpoint folder exists; pass overwrite=True to replace it"
+        raise FileExistsError(errno.EEXIST, reason, str(target))
+    if not target.is_dir():
+        raise FileExistsError(errno.EEXIST, "a file has the checkpoint's name", str(target))
+    held = (path for path in target.rglob("*") if not path.is_dir())
+    others = sorted(str(path.relative_to(target)) for path in held)
+    others = [name for name in others if name not in _OWN_FILES]
+    if others:
+        reason = f"folder holds files that are not part of a checkpoint ({', '.join(others[:3])})"
+        raise FileExistsError(errno.EEXIST, reason, str(target))
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=2, sort_keys=True, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _folders(root: Path) -> list[Path]:
+    return [path for path in root.iterdir() if path.is_dir()] + [root]
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _install(temporary: Path, target: Path, aside: Path) -> None:
+    """Give `temporary` the name `target`; what had it steps aside first and is then removed."""
+    replaces = target.exists()
+    if replaces:
+        target.rename(aside)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        if replaces:
+            aside.rename(target)
+        raise
+    _flush(target.parent)
+    if replaces:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,216 @@
+"""The options of the U-Net, under the names diffusers' UNet2DModel gives them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "time_embedding_type": ("positional",),
+    "mid_block_type": ("UNetMidBlock2D", None),
+    "downsample_padding": (0, 1),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
+    "act_fn": ("silu", "swish"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "class_embed_type": (None, "timestep", "identity"),
+}
+_POSITIVE_INTS = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
+_OPTIONAL_POSITIVE_INTS = (
+    "time_embedding_dim",
+    "attention_head_dim",
+    "attn_norm_num_groups",
+    "num_class_embeds",
+    "num_train_timesteps",
+)
+_BOOLS = ("center_input_sample", "flip_sin_to_cos", "add_attention")
+
+
+def _refuse(option: str, value: object, accepted: str) -> NoReturn:
+    raise ValueError(f"UNet option {option}={value!r} is not supported; accepted: {accepted}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Options of `UNet`; names, meanings and defaults are those of diffusers' UNet2DModel.
+
+    Sequences may be given as lists and are kept as tuples. `attention_head_dim` is the width of
+    a head (None: one head as wide as the level). `downsample_padding` 0 pads right and bottom
+    by one pixel, 1 pads all sides. `downsample_type` and `upsample_type` "resnet" act in the
+    attention blocks only, as in diffusers. `attn_norm_num_groups` sets the groups of the middle
+    block's attention norm; None leaves `norm_num_groups`, or no norm at all under
+    `resnet_time_scale_shift="scale_shift"`.
+
+    Raises:
+        ValueError: an option has a value that is not supported, or two options contradict each
+            other; the message names the option, the value and what is accepted.
+    """
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    center_input_sample: bool = False
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None
+    freq_shift: int = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple[str, ...] = (
+        "DownBlock2D",
+        "AttnDownBlock2D",
+        "AttnDownBlock2D",
+        "AttnDownBlock2D",
+    )
+    mid_block_type: str | None = "UNetMidBlock2D"
+    up_block_types: tuple[str, ...] = (
+        "AttnUpBlock2D",
+        "AttnUpBlock2D",
+        "AttnUpBlock2D",
+        "UpBlock2D",
+    )
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2
+    mid_block_scale_factor: float = 1
+    downsample_padding: int = 1
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    attention_head_dim: int | None = 8
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
+    add_attention: bool = True
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    num_train_timesteps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sample_size", "down_block_types", "up_block_types", "block_out_channels"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        self._check_scalars()
+        self._check_levels()
+
+    def _check_scalars(self) -> None:
+        for name, accepted in _CHOICES.items():
+            value = getattr(self, name)
+            if not any(value == one and type(value) is type(one) for one in accepted):
+                _refuse(name, value, ", ".join(map(repr, accepted)))
+        for name in _POSITIVE_INTS:
+            value = getattr(self, name)
+            if not _is_int(value) or value < 1:
+                _refuse(name, value, "an integer >= 1")
+        for name in _OPTIONAL_POSITIVE_INTS:
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                _refuse(name, value, "None or an integer >= 1")
+        for name in _BOOLS:
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                _refuse(name, value, "True or False")
+        size = self.sample_size
+        sides = size if isinstance(size, tuple) else () if size is None else (size, size)
+        if size is not None and (
+            len(sides) != 2 or not all(_is_int(side) and side >= 1 for side in sides)
+        ):
+            _refuse("sample_size", size, "None, an integer >= 1 or two of them (height, width)")
+        if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
+            _refuse("dropout", self.dropout, "a number in [0, 1)")
+        for name in ("norm_eps", "mid_block_scale_factor"):
+            value = getattr(self, name)
+            if not _is_finite(value) or value <= 0:
+                _refuse(name, value, "a finite number > 0")
+
+    def _check_levels(self) -> None:
+        channels = self.block_out_channels
+        if (
+            not isinstance(channels, tuple)
+            or not channels
+            or not all(_is_int(c) and c >= 1 and c % self.norm_num_groups == 0 for c in channels)
+        ):
+            _refuse(
+                "block_out_channels",
+                channels,
+                f"one or more multiples of norm_num_groups={self.norm_num_groups}",
+            )
+        for name, accepted in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            types = getattr(self, name)
+            if not isinstance(types, tuple) or any(kind not in accepted for kind in types):
+                _refuse(name, types, "a sequence of " + ", ".join(accepted))
+            if len(types) != len(channels):
+                _refuse(name, types, f"{len(channels)} entries, as many as block_out_channels")
+        if not _is_int(self.freq_shift) or not 0 <= self.freq_shift < max(1, channels[0] // 2):
+            _refuse("freq_shift", self.freq_shift, f"an integer in [0, {max(1, channels[0] // 2)})")
+        groups = self.attn_norm_num_groups
+        if groups is not None and channels[-1] % groups != 0:
+            _refuse("attn_norm_num_groups", groups, f"a divisor of {channels[-1]}")
+        head, attended = self.attention_head_dim, self._attended_channels()
+        if head is not None and attended and head > min(attended):
+            _refuse("attention_head_dim", head, f"at most {min(attended)}, the narrowest attention")
+
+    def _attended_channels(self) -> list[int]:
+        channels = self.block_out_channels
+        down = [
+            c
+            for c, kind in zip(channels, self.down_block_types, strict=True)
+            if kind.startswith("Attn")
+        ]
+        up = [
+            c
+            for c, kind in zip(reversed(channels), self.up_block_types, strict=True)
+            if kind.startswith("Attn")
+        ]
+        mid = [channels[-1]] if self.mid_block_type is not None and self.add_attention else []
+        return down + mid + up
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> UNetConfig:
+        """Options from a parsed unet/config.json; keys that start with "_" are ignored.
+
+        Raises:
+            ValueError: a key is not an option of the U-Net, or a value is not supported.
+        """
+        known = {field.name for field in fields(cls)}
+        given = {key: value for key, value in options.items() if not key.startswith("_")}
+        unknown = sorted(set(given) - known)
+        if unknown:
+            _refuse(unknown[0], given[unknown[0]], ", ".join(sorted(known)))
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON-ready values (tuples become lists), in declaration order."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of an input image; None without a sample_size."""
+        if self.sample_size is None:
+            return None
+        size = self.sample_size
+        return (self.in_channels, *(size if isinstance(size, tuple) else (size, size)))
+
+    @property
+    def time_channels(self) -> int:
+        """Width of the time embedding that the residual blocks see."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of an input are multiples of this: 2 to the number of halvings."""
+        return 2 ** (len(self.block_out_channels) - 1)
