@@ -159,6 +159,14 @@ class StepTable(Frozen):
         """Timesteps fed to the network, int64 [steps] on the CPU; a fresh copy."""
         return self._tables["timesteps"].clone()
 
+    def adds_noise(self, row: int) -> bool:
+        """Whether S != 0 in a row, 0..steps-1; a generator draws for these rows alone.
+
+        Raises TypeError, ValueError for a row that is no integer or out of range.
+        """
+        row = check_int("row", row, 0, self.steps - 1)
+        return bool(self._tables["rows"][row, column("S")] != 0)
+
     def to(
         self, device: str | torch.device, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
