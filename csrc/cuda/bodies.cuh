@@ -1,0 +1,306 @@
+// What one thread of each fused update does, and which variant serves given arguments.
+//
+// No CUDA header: the kernels call run_thread(), and so do the tests on the host. The arithmetic is
+// in core/updates.h. A thread loads everything, computes, and then stores, so that x may be updated
+// in place. A variant is where the noise comes from and a kind of tensor: PieceTensor where every
+// tensor comes in aligned fours, View where one does not.
+#pragma once
+
+#include <initializer_list>
+
+#include "core/args.h"
+#include "core/normal.h"
+#include "core/updates.h"
+#include "cuda/fours.cuh"
+
+namespace ddpm {
+
+enum class Noise { none, given, made };
+
+// A t outside the table reads its first or last row.
+DDPM_HD int64_t row_of(int64_t t, int64_t num_timesteps) {
+  t = t < num_timesteps ? t : num_timesteps - 1;
+  return t > 0 ? t : 0;
+}
+
+struct NoiseKey {
+  uint64_t seed, stream, first_sample;
+};
+
+DDPM_HD NoiseKey load_key(const int64_t* words) {
+  return {static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]),
+          static_cast<uint64_t>(words[2])};
+}
+
+// The normals of a thread's fours, of the stream `streams_on` after the key's.
+template <int kN>
+DDPM_HD void make_noise(const NoiseKey& key, int64_t streams_on, const Place& place,
+                        Four (&noise)[kN]) {
+  const uint32_t stream = static_cast<uint32_t>(key.stream + static_cast<uint64_t>(streams_on));
+  const uint64_t sample = key.first_sample + static_cast<uint64_t>(place.sample);
+  DDPM_UNROLL
+  for (int i = 0; i < kN; ++i) {
+    const Normal4 normals = normal4(place.four(i), stream, sample, key.seed);
+    DDPM_UNROLL
+    for (int j = 0; j < 4; ++j) noise[i].v[j] = normals.z[j];
+  }
+}
+
+template <Noise kNoise, class Tensor>
+struct QSample {
+  using Blocks = BlocksFor<Tensor>;
+
+  struct Params {
+    Grid grid;
+    Tensor x0, noise, x_t;
+    const int64_t* t;
+    int64_t t_stride;
+    const float* coefs;
+    int64_t num_timesteps;
+    const int64_t* words;
+  };
+
+  static Params params(const QSampleArgs& a) {
+    return {make_grid(a.samples, a.elements),
+            tensor_of<Tensor>(a.x0),
+            tensor_of<Tensor>(a.noise),
+            tensor_of<Tensor>(a.x_t),
+            a.t,
+            a.t_stride,
+            static_cast<const float*>(a.coefs),
+            a.num_timesteps,
+            a.rng.words};
+  }
+
+  static DDPM_HD void run(const Params& p, const Place& place) {
+    constexpr int kN = kFours<Tensor>;
+    Bits x0_bits[kN] = {}, noise_bits[kN] = {};
+    Four x0[kN], noise[kN], x_t[kN];
+    NoiseKey key{};
+    const int64_t t = p.t[place.sample * p.t_stride];
+    load(p.x0, p.grid, place, x0_bits);
+    if constexpr (kNoise == Noise::given) load(p.noise, p.grid, place, noise_bits);
+    if constexpr (kNoise == Noise::made) key = load_key(p.words);
+    const float* coefs = p.coefs + 2 * row_of(t, p.num_timesteps);
+    const float signal_scale = coefs[0], noise_scale = coefs[1];
+    convert(p.x0, x0_bits, x0);
+    if constexpr (kNoise == Noise::given) {
+      convert(p.noise, noise_bits, noise);
+    } else {
+      // x_t is made from the noise as it is returned: rounded to its type.
+      make_noise(key, 0, place, noise);
+      round_to(p.noise.dtype, noise);
+      store(p.noise, p.grid, place, noise);
+    }
+    DDPM_UNROLL
+    for (int i = 0; i < kN; ++i) {
+      DDPM_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        x_t[i].v[j] = q_sample(x0[i].v[j], noise[i].v[j], signal_scale, noise_scale);
+      }
+    }
+    store(p.x_t, p.grid, place, x_t);
+  }
+};
+
+template <Noise, class Tensor>
+struct QPosterior {
+  using Blocks = BlocksFor<Tensor>;
+
+  struct Params {
+    Grid grid;
+    Tensor x0, x_t, mean;
+    const int64_t* t;
+    int64_t t_stride;
+    const float* coefs;
+    int64_t num_timesteps;
+    float* variance;
+    float* log_variance;
+  };
+
+  static Params params(const QPosteriorArgs& a) {
+    return {make_grid(a.samples, a.elements),
+            tensor_of<Tensor>(a.x0),
+            tensor_of<Tensor>(a.x_t),
+            tensor_of<Tensor>(a.mean),
+            a.t,
+            a.t_stride,
+            static_cast<const float*>(a.coefs),
+            a.num_timesteps,
+            static_cast<float*>(a.variance),
+            static_cast<float*>(a.log_variance)};
+  }
+
+  static DDPM_HD void run(const Params& p, const Place& place) {
+    constexpr int kN = kFours<Tensor>;
+    Bits x0_bits[kN] = {}, x_t_bits[kN] = {};
+    Four x0[kN], x_t[kN], mean[kN];
+    const int64_t t = p.t[place.sample * p.t_stride];
+    load(p.x0, p.grid, place, x0_bits);
+    load(p.x_t, p.grid, place, x_t_bits);
+    const float* coefs = p.coefs + 4 * row_of(t, p.num_timesteps);
+    const float coef_x0 = coefs[0], coef_x_t = coefs[1];
+    if (place.first == 0) {
+      p.variance[place.sample] = coefs[2];
+      p.log_variance[place.sample] = coefs[3];
+    }
+    convert(p.x0, x0_bits, x0);
+    convert(p.x_t, x_t_bits, x_t);
+    DDPM_UNROLL
+    for (int i = 0; i < kN; ++i) {
+      DDPM_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        mean[i].v[j] = q_posterior_mean(x0[i].v[j], x_t[i].v[j], coef_x0, coef_x_t);
+      }
+    }
+    store(p.mean, p.grid, place, mean);
+  }
+};
+
+template <Noise kNoise, class Tensor>
+struct ReverseStep {
+  using Blocks = BlocksFor<Tensor>;
+
+  struct Params {
+    Grid grid;
+    Tensor x, out, noise, model_input, pred_x0;
+    const float* rows;
+    int64_t num_rows;
+    const int64_t* step;
+    int64_t step_stride;
+    int64_t flags;
+    const int64_t* words;
+  };
+
+  static Params params(const ReverseStepArgs& a) {
+    return {make_grid(a.samples, a.elements),
+            tensor_of<Tensor>(a.x),
+            tensor_of<Tensor>(a.out),
+            tensor_of<Tensor>(a.noise),
+            tensor_of<Tensor>(a.model_input),
+            tensor_of<Tensor>(a.pred_x0),
+            static_cast<const float*>(a.rows),
+            a.num_rows,
+            a.step,
+            a.step_stride,
+            a.flags,
+            a.rng.words};
+  }
+
+  static DDPM_HD void run(const Params& p, const Place& place) {
+    constexpr int kN = kFours<Tensor>;
+    Bits x_bits[kN] = {}, out_bits[kN] = {}, noise_bits[kN] = {};
+    Four x[kN], out[kN], noise[kN], x0[kN], next[kN];
+    NoiseKey key{};
+    const int64_t index = p.step[place.sample * p.step_stride];
+    load(p.x, p.grid, place, x_bits);
+    load(p.out, p.grid, place, out_bits);
+    if constexpr (kNoise == Noise::given) load(p.noise, p.grid, place, noise_bits);
+    if constexpr (kNoise == Noise::made) key = load_key(p.words);
+    if (index < 0 || index >= p.num_rows) return;
+    const Row<float> row = load_row(p.rows, index);
+    convert(p.x, x_bits, x);
+    convert(p.out, out_bits, out);
+    if constexpr (kNoise == Noise::given) convert(p.noise, noise_bits, noise);
+    if constexpr (kNoise == Noise::made) make_noise(key, index, place, noise);
+    DDPM_UNROLL
+    for (int i = 0; i < kN; ++i) {
+      DDPM_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const float o = out[i].v[j];
+        float v = predict_x0(x[i].v[j], o, row);
+        if (p.flags & kClip) v = clip(v, row.clip);
+        x0[i].v[j] = v;
+        v = p.flags & kRawOut ? step_mean<true>(x[i].v[j], v, o, row)
+                              : step_mean<false>(x[i].v[j], v, o, row);
+        if constexpr (kNoise != Noise::none) v = add_noise(v, noise[i].v[j], row);
+        next[i].v[j] = v;
+      }
+    }
+    store(p.x, p.grid, place, next);
+    if (p.pred_x0.data) store(p.pred_x0, p.grid, place, x0);
+    if (!p.model_input.data) return;
+    if (p.flags & kScaleIn) {
+      DDPM_UNROLL
+      for (int i = 0; i < kN; ++i) {
+        DDPM_UNROLL
+        for (float& v : next[i].v) v = row.Cin * v;
+      }
+    }
+    store(p.model_input, p.grid, place, next);
+  }
+};
+
+template <Noise, class Tensor>
+struct PhiloxNormal {
+  using Blocks = BlocksFor<Tensor>;
+
+  struct Params {
+    Grid grid;
+    Tensor out;
+    const int64_t* words;
+  };
+
+  static Params params(const PhiloxNormalArgs& a) {
+    return {make_grid(a.samples, a.elements), tensor_of<Tensor>(a.out), a.rng.words};
+  }
+
+  static DDPM_HD void run(const Params& p, const Place& place) {
+    Four noise[kFours<Tensor>];
+    make_noise(load_key(p.words), 0, place, noise);
+    store(p.out, p.grid, place, noise);
+  }
+};
+
+// What thread `thread` of a block does.
+template <class Variant>
+DDPM_HD void run_thread(const typename Variant::Params& params, const BlockIndex& block,
+                        uint32_t thread) {
+  const Place place = Variant::Blocks::place(params.grid, block, thread);
+  if (place.sample < params.grid.samples) Variant::run(params, place);
+}
+
+constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+
+// Calls launch(variant, params) for the kind of tensor that serves every view, and returns what it
+// returns.
+template <template <Noise, class> class Variant, Noise kNoise, class Args, class Launch>
+int choose(const Args& a, std::initializer_list<const View*> views, Launch launch) {
+  if (fours_of(a.elements) > kMaxFours) return kInvalidValue;
+  bool pieces = fours_of(a.elements) >= kThreads;
+  for (const View* view : views) {
+    if (view->data == nullptr) continue;
+    if (view->dtype == DType::f64) return kInvalidValue;
+    pieces = pieces && in_pieces(*view, a.samples, a.elements);
+  }
+  using Pieces = Variant<kNoise, PieceTensor>;
+  using Views = Variant<kNoise, View>;
+  return pieces ? launch(Pieces{}, Pieces::params(a)) : launch(Views{}, Views::params(a));
+}
+
+template <class Launch>
+int dispatch(const QSampleArgs& a, Launch launch) {
+  const auto views = {&a.x0, &a.noise, &a.x_t};
+  return a.rng.words ? choose<QSample, Noise::made>(a, views, launch)
+                     : choose<QSample, Noise::given>(a, views, launch);
+}
+
+template <class Launch>
+int dispatch(const QPosteriorArgs& a, Launch launch) {
+  return choose<QPosterior, Noise::none>(a, {&a.x0, &a.x_t, &a.mean}, launch);
+}
+
+template <class Launch>
+int dispatch(const ReverseStepArgs& a, Launch launch) {
+  const auto views = {&a.x, &a.out, &a.noise, &a.model_input, &a.pred_x0};
+  if (a.rng.words) return choose<ReverseStep, Noise::made>(a, views, launch);
+  return a.noise.data ? choose<ReverseStep, Noise::given>(a, views, launch)
+                      : choose<ReverseStep, Noise::none>(a, views, launch);
+}
+
+template <class Launch>
+int dispatch(const PhiloxNormalArgs& a, Launch launch) {
+  return choose<PhiloxNormal, Noise::made>(a, {&a.out}, launch);
+}
+
+}  // namespace ddpm

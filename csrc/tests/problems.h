@@ -1,0 +1,256 @@
+// Random problems for the four kernels: the tensors, the tables, and the arguments over them.
+//
+// A problem can be copied and run in several ways; every copy has its own memory.
+#pragma once
+
+#include <limits>
+
+#include "core/args.h"
+#include "core/row.h"
+#include "tests/tensors.h"
+
+namespace ddpm::test {
+
+// A table of numbers in the arithmetic's type.
+class Table {
+ public:
+  Table() = default;
+  Table(bool wide, std::vector<double> values) : wide_(wide), values_(std::move(values)) {
+    narrow_.assign(values_.begin(), values_.end());
+    if (!wide) values_.assign(narrow_.begin(), narrow_.end());
+  }
+  double operator[](int64_t i) const { return values_[static_cast<size_t>(i)]; }
+  const void* data() const {
+    return wide_ ? static_cast<const void*>(values_.data()) : narrow_.data();
+  }
+
+ private:
+  bool wide_ = false;
+  std::vector<double> values_;
+  std::vector<float> narrow_;
+};
+
+inline Table random_table(bool wide, int64_t count, Random& random) {
+  std::vector<double> values(static_cast<size_t>(count));
+  for (double& value : values) value = random.symmetric(1.5);
+  return Table(wide, values);
+}
+
+// What every problem has. `state` is the tensor that sets the type and the shape.
+struct Common {
+  Sizes sizes;
+  bool wide = false;  // float64 arithmetic
+  bool made = false;  // noise made in the kernel
+  WalkOrder order{};
+  std::vector<int64_t> index;  // t or step, with gaps between
+  int64_t index_stride = 1;
+  int64_t rows = 1;
+  int64_t words[3] = {};
+
+  int64_t samples() const { return sizes[0]; }
+  int64_t elements() const { return product(sizes, 1); }
+  int64_t index_of(int64_t sample) const {
+    return index[static_cast<size_t>(sample * index_stride)];
+  }
+  Rng rng() const { return {made ? words : nullptr}; }
+};
+
+struct Shape {
+  Sizes sizes;
+  const char* name;
+};
+
+inline const std::vector<Shape>& shapes() {
+  static const std::vector<Shape> all = {
+      {{5}, "one-element"},         {{2, 3, 2, 2}, "tiny"},        {{3, 1, 1, 1}, "ones"},
+      {{2, 3, 7, 7}, "odd-hw"},     {{4, 5}, "vectors"},           {{2, 2, 3, 4, 5}, "video"},
+      {{1, 2, 33, 31}, "odd"},      {{3, 4, 16, 16}, "one-block"}, {{2, 3, 16, 16}, "partial"},
+      {{2, 1, 23, 44}, "ragged"},   {{2, 3, 32, 32}, "cifar"},     {{1, 5, 21, 52}, "long"},
+      {{0, 3, 4, 4}, "no-samples"},
+  };
+  return all;
+}
+
+struct Choices {
+  const std::vector<Shape>* from = &shapes();
+  bool wide = false;
+  bool made = false;
+};
+
+inline DType random_dtype(const Choices& c, Random& random) {
+  return static_cast<DType>(random.below(c.wide ? 4 : 3));
+}
+
+inline TestTensor random_input(const Common& p, const Choices& c, Random& random) {
+  TestTensor tensor(random_dtype(c, random), p.sizes, kLayouts[random.below(8)], random);
+  tensor.fill(random, 2.0);
+  return tensor;
+}
+
+inline TestTensor random_output(const Common& p, DType dtype, Random& random) {
+  Layout layout = kLayouts[random.below(8)];
+  while (!writable(layout)) layout = kLayouts[random.below(8)];
+  TestTensor tensor(dtype, p.sizes, layout, random);
+  tensor.fill(random, 2.0);
+  return tensor;
+}
+
+inline Common random_common(const Choices& c, Random& random) {
+  Common p;
+  p.sizes =
+      (*c.from)[static_cast<size_t>(random.below(static_cast<int64_t>(c.from->size())))].sizes;
+  p.wide = c.wide;
+  p.made = c.made;
+  p.rows = 1 + random.below(6);
+  p.index_stride = random.below(3);
+  p.index.resize(static_cast<size_t>(p.samples() * p.index_stride + 1));
+  constexpr int64_t kFar[] = {-1, std::numeric_limits<int64_t>::min(),
+                              std::numeric_limits<int64_t>::max(), 1000};
+  for (int64_t& index : p.index) {
+    index = random.below(5) ? random.below(p.rows) : kFar[random.below(4)];
+  }
+  p.words[0] = static_cast<int64_t>(random.word());
+  p.words[1] = static_cast<int64_t>(random.word() >> 32);
+  p.words[2] = random.below(int64_t{1} << 40);
+  return p;
+}
+
+inline void set_order(Common& p, const TestTensor& state) {
+  const int ndim = state.ndim();
+  p.order = p.made ? channels_last_order(ndim)
+                   : memory_order(ndim, state.sizes().data(), state.strides().data());
+}
+
+inline DType random_state(const Choices& c, Random& random) {
+  return c.wide ? DType::f64 : static_cast<DType>(random.below(3));
+}
+
+struct QSampleProblem : Common {
+  using Args = QSampleArgs;
+  TestTensor x0, noise, x_t;
+  Table coefs;
+
+  QSampleProblem(const Choices& c, Random& random) : Common(random_common(c, random)) {
+    x0 = random_input(*this, c, random);
+    noise = made ? random_output(*this, random_dtype(c, random), random)
+                 : random_input(*this, c, random);
+    x_t = random_output(*this, random_state(c, random), random);
+    coefs = random_table(wide, 2 * rows, random);
+    set_order(*this, x_t);
+  }
+
+  Args args() const {
+    return {samples(),
+            elements(),
+            x0.view(order),
+            noise.view(order),
+            x_t.view(order),
+            index.data(),
+            index_stride,
+            coefs.data(),
+            rows,
+            rng()};
+  }
+  std::vector<const TestTensor*> outputs() const { return {&noise, &x_t}; }
+};
+
+struct QPosteriorProblem : Common {
+  using Args = QPosteriorArgs;
+  TestTensor x0, x_t, mean, variance, log_variance;
+  Table coefs;
+
+  QPosteriorProblem(const Choices& c, Random& random) : Common(random_common(c, random)) {
+    x0 = random_input(*this, c, random);
+    x_t = random_input(*this, c, random);
+    mean = random_output(*this, random_state(c, random), random);
+    const DType native = wide ? DType::f64 : DType::f32;
+    variance = TestTensor(native, {samples()}, Layout::contiguous, random);
+    log_variance = TestTensor(native, {samples()}, Layout::contiguous, random);
+    coefs = random_table(wide, 4 * rows, random);
+    set_order(*this, mean);
+  }
+
+  Args args() const {
+    const WalkOrder none{};
+    return {samples(),
+            elements(),
+            x0.view(order),
+            x_t.view(order),
+            mean.view(order),
+            index.data(),
+            index_stride,
+            coefs.data(),
+            rows,
+            variance.view(none).data,
+            log_variance.view(none).data};
+  }
+  std::vector<const TestTensor*> outputs() const { return {&mean, &variance, &log_variance}; }
+};
+
+struct ReverseStepProblem : Common {
+  using Args = ReverseStepArgs;
+  TestTensor x, out, noise, model_input, pred_x0;
+  Table table;
+  int64_t flags = 0;
+
+  ReverseStepProblem(const Choices& c, Random& random) : Common(random_common(c, random)) {
+    x = random_output(*this, random_state(c, random), random);
+    out = random_input(*this, c, random);
+    if (!made && random.coin()) noise = random_input(*this, c, random);
+    if (random.coin()) model_input = random_output(*this, random_dtype(c, random), random);
+    if (random.coin()) pred_x0 = random_output(*this, random_dtype(c, random), random);
+    std::vector<double> values(static_cast<size_t>(rows * kRowWidth));
+    for (double& value : values) value = random.symmetric(1.5);
+    for (int64_t row = 0; row < rows; ++row) {
+      double& clip = values[static_cast<size_t>(row * kRowWidth + kRow_clip)];
+      clip =
+          random.below(4) ? 0.2 + random.symmetric(0.1) : std::numeric_limits<double>::infinity();
+    }
+    table = Table(wide, values);
+    flags = random.below(kKnownFlags + 1);
+    set_order(*this, x);
+  }
+
+  Args args() const {
+    return {samples(),
+            elements(),
+            x.view(order),
+            out.view(order),
+            noise.view(order),
+            model_input.view(order),
+            pred_x0.view(order),
+            table.data(),
+            rows,
+            index.data(),
+            index_stride,
+            flags,
+            rng()};
+  }
+  std::vector<const TestTensor*> outputs() const { return {&x, &model_input, &pred_x0}; }
+  double column(int64_t row, RowColumn name) const { return table[row * kRowWidth + name]; }
+};
+
+struct PhiloxNormalProblem : Common {
+  using Args = PhiloxNormalArgs;
+  TestTensor out;
+
+  PhiloxNormalProblem(const Choices& c, Random& random) : Common(random_common(c, random)) {
+    made = true;
+    out = random_output(*this, random_dtype(c, random), random);
+    set_order(*this, out);
+  }
+
+  Args args() const { return {samples(), elements(), out.view(order), rng()}; }
+  std::vector<const TestTensor*> outputs() const { return {&out}; }
+};
+
+template <class Problem>
+bool same_outputs(const Problem& a, const Problem& b) {
+  const auto of_a = a.outputs(), of_b = b.outputs();
+  for (size_t i = 0; i < of_a.size(); ++i) {
+    if (!of_a[i]->same_memory(*of_b[i])) return false;
+  }
+  return true;
+}
+
+}  // namespace ddpm::test

@@ -1,0 +1,224 @@
+// The CPU kernels against the equations in double arithmetic, and every instruction set against
+// every other: the same bytes whatever the set and however the work is shared.
+#include <cmath>
+#include <sstream>
+
+#include "core/normal.h"
+#include "tests/check.h"
+#include "tests/nan_problem.h"
+#include "tests/run_cpu.h"
+
+namespace ddpm::test {
+namespace {
+
+constexpr int kTrials = 400;
+
+// A value of the equations, and the sum of the magnitudes of its terms.
+struct Sum {
+  double value = 0, magnitude = 0;
+
+  void add(double coefficient, double term) {
+    value += coefficient * term;
+    magnitude += std::fabs(coefficient * term);
+  }
+  void add(double coefficient, const Sum& term) {
+    value += coefficient * term.value;
+    magnitude += std::fabs(coefficient) * term.magnitude;
+  }
+};
+
+// Half a place of the type, and a few of the arithmetic's.
+bool close(double got, const Sum& expected, DType dtype, bool wide) {
+  double bound = expected.magnitude * (wide ? 0x1p-50 : 0x1p-21);
+  if (dtype == DType::f16) bound += std::fabs(expected.value) * 0x1p-11 + 0x1p-25;
+  if (dtype == DType::bf16) bound += std::fabs(expected.value) * 0x1p-8;
+  if (dtype == DType::f32) bound += std::fabs(expected.value) * 0x1p-24 + 0x1p-149;
+  return std::fabs(got - expected.value) <= bound;
+}
+
+int64_t clamped(int64_t t, int64_t rows) {
+  return t < 0 ? 0 : t < rows ? t : rows - 1;
+}
+
+// Channels-last: every spatial dimension, then the channel.
+int64_t number_of(const Sizes& index, const Sizes& sizes) {
+  int64_t number = 0;
+  for (size_t d = 2; d < index.size(); ++d) number = number * sizes[d] + index[d];
+  return index.size() > 1 ? number * sizes[1] + index[1] : 0;
+}
+
+double made_noise(const Common& p, const Sizes& index, int64_t stream) {
+  const int64_t number = number_of(index, p.sizes);
+  const Normal4 n =
+      normal4(static_cast<uint32_t>(number / 4), static_cast<uint32_t>(stream),
+              static_cast<uint64_t>(p.words[2] + index[0]), static_cast<uint64_t>(p.words[0]));
+  return static_cast<double>(n.z[number % 4]);
+}
+
+void check_outcome(const QSampleProblem& p, const QSampleProblem& before, const char* kernels) {
+  p.x_t.each([&](const Sizes& index) {
+    const int64_t row = 2 * clamped(p.index_of(index[0]), p.rows);
+    if (p.made) {
+      Sum noise;
+      noise.add(1, made_noise(p, index, p.words[1]));
+      CHECK(close(p.noise.get(index), noise, p.noise.dtype(), true), kernels, p.noise.get(index),
+            noise.value);
+    }
+    Sum x_t;
+    x_t.add(p.coefs[row], before.x0.get(index));
+    x_t.add(p.coefs[row + 1], p.noise.get(index));
+    CHECK(close(p.x_t.get(index), x_t, p.x_t.dtype(), p.wide), kernels, p.x_t.get(index), x_t.value,
+          name_of(p.x_t.dtype()));
+  });
+}
+
+void check_outcome(const QPosteriorProblem& p, const QPosteriorProblem& before,
+                   const char* kernels) {
+  p.mean.each([&](const Sizes& index) {
+    const int64_t row = 4 * clamped(p.index_of(index[0]), p.rows);
+    Sum mean;
+    mean.add(p.coefs[row], before.x0.get(index));
+    mean.add(p.coefs[row + 1], before.x_t.get(index));
+    CHECK(close(p.mean.get(index), mean, p.mean.dtype(), p.wide), kernels, p.mean.get(index),
+          mean.value);
+    CHECK(p.variance.get({index[0]}) == p.coefs[row + 2], kernels);
+    CHECK(p.log_variance.get({index[0]}) == p.coefs[row + 3], kernels);
+  });
+}
+
+void check_outcome(const ReverseStepProblem& p, const ReverseStepProblem& before,
+                   const char* kernels) {
+  p.x.each([&](const Sizes& index) {
+    const int64_t row = p.index_of(index[0]);
+    if (row < 0 || row >= p.rows) {
+      CHECK(p.x.get(index) == before.x.get(index), kernels, row);
+      return;
+    }
+    const double x = before.x.get(index), out = before.out.get(index);
+    Sum x0, next;
+    x0.add(p.column(row, kRow_P), x);
+    x0.add(p.column(row, kRow_Q), out);
+    if (p.flags & kClip) {
+      const double bound = p.column(row, kRow_clip);
+      x0.value = std::fmin(std::fmax(x0.value, -bound), bound);
+    }
+    next.add(p.column(row, kRow_Xx), x);
+    next.add(p.column(row, kRow_Xx0), x0);
+    if (p.flags & kRawOut) next.add(p.column(row, kRow_Xo), out);
+    if (p.made) next.add(p.column(row, kRow_S), made_noise(p, index, p.words[1] + row));
+    if (p.noise.exists()) next.add(p.column(row, kRow_S), before.noise.get(index));
+    CHECK(close(p.x.get(index), next, p.x.dtype(), p.wide), kernels, p.x.get(index), next.value,
+          name_of(p.x.dtype()));
+    if (p.pred_x0.exists()) {
+      CHECK(close(p.pred_x0.get(index), x0, p.pred_x0.dtype(), p.wide), kernels,
+            p.pred_x0.get(index), x0.value);
+    }
+    if (p.model_input.exists()) {
+      Sum input;
+      input.add(p.flags & kScaleIn ? p.column(row, kRow_Cin) : 1.0, next);
+      CHECK(close(p.model_input.get(index), input, p.model_input.dtype(), p.wide), kernels,
+            p.model_input.get(index), input.value);
+    }
+  });
+}
+
+void check_outcome(const PhiloxNormalProblem& p, const PhiloxNormalProblem&, const char* kernels) {
+  p.out.each([&](const Sizes& index) {
+    Sum noise;
+    noise.add(1, made_noise(p, index, p.words[1]));
+    CHECK(close(p.out.get(index), noise, p.out.dtype(), true), kernels, p.out.get(index),
+          noise.value);
+  });
+}
+
+std::vector<std::string> names() {
+  std::istringstream list(runnable_cpu_kernels());
+  std::vector<std::string> result;
+  for (std::string name; list >> name;) result.push_back(name);
+  return result;
+}
+
+template <class Problem>
+void against_the_equations() {
+  Random random(11);
+  for (int trial = 0; trial < kTrials; ++trial) {
+    Choices choices;
+    choices.wide = random.coin();
+    choices.made = random.coin();
+    const Problem before(choices, random);
+    CHECK(select_cpu_kernels("baseline"));
+    const Problem baseline(before);
+    run_cpu(baseline);
+    check_outcome(baseline, before, "baseline");
+    for (const std::string& name : names()) {
+      CHECK(select_cpu_kernels(name.c_str()), name);
+      const Problem other(before);
+      run_cpu(other, 1 + random.below(4));
+      CHECK(same_outputs(baseline, other), name, trial, before.elements());
+    }
+  }
+  select_cpu_kernels("auto");
+}
+
+// Normals from any first Philox block, of the same sample in any batch.
+void normals_do_not_depend_on_the_batch() {
+  static const std::vector<Shape> batch = {{{6, 3, 19, 37}, "batch"}};
+  static const std::vector<Shape> alone = {{{1, 3, 19, 37}, "alone"}};
+  Random random(12);
+  Choices choices;
+  choices.from = &batch;
+  PhiloxNormalProblem many(choices, random);
+  many.out = TestTensor(DType::f32, many.sizes, Layout::contiguous, random);
+  choices.from = &alone;
+  PhiloxNormalProblem one(choices, random);
+  one.out = TestTensor(DType::f32, one.sizes, Layout::channels_last, random);
+  for (const std::string& name : names()) {
+    CHECK(select_cpu_kernels(name.c_str()), name);
+    std::copy(many.words, many.words + 3, one.words);
+    one.words[2] += 4;
+    run_cpu(many, 5);
+    run_cpu(one);
+    one.out.each([&](Sizes index) {
+      const double value = one.out.get(index);
+      index[0] = 4;
+      CHECK(many.out.get(index) == value, name, value);
+    });
+  }
+  select_cpu_kernels("auto");
+}
+
+void nan_passes_the_clip() {
+  for (const std::string& name : names()) {
+    CHECK(select_cpu_kernels(name.c_str()), name);
+    for (bool wide : {false, true}) {
+      Random random(13);
+      const NanProblem problem(NanProblem::choices(wide), random);
+      run_cpu(problem);
+      problem.check_outcome(name.c_str());
+    }
+  }
+  select_cpu_kernels("auto");
+}
+
+void kernels_are_chosen_by_name() {
+  const std::vector<std::string> all = names();
+  CHECK(!all.empty() && all.front() == "baseline");
+  CHECK(!select_cpu_kernels("sse9"));
+  CHECK(select_cpu_kernels("auto") && cpu_kernels().name == all.back(), cpu_kernels().name);
+  for (const std::string& name : all) {
+    CHECK(select_cpu_kernels(name.c_str()) && cpu_kernels().name == name, name);
+  }
+  CHECK(!select_cpu_kernels("sse9") && cpu_kernels().name == all.back());
+  select_cpu_kernels("auto");
+}
+
+}  // namespace
+}  // namespace ddpm::test
+
+int main() {
+  using namespace ddpm::test;
+  return run(kernels_are_chosen_by_name, against_the_equations<QSampleProblem>,
+             against_the_equations<QPosteriorProblem>, against_the_equations<ReverseStepProblem>,
+             against_the_equations<PhiloxNormalProblem>, normals_do_not_depend_on_the_batch,
+             nan_passes_the_clip);
+}
