@@ -1,0 +1,145 @@
+"""``ddpm-fast noise``: one image noised under several schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ddpm_fast.images import prepare_folder, save_png, sheet
+from ddpm_fast.noise import STREAM_TRAINING, philox_normal
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.updates import q_sample
+
+T = 1000
+LARGEST = 128  # pixels of the longer side of an image that --size does not set
+
+# What may follow the name, in order; the first `needed` of them must.
+_ENDS = ("beta_start", "beta_end")
+_ARGUMENTS: dict[str, tuple[Callable[..., NoiseSchedule], tuple[str, ...], int]] = {
+    "linear": (NoiseSchedule.linear, _ENDS, 0),
+    "scaled_linear": (NoiseSchedule.scaled_linear, _ENDS, 0),
+    "cosine": (NoiseSchedule.cosine, ("s", "max_beta"), 0),
+    "sigmoid": (NoiseSchedule.sigmoid, _ENDS, 0),
+    "sigmoid_cumprod": (NoiseSchedule.sigmoid_cumprod, ("start", "end", "tau"), 0),
+    "power": (NoiseSchedule.power, ("exponent", *_ENDS), 1),
+    "sine_wave": (NoiseSchedule.sine_wave, ("cycles", *_ENDS), 0),
+}
+
+
+def noise(
+    image: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, ...", show_default=False)],
+    schedules: Annotated[
+        str,
+        typer.Option(
+            help=f"Comma-separated, of {', '.join(_ARGUMENTS)}; arguments after colons, such as "
+            "power:2 (the exponent) or linear:0.0001:0.02 (both ends of the betas)."
+        ),
+    ] = "linear,sine_wave,power:1.5,power:2,power:10",
+    columns: Annotated[
+        int, typer.Option(min=2, max=T, help=f"Timesteps shown, evenly spaced over 0 .. {T - 1}.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise, 64 bits.")] = 0,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=4096,
+            help="Pixels of the longer side.",
+            show_default=f"the image's, at most {LARGEST}",
+        ),
+    ] = None,
+    scale: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=64, help="Pixels of the sheet per pixel.", show_default="small images grow"
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The sheet, a .png.")] = Path("out/noise.png"),
+) -> None:
+    """Noise an image under several schedules.
+
+    A row for each, with x_t at a few timesteps t. Rows share their noise and so differ by the
+    schedule alone.
+    """
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise ValueError(f"--out must be a .png file; got {str(out)!r}")
+    x0 = _read_image(image, size)
+    names = [name.strip() for name in schedules.split(",")]
+    chosen = [_schedule(name) for name in names]
+    prepare_folder(out.parent)
+
+    t = torch.tensor([round(i * (T - 1) / (columns - 1)) for i in range(columns)])
+    batch = x0.expand(columns, *x0.shape).contiguous(memory_format=torch.channels_last)
+    z = philox_normal(columns, x0.shape, seed, STREAM_TRAINING)
+    rows = [q_sample(batch, t, z, schedule) for schedule in chosen]
+    headings = [f"t = {i}" for i in t.tolist()]
+    save_png(sheet(torch.cat(rows), columns, 4, scale, names, headings), out)
+    typer.echo(f"wrote    {out}")
+
+
+def _schedule(text: str) -> NoiseSchedule:
+    """The schedule of ``name`` or ``name:argument:...``."""
+    name, *values = text.split(":")
+    if name not in _ARGUMENTS:
+        accepted = ", ".join(
+            ":".join([known, *(arguments if needed else ())[:needed]])
+            for known, (_, arguments, needed) in _ARGUMENTS.items()
+        )
+        raise ValueError(f"--schedules: no schedule {name!r}; accepted: {accepted}")
+    make, arguments, needed = _ARGUMENTS[name]
+    if not needed <= len(values) <= len(arguments):
+        raise ValueError(
+            f"--schedules: {name} takes {needed} to {len(arguments)} arguments"
+            f" ({', '.join(arguments)}); got {text!r}"
+        )
+    given = {}
+    for argument, value in zip(arguments, values, strict=False):
+        try:
+            given[argument] = float(value)
+        except ValueError:
+            message = f"--schedules: {argument} must be a number; got {value!r} in {text!r}"
+            raise ValueError(message) from None
+    try:
+        return make(T=T, **given)
+    except ValueError as error:
+        raise ValueError(f"--schedules: {text}: {error}") from error
+
+
+def _read_image(path: Path, size: int | None) -> Tensor:
+    """A picture as float32 [C, H, W] in [-1, 1]: C 1 for a grey one, else 3, on white."""
+    try:
+        with Image.open(path) as file:
+            picture = _flat(ImageOps.exif_transpose(file))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: is no picture that can be read") from error
+    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    longer = max(picture.size)
+    wanted = min(longer, LARGEST) if size is None else size
+    if wanted != longer:
+        shape = [max(1, round(side * wanted / longer)) for side in picture.size]
+        picture = picture.resize((shape[0], shape[1]), Image.Resampling.LANCZOS)
+    pixels = np.asarray(picture, np.float32).reshape(picture.height, picture.width, -1)
+    return torch.from_numpy(pixels / np.float32(127.5) - 1).permute(2, 0, 1)
+
+
+def _flat(picture: Image.Image) -> Image.Image:
+    """Mode L or RGB: 16 bits rounded to 8, transparency laid on white."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray(np.rint(np.asarray(picture) / 257).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"mode {picture.mode} is not supported; 8 or 16 bits a channel are")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")

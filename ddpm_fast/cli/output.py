@@ -1,0 +1,62 @@
+"""Where samples go: one sheet, one array, or a folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ddpm_fast.images import prepare_folder, save_images, save_npy, save_png, sheet
+
+FORMATS = ("png", "npy")
+# Endings that promise a kind of file that is not written; any other ending may be a folder's.
+_OTHER_FILES = {".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npz", ".pt"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """A place for samples and the form they take there.
+
+    path: of the file, or of the folder that gets one file per image (png) or samples.npy.
+    """
+
+    path: Path
+    form: str
+    is_folder: bool
+
+    @classmethod
+    def parse(cls, out: str, form: str | None) -> Output:
+        """From --out and --format; a path that ends in .png or .npy is a file, others are folders.
+
+        Raises ValueError where the two contradict each other or name another kind of file.
+        """
+        if form not in (None, *FORMATS):
+            raise ValueError(f"--format must be png or npy; got {form!r}")
+        path = Path(out)
+        suffix = path.suffix.lower()
+        if out.endswith(os.sep) or path.is_dir() or suffix.removeprefix(".") not in FORMATS:
+            if suffix in _OTHER_FILES and not path.is_dir():
+                raise ValueError(f"--out must end in .png or .npy, or be a folder; got {out!r}")
+            return cls(path, form or "png", True)
+        if form not in (None, suffix.removeprefix(".")):
+            raise ValueError(f"--format {form} does not fit --out {out}")
+        return cls(path, suffix.removeprefix("."), False)
+
+    def prepare(self) -> None:
+        """Make the folder and check that it takes files. Raises OSError naming it."""
+        prepare_folder(self.path if self.is_folder else self.path.parent)
+
+    def write(self, samples: Tensor, first_sample: int, scale: int | None) -> str:
+        """Write the samples, float [N, C, H, W]; returns what was written, in words."""
+        if self.form == "npy":
+            path = self.path / "samples.npy" if self.is_folder else self.path
+            save_npy(samples.cpu().numpy(), path)
+            return str(path)
+        if self.is_folder:
+            paths = save_images(samples, self.path, first_sample)
+            last = f" .. {paths[-1].name}" if len(paths) > 1 else ""
+            return f"{paths[0]}{last}"
+        save_png(sheet(samples, scale=scale), self.path)
+        return str(self.path)

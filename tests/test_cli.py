@@ -1,0 +1,526 @@
+"""The command line, run as a user would."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import ddpm_fast
+from ddpm_fast import NoiseSchedule, Sampler, StepTable, UNet, philox_normal, q_sample
+from ddpm_fast.cli import app, main
+from ddpm_fast.cli import sample as sample_command
+from ddpm_fast.images import to_uint8
+from ddpm_fast.noise import STREAM_TRAINING, STREAM_X_T
+from ddpm_fast.ops import BACKENDS, why_not
+from ddpm_fast.ops.registry import NOT_LOADED
+
+T = 20
+SIDE = 8
+
+
+def tiny_unet(seed: int = 0, channels: int = 1, **options: Any) -> UNet:
+    torch.manual_seed(seed)
+    return UNet(
+        **{"sample_size": SIDE, "in_channels": channels, "out_channels": channels} | options,
+        block_out_channels=(4, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=2,
+        add_attention=False,
+    )
+
+
+def tiny_schedule() -> NoiseSchedule:
+    return NoiseSchedule.linear(T, 1e-4, 0.5)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ddpm_fast.save(tmp_path_factory.mktemp("models") / "tiny", tiny_unet(), tiny_schedule())
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*args: object, status: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == status, result.output + repr(result.exception)
+    return result
+
+
+def sample(model: Path, *args: object, status: int = 0) -> Any:
+    options = ("--device", "cpu", "--no-progress")
+    return run("sample", "--model", model, *options, *args, status=status)
+
+
+def error_of(result: Any) -> str:
+    """The one line of an error."""
+    lines = result.stderr.splitlines()
+    assert [line.startswith("error: ") for line in lines] == [True]
+    return lines[0]
+
+
+def expected(model: Path, num: int, first: int = 0, batch: int = 2, **options: Any) -> np.ndarray:
+    checkpoint = ddpm_fast.load(model)
+    given = {"variance": checkpoint.variance, "clip": checkpoint.clip} | options
+    table = StepTable.ddpm(checkpoint.schedule, **given)
+    sampler = Sampler(checkpoint.unet, table, checkpoint.sample_shape, batch, "cpu")
+    return sampler.sample(num, first_sample=first, progress=False).numpy()
+
+
+def test_a_sheet_goes_to_the_default_place(tiny: Path) -> None:
+    result = sample(tiny, "--num", 3, "--batch", 2)
+    with Image.open("out/tiny.png") as picture:
+        assert picture.size == (2 * (96 + 2) + 2, 2 * (96 + 2) + 2)
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert lines.keys() == {"model", "backend", "steps", "images", "time", "wrote"}
+    assert lines["model"] == f"{tiny}, 1 x {SIDE} x {SIDE}"
+    assert lines["backend"].startswith("cpu on cpu (")
+    assert lines["backend"].endswith("network in float32")
+    assert lines["steps"] == "20 of 20, variance posterior"
+    assert lines["images"] == "0 .. 2 of seed 0, 2 at a time"
+    assert lines["wrote"] == "out/tiny.png"
+    assert os.listdir("out") == ["tiny.png"]
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        pytest.param((), {}, id="defaults"),
+        pytest.param(("--steps", 7), {"steps": 7}, id="respaced"),
+        pytest.param(("--variance", "beta"), {"variance": "beta"}, id="variance"),
+        pytest.param(("--start", 9), {"start": 9}, id="start"),
+        pytest.param(
+            ("--start", "random", "--steps", 6), {"start": "random", "steps": 6}, id="random-start"
+        ),
+    ],
+)
+def test_an_array_is_what_the_sampler_gives(
+    tiny: Path, args: tuple[object, ...], options: dict[str, Any]
+) -> None:
+    sample(tiny, "--num", 3, "--batch", 2, "--out", "a.npy", *args)
+    array = np.load("a.npy", allow_pickle=False)
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(array, expected(tiny, 3, **options), strict=True)
+
+
+def test_what_the_checkpoint_says_is_followed(tmp_path: Path) -> None:
+    model = ddpm_fast.save(
+        "other", tiny_unet(1), tiny_schedule(), prediction="v", variance="beta", clip=None
+    )
+    result = sample(model, "--num", 2, "--batch", 2, "--out", "a.npy")
+    assert "20 of 20, variance beta" in result.stdout
+    np.testing.assert_array_equal(np.load("a.npy"), expected(model, 2, prediction="v"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_named_backend_runs(tiny: Path, backend: str) -> None:
+    result = sample(tiny, "--num", 1, "--batch", 1, "--backend", backend, "--dtype", "bfloat16")
+    assert f"{backend} on cpu (" in result.stdout
+    assert "network in bfloat16" in result.stdout
+
+
+def test_fewer_samples_are_the_same_samples(tiny: Path) -> None:
+    sample(tiny, "--num", 4, "--batch", 4, "--seed", 5, "--out", "all.npy")
+    args = ("--num", 2, "--batch", 4, "--seed", 5, "--first-sample", 2)
+    result = sample(tiny, *args, "--out", "tail.npy")
+    np.testing.assert_array_equal(np.load("tail.npy"), np.load("all.npy")[2:])
+    assert "note: 2 images cost as much as 4" in result.stderr
+    sample(tiny, *args, "--seed", 6, "--out", "other.npy")
+    assert not np.array_equal(np.load("tail.npy"), np.load("other.npy"))
+
+
+@pytest.mark.parametrize("out", ["folder", "dotted.v1", "new/folder/", "here.png"])
+def test_a_folder_gets_a_file_for_each_image(tiny: Path, out: str) -> None:
+    if out == "here.png":
+        Path(out).mkdir()
+    result = sample(tiny, "--num", 3, "--batch", 2, "--first-sample", 9, "--out", out)
+    folder = Path(out)
+    assert sorted(os.listdir(folder)) == ["00009.png", "00010.png", "00011.png"]
+    pixels = to_uint8(torch.from_numpy(expected(tiny, 3, first=9))).numpy()
+    for index, image in enumerate(pixels, 9):
+        with Image.open(folder / f"{index:05d}.png") as picture:
+            np.testing.assert_array_equal(np.asarray(picture), image[:, :, 0])
+    assert result.stdout.endswith(f"{folder}/00009.png .. 00011.png\n")
+
+
+def test_a_folder_gets_one_array(tiny: Path) -> None:
+    sample(tiny, "--num", 3, "--batch", 2, "--out", "folder", "--format", "npy")
+    assert os.listdir("folder") == ["samples.npy"]
+    np.testing.assert_array_equal(np.load("folder/samples.npy"), expected(tiny, 3))
+
+
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("shown", [1, 3, 8])
+def test_a_strip_shows_the_way_from_noise(tiny: Path, first: int, shown: int) -> None:
+    args = ("--num", 6, "--batch", 2, "--scale", 1, "--first-sample", first, "--out", "a.npy")
+    sample(tiny, *args, "--trajectory", "new/strip.png", "--trajectory-num", shown)
+    array = np.load("a.npy")
+    np.testing.assert_array_equal(array, expected(tiny, 6, first=first))
+    with Image.open("new/strip.png") as picture:
+        strip = np.asarray(picture)
+    shown = min(shown, 6)
+    cell = SIDE + 4
+    grid = strip[-(shown * cell) :, -(10 * cell) :]
+    x_T = to_uint8(philox_normal(shown, (1, SIDE, SIDE), 0, STREAM_X_T, first)).numpy()
+    x_0 = to_uint8(torch.from_numpy(array)).numpy()
+    for row in range(shown):
+        cells = grid[row * cell :][:SIDE]
+        np.testing.assert_array_equal(cells[:, :SIDE], x_T[row, :, :, 0])
+        np.testing.assert_array_equal(cells[:, 9 * cell :][:, :SIDE], x_0[row, :, :, 0])
+
+
+@pytest.mark.parametrize(
+    ("args", "columns"),
+    [
+        pytest.param((), ["t = 19", "t = 10", "t = 0", "x_0"], id="timesteps"),
+        pytest.param(
+            ("--start", "random"), ["0 steps", "1 steps", "2 steps", "3 steps"], id="random-start"
+        ),
+    ],
+)
+def test_a_strip_names_its_columns(
+    tiny: Path, args: tuple[object, ...], columns: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    draw = sample_command.sheet
+    monkeypatch.setattr(sample_command, "sheet", lambda *a: given.append(a) or draw(*a))
+    options = ("--num", 3, "--batch", 2, "--steps", 3, "--first-sample", 5, "--out", "a.npy")
+    sample(tiny, *options, *args, "--trajectory", "strip.png")
+    assert given[0][-2:] == (["5", "6", "7"], columns)
+
+
+def test_a_cpu_takes_fewer_steps_and_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sample_command.CPU_STEPS == 250
+    monkeypatch.setattr(sample_command, "CPU_STEPS", 6)
+    result = sample(tiny, "--num", 1, "--batch", 1, "--out", "a.npy")
+    assert "6 of 20 (the default on a CPU; --steps 20 takes all)" in result.stdout
+    np.testing.assert_array_equal(np.load("a.npy"), expected(tiny, 1, batch=1, steps=6))
+
+
+def test_a_warning_is_a_note() -> None:
+    with pytest.warns(ddpm_fast.ScheduleWarning):
+        ddpm_fast.save("short", tiny_unet(), NoiseSchedule.linear(5))
+    result = sample(Path("short"), "--num", 1, "--batch", 1)
+    assert result.stderr.startswith("note: schedule linear: x_T keeps")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_shipped_model_is_the_default() -> None:
+    args = ("--num", 2, "--batch", 2, "--steps", 2, "--device", "cpu", "--no-progress")
+    result = run("sample", *args)
+    assert "triangles (shipped), 1 x 32 x 32" in result.stdout
+    assert "2 of 1000, variance posterior" in result.stdout
+    with Image.open("out/triangles.png") as picture:
+        assert picture.mode == "L"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        pytest.param(("--dtype", "float8"), "--dtype must be float32, float16", id="dtype"),
+        pytest.param(("--device", "toaster"), "--device must be cpu, cuda or cuda:N", id="device"),
+        pytest.param(("--device", "meta"), "--device must be cpu, cuda or cuda:N", id="meta"),
+        pytest.param(("--backend", "fast"), "backend must be auto, reference", id="backend"),
+        pytest.param(("--backend", "cuda"), "backend 'cuda' cannot run", id="backend-elsewhere"),
+        pytest.param(("--variance", "huge"), "variance must be one of posterior", id="variance"),
+        pytest.param(("--steps", 21), "steps must be an integer in [1, 20]", id="too-many-steps"),
+        pytest.param(("--steps", 9, "--start", 8), "steps must be an integer in [1, 8]", id="both"),
+        pytest.param(("--start", 21), "start must be an integer in [1, 20]", id="late-start"),
+        pytest.param(("--start", "0"), "start must be an integer in [1, 20]", id="no-start"),
+        pytest.param(("--start", "end"), "--start must be a step from 1 or random", id="start"),
+        pytest.param(("--format", "gif"), "--format must be png or npy", id="format"),
+        pytest.param(
+            ("--format", "npy", "--out", "a.png"), "--format npy does not fit", id="mismatch"
+        ),
+        pytest.param(("--out", "a.jpg"), "--out must end in .png or .npy", id="jpeg"),
+        pytest.param(("--trajectory", "a.npy"), "--trajectory must be a .png", id="strip-kind"),
+        pytest.param(
+            ("--out", "a.png", "--trajectory", "./a.png"), "must differ", id="strip-is-out"
+        ),
+        pytest.param(("--seed", 1 << 64), "seed must lie in", id="seed"),
+        pytest.param(("--model", "nowhere"), "nowhere: no such checkpoint folder", id="model"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    tiny: Path, args: tuple[object, ...], message: str
+) -> None:
+    result = sample(tiny, "--num", 1, "--batch", 1, *args, status=2)
+    assert message in error_of(result)
+    assert not [path for path in Path().rglob("*") if path.is_file()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_named(tiny: Path) -> None:
+    result = sample(tiny, "--device", "cuda:1", status=2)
+    assert "--device cuda:1: torch finds no NVIDIA GPU" in error_of(result)
+
+
+def scheduler_with(**options: object) -> dict[str, object]:
+    return {"num_train_timesteps": T, "beta_end": 0.5, **options}
+
+
+@pytest.mark.parametrize(
+    ("unet", "scheduler", "reason"),
+    [
+        pytest.param({}, None, "it holds a network alone", id="no-schedule"),
+        pytest.param({"sample_size": None}, {}, "has no sample_size", id="no-size"),
+        pytest.param({}, {"thresholding": True}, "dynamic thresholding", id="thresholding"),
+        pytest.param({}, {"variance_type": "learned_range"}, "variance is learned_range", id="var"),
+        pytest.param({"num_class_embeds": 3}, {}, "needs class labels", id="labels"),
+    ],
+)
+def test_a_checkpoint_that_asks_for_more_is_refused(
+    unet: dict[str, Any], scheduler: dict[str, object] | None, reason: str
+) -> None:
+    config = None if scheduler is None else scheduler_with(**scheduler)
+    ddpm_fast.save("model", tiny_unet(**unet), scheduler_config=config)
+    result = sample(Path("model"), status=2)
+    assert error_of(result).startswith("error: model: cannot be sampled here: ")
+    assert reason in error_of(result)
+    assert os.listdir() == ["model"]
+
+
+def test_only_an_array_takes_any_channels() -> None:
+    ddpm_fast.save("model", tiny_unet(channels=2), tiny_schedule())
+    result = sample(Path("model"), status=2)
+    assert "--format png draws 1 or 3 channels, model has 2" in error_of(result)
+    sample(Path("model"), "--num", 1, "--batch", 1, "--format", "npy")
+    assert np.load("out/model.npy").shape == (1, 2, SIDE, SIDE)
+
+
+def test_an_unusable_place_is_found_before_the_work(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sampler, "sample", lambda *_, **__: pytest.fail("sampled"))
+    Path("file").write_text("")
+    for args in (("--out", "file/a.png"), ("--trajectory", "file/a.png")):
+        line = error_of(sample(tiny, *args, status=2))
+        assert line == "error: file: folder cannot be written to: File exists"
+
+
+@pytest.mark.parametrize("out", ["a.png", "a.npy", "folder/"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tiny: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    result = sample(tiny, "--num", 1, "--batch", 1, "--out", out, status=2)
+    name = "folder/00000.png" if out == "folder/" else out
+    assert error_of(result) == f"error: {name}: file cannot be written: No space left on device"
+    assert not [path for path in Path().rglob("*") if path.is_file()]
+
+
+def test_nan_is_noted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Sampler, "sample", lambda *_, **__: torch.full((1, 1, SIDE, SIDE), float("nan"))
+    )
+    result = sample(tiny, "--num", 1, "--batch", 1)
+    assert result.stderr == f"note: 1 of 1 images hold NaN ({SIDE * SIDE} values), drawn black\n"
+
+
+def test_where_in_torch_it_happened_is_left_out(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(
+            "CUDA error: an illegal memory access\nCompile with `TORCH_USE_CUDA_DSA`"
+        )
+
+    monkeypatch.setattr(Sampler, "sample", fail)
+    assert error_of(sample(tiny, status=2)) == "error: CUDA error: an illegal memory access"
+
+
+def test_debug_shows_the_error_itself(tiny: Path) -> None:
+    result = CliRunner().invoke(app, ["--debug", "sample", "--model", "nowhere"])
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+@pytest.fixture
+def picture() -> Path:
+    pixels = np.arange(SIDE * SIDE, dtype=np.uint8).reshape(SIDE, SIDE) * 4
+    Image.fromarray(pixels).save("in.png")
+    return Path("in.png")
+
+
+def test_an_image_is_noised_under_every_schedule(picture: Path) -> None:
+    schedules = "linear,power:2,cosine:0.01:0.99"
+    args = ("--schedules", schedules, "--columns", 3, "--seed", 7, "--scale", 1)
+    result = run("noise", picture, *args)
+    assert result.stdout == "wrote    out/noise.png\n"
+    with Image.open("out/noise.png") as sheet:
+        canvas = np.asarray(sheet)
+    with Image.open(picture) as source:
+        x0 = torch.from_numpy(np.asarray(source, np.float32) / np.float32(127.5) - 1)
+    x0 = x0.expand(3, 1, SIDE, SIDE).clone()
+    z = philox_normal(3, (1, SIDE, SIDE), 7, STREAM_TRAINING)
+    t = torch.tensor([0, 500, 999])
+    cell = SIDE + 4
+    grid = canvas[-3 * cell :, -3 * cell :]
+    made = (NoiseSchedule.linear(), NoiseSchedule.power(2), NoiseSchedule.cosine(1000, 0.01, 0.99))
+    for row, schedule in enumerate(made):
+        for column, x_t in enumerate(to_uint8(q_sample(x0, t, z, schedule)).numpy()):
+            got = grid[row * cell :, column * cell :][:SIDE, :SIDE]
+            np.testing.assert_array_equal(got, x_t[:, :, 0])
+
+
+def test_the_default_schedules_run_and_warn_in_a_line(picture: Path) -> None:
+    result = run("noise", picture, "--out", "deep/er/sheet.png")
+    assert os.listdir("deep/er") == ["sheet.png"]
+    (note,) = result.stderr.splitlines()
+    assert note.startswith("note: schedule power(10): x_T keeps 0.382 of x_0's amplitude")
+
+
+@pytest.mark.parametrize(
+    ("schedules", "message"),
+    [
+        pytest.param(
+            "linear,circle",
+            "--schedules: no schedule 'circle'; accepted: linear, scaled_linear, cosine, sigmoid,"
+            " sigmoid_cumprod, power:exponent, sine_wave",
+            id="name",
+        ),
+        pytest.param("", "no schedule ''", id="empty"),
+        pytest.param("power", "power takes 1 to 3 arguments (exponent, beta_start", id="missing"),
+        pytest.param("cosine:1:2:3", "cosine takes 0 to 2 arguments (s, max_beta)", id="too-many"),
+        pytest.param("power:two", "exponent must be a number; got 'two'", id="no-number"),
+        pytest.param("power:-1", "power:-1: exponent must be a number in (0, inf)", id="range"),
+        pytest.param("linear:0.1:nan", "linear:0.1:nan: beta_end must be", id="nan"),
+    ],
+)
+def test_a_bad_schedule_is_named(picture: Path, schedules: str, message: str) -> None:
+    assert message in error_of(run("noise", picture, "--schedules", schedules, status=2))
+    assert os.listdir() == ["in.png"]
+
+
+def _save(image: Image.Image, name: str = "in.png") -> None:
+    image.save(name)
+
+
+@pytest.mark.parametrize(
+    ("image", "mode", "value"),
+    [
+        pytest.param(Image.new("1", (8, 8), 1), "L", 255, id="bilevel"),
+        pytest.param(Image.new("RGB", (8, 8), (255, 0, 64)), "RGB", (255, 0, 64), id="rgb"),
+        pytest.param(Image.new("RGBA", (8, 8), (9, 9, 9, 0)), "RGB", (255, 255, 255), id="alpha"),
+        pytest.param(Image.new("LA", (8, 8), (100, 255)), "RGB", (100, 100, 100), id="grey-alpha"),
+        pytest.param(Image.fromarray(np.full((8, 8), 51399, np.uint16)), "L", 200, id="16-bit"),
+        pytest.param(Image.fromarray(np.full((8, 8), 51200, np.uint16)), "L", 199, id="down"),
+        pytest.param(Image.new("P", (8, 8), 3), "RGB", None, id="palette"),
+    ],
+)
+def test_every_kind_of_picture_is_read(image: Image.Image, mode: str, value: object) -> None:
+    image.save("in.png")
+    # At t = 0 these betas leave the image as it is, to 8 bits.
+    args = ("--schedules", "linear:1e-9:0.02", "--columns", 2, "--scale", 1)
+    run("noise", "in.png", *args, "--out", "a.png")
+    with Image.open("a.png") as sheet:
+        assert sheet.mode == mode
+        corner = sheet.width - 2 * (8 + 4), sheet.height - (8 + 4)
+        if value is not None:
+            assert sheet.getpixel(corner) == value
+
+
+@pytest.mark.parametrize(
+    ("args", "size"),
+    [
+        pytest.param((), (128, 64), id="large-images-shrink"),
+        pytest.param(("--size", 20), (20, 10), id="as-told"),
+        pytest.param(("--size", 400), (400, 200), id="enlarged"),
+    ],
+)
+def test_the_longer_side_is_set(args: tuple[object, ...], size: tuple[int, int]) -> None:
+    Image.new("L", (300, 150)).save("in.png")
+    run("noise", "in.png", "--scale", 1, "--columns", 2, "--schedules", "linear", *args)
+    with Image.open("out/noise.png") as sheet:
+        grid = np.asarray(sheet)[-(size[1] + 4) :, -(size[0] + 4) :]
+    assert (grid[size[1] :] == 176).all()
+    assert (grid[:, size[0] :] == 176).all()
+    assert (grid[: size[1], : size[0]] != 176).mean() > 0.9
+
+
+def test_what_is_no_picture_is_named(picture: Path) -> None:
+    whole = picture.read_bytes()
+    for name, content, message in (
+        ("text.png", b"no picture", "text.png: is no picture that can be read"),
+        ("cut.png", whole[:-30], "cut.png: cannot be read: image file is truncated"),
+        ("empty.png", b"", "empty.png: is no picture that can be read"),
+    ):
+        Path(name).write_bytes(content)
+        assert message in error_of(run("noise", name, status=2))
+    assert "none.png: No such file" in error_of(run("noise", "none.png", status=2))
+    assert "--out must be a .png" in error_of(run("noise", picture, "--out", "a.jpg", status=2))
+
+
+def test_info_says_what_runs_and_why_not() -> None:
+    document = json.loads(run("info", "--json").stdout)
+    assert document["versions"]["torch"] == torch.__version__
+    assert document["versions"]["ddpm_fast"] == ddpm_fast.__version__
+    assert document["devices"][0]["device"] == "cpu"
+    assert list(document["backends"]) == list(BACKENDS)
+    text = run("info").stdout
+    for name, state in document["backends"].items():
+        for device in state["ready_on"]:
+            assert why_not(name, torch.device(device)) is None
+        for device, reason in state["cannot_run_on"].items():
+            assert why_not(name, torch.device(device)) == reason
+            assert f"cannot run on {device}: {reason}" in text
+        assert state["ready_on"] or state["cannot_run_on"]
+    assert "  reference ready on cpu" in text
+
+
+def test_info_runs_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NOT_LOADED, "cpu", "ddpm_fast/_ops_cpu is not built")
+    monkeypatch.setitem(sys.modules, "ddpm_fast._C", None)
+    monkeypatch.delattr(ddpm_fast, "_C", raising=False)
+    text = run("info").stdout
+    assert "ddpm_fast/_C is not built; `pip install .`" in text
+    assert "cpu       cannot run on cpu: ddpm_fast/_ops_cpu is not built; build it with" in text
+
+
+def test_every_command_is_there() -> None:
+    text = run("--help").stdout
+    assert all(f"  {name}" in text for name in ("sample", "noise", "verify", "info"))
+    assert run("--version").stdout == f"ddpm_fast {ddpm_fast.__version__}\n"
+    for command in ("sample", "noise", "verify", "info"):
+        assert command in run(command, "--help").stdout
+
+
+def test_the_module_runs(tiny: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(ddpm_fast.__file__).parent.parent)}
+    command = [sys.executable, "-m", "ddpm_fast", "sample", "--model", str(tiny)]
+    done = subprocess.run(
+        [*command, "--num", "2", "--batch", "2", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "20/20" in done.stderr
+    assert done.stdout.endswith("wrote    out/tiny.png\n")
+
+
+def test_a_mistake_ends_the_process_with_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ddpm-fast", "sample", "--model", "nowhere"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", "error: nowhere: no such checkpoint folder\n")
