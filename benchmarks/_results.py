@@ -1,0 +1,104 @@
+"""What every benchmark writes beside its numbers, and how: one CSV, replaced in one step."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata as packages
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _version(package: str) -> str:
+    try:
+        return packages.version(package)
+    except packages.PackageNotFoundError:
+        return ""
+
+
+def _git(*args: str) -> str:
+    """Git's answer; raises CalledProcessError or OSError where there is none."""
+    command = ["git", "-C", str(ROOT), *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _revision() -> str:
+    try:
+        commit = _git("rev-parse", "--short", "HEAD")
+        # The results themselves do not make a later benchmark's code dirty.
+        changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit + ("+dirty" if changed else "")
+
+
+def metadata() -> dict[str, str | int]:
+    """Date (UTC, ISO 8601), processor, cores this process may use, GPU, versions, revision.
+
+    gpu, triton and revision are "" where there is none. The revision is git's short hash, with
+    "+dirty" where anything but benchmarks/results differs from it. No host name, user or path.
+    """
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu(),
+        "cores": _cores(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "revision": _revision(),
+    }
+
+
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows as CSV with a header, columns in the order of the first row's keys.
+
+    Written beside `path` and renamed onto it, so no partial file carries the name; folders are
+    made as needed. ValueError without rows or where keys differ, OSError from the disk.
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one row, got none")
+    columns = list(rows[0])
+    for number, row in enumerate(rows):
+        if set(row) != set(columns):
+            raise ValueError(f"rows[{number}] must have the keys {columns}, got {list(row)}")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,246 @@
+"""How many samples of the shipped checkpoint are triangles, beside its training images.
+
+python benchmarks/triangle_quality.py --num 512 --steps 250 --seed 0 [--peer] [--out FILE]
+
+An image counts as a triangle when its foreground (below 0, at least 8 pixels) has an IoU of at
+least 0.85 with the smallest triangle enclosing the pixel centres of its largest component, the
+best of that triangle grown by 0 to 0.75 pixels. The KS distance compares foreground areas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw
+from scipy import ndimage, stats
+
+from _results import RESULTS, ROOT, metadata, write_csv
+from triangles.enclosing import convex_hull, smallest_triangle
+
+CHECKPOINT = ROOT / "ddpm_fast" / "assets" / "triangles"
+BATCH = 64
+MIN_PIXELS = 8
+MIN_IOU = 0.85
+MAX_GROWTH = 0.75
+SUBSAMPLES = 8
+
+Images = NDArray[np.float32]
+Growth = NDArray[np.float64]
+
+
+def make_triangles(n: int, seed: int, size: int = 32, canvas: int = 720) -> Images:
+    """Draw images like the checkpoint's training set.
+
+    Three uniform random points on a canvas x canvas bitmap, filled, reduced to size x size by
+    Lanczos: background +1, triangle -1, float32 [n, 1, size, size]. Flips and transposes leave
+    the distribution as it is. The same n, seed and sizes give the same images, and a smaller n
+    the first of them. ValueError for a negative n or a size or canvas below 1.
+    """
+    for name, value, least in (("n", n, 0), ("size", size, 1), ("canvas", canvas, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    corners = np.random.default_rng(seed).integers(0, canvas, (n, 3, 2))
+    images = np.empty((n, 1, size, size), np.float32)
+    for image, points in zip(images, corners.tolist(), strict=True):
+        bitmap = Image.new("L", (canvas, canvas), 255)
+        ImageDraw.Draw(bitmap).polygon([(x, y) for x, y in points], fill=0)
+        image[0] = np.asarray(bitmap.resize((size, size), Image.Resampling.LANCZOS))
+    return images / np.float32(127.5) - 1
+
+
+def _plane(image: ArrayLike) -> NDArray[np.floating]:
+    plane = np.asarray(image)
+    if plane.ndim == 3 and plane.shape[0] == 1:
+        plane = plane[0]
+    if plane.ndim != 2:
+        raise ValueError(f"image must have the shape [H, W] or [1, H, W], got {plane.shape}")
+    return plane
+
+
+def _stack(images: ArrayLike) -> NDArray[np.floating]:
+    stack = np.asarray(images)
+    if stack.ndim != 4 or stack.shape[1] != 1 or not len(stack):
+        raise ValueError(f"images must have the shape [n, 1, H, W] with n >= 1, got {stack.shape}")
+    return stack
+
+
+def foreground_areas(images: ArrayLike) -> NDArray[np.int64]:
+    """Pixels below 0 in each image: [n, 1, H, W] -> int64 [n]. ValueError for another shape."""
+    return (_stack(images) < 0).sum((1, 2, 3))
+
+
+def _half_covered_at(triangle: NDArray[np.float64], height: int, width: int) -> Growth:
+    """The growth at which each pixel is half inside the triangle: [3, 2] -> [3 * H, 3 * W].
+
+    The image is the middle [H, W] of the result: a triangle that it cuts off is seen whole, for
+    the midpoints of a smallest triangle's sides lie in the image, so the rest of it reaches no
+    further than one image beyond. Growing by d moves every side outward by d, so a point is
+    inside once d reaches its largest signed distance to the sides, and a pixel once d reaches
+    the median of its 8 x 8 points. Pixels that no d in 0..0.75 decides are -inf or inf.
+    """
+    edges = np.roll(triangle, -1, 0) - triangle
+    outward = np.stack([edges[:, 1], -edges[:, 0]], 1) / np.hypot(*edges.T)[:, None]
+    offsets = (outward * triangle).sum(1)
+    x, y = np.meshgrid(np.arange(-width, 2 * width), np.arange(-height, 2 * height))
+    centres = np.stack([x, y], -1).astype(float)
+    growth = (centres @ outward.T - offsets).max(-1)
+    reach = np.sqrt(0.5)
+    inside, outside = growth < -reach, growth > MAX_GROWTH + reach
+    growth[inside], growth[outside] = -np.inf, np.inf
+    near = ~(inside | outside)
+    steps = (np.arange(SUBSAMPLES) + 0.5) / SUBSAMPLES - 0.5
+    within = np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
+    distances = (centres[near][:, None] + within) @ outward.T - offsets
+    half = (len(within) - 1) // 2
+    growth[near] = np.partition(distances.max(-1), half, axis=1)[:, half]
+    return growth
+
+
+def triangle_iou(image: ArrayLike) -> float:
+    """The best IoU of an image's foreground with its own grown enclosing triangle, 0 to 1.
+
+    image: [H, W] or [1, H, W], foreground below 0. The triangle is the smallest one that
+    encloses the pixel centres of the largest 8-connected component; grown by every d from 0 to
+    0.75 pixels (all sides move outward by d) and rasterised by half coverage, it is compared
+    with the whole foreground. 0 where the foreground has fewer than 8 pixels or its largest
+    component lies on one line. ValueError for another shape.
+    """
+    foreground = _plane(image) < 0
+    if foreground.sum() < MIN_PIXELS:
+        return 0.0
+    labels, _ = ndimage.label(foreground, np.ones((3, 3)))
+    largest = 1 + np.bincount(labels.ravel())[1:].argmax()
+    hull = convex_hull(np.argwhere(labels == largest)[:, ::-1])
+    if len(hull) < 3:
+        return 0.0
+    height, width = foreground.shape
+    growth = np.maximum(_half_covered_at(smallest_triangle(hull), height, width), 0)
+    wanted = np.pad(foreground, ((height, height), (width, width)))[growth <= MAX_GROWTH]
+    # Pixel by pixel as the triangle grows; only the last of pixels that enter together counts.
+    entered = growth[growth <= MAX_GROWTH]
+    order = entered.argsort()
+    entered, shared = entered[order], wanted[order].cumsum()
+    inside = np.arange(1, entered.size + 1)
+    iou = shared / (inside + foreground.sum() - shared)
+    complete = np.append(entered[1:] > entered[:-1], True)
+    return float(iou[complete].max(initial=0.0))
+
+
+def is_triangle(image: ArrayLike) -> bool:
+    """Whether `triangle_iou` of an image, [H, W] or [1, H, W], is at least 0.85."""
+    return triangle_iou(image) >= MIN_IOU
+
+
+def triangle_share(images: ArrayLike) -> float:
+    """Share of images that are triangles: [n, 1, H, W] -> 0 to 1. ValueError if n is 0."""
+    return float(np.mean([is_triangle(image) for image in _stack(images)]))
+
+
+def sample_ours(folder: Path, num: int, steps: int, seed: int, device: str) -> Images:
+    """Sample with ddpm_fast, ancestral, timesteps spaced evenly over the whole schedule."""
+    from ddpm_fast import Sampler, StepTable, load
+
+    checkpoint = load(folder)
+    table = StepTable.ddpm(
+        checkpoint.schedule,
+        steps=steps,
+        variance=checkpoint.variance,
+        clip=checkpoint.clip,
+        spacing="linspace",
+    )
+    unet = checkpoint.unet.to(device)
+    sampler = Sampler(unet, table, checkpoint.sample_shape, micro_batch=BATCH, device=device)
+    return sampler.sample(num, seed=seed).cpu().numpy()
+
+
+def sample_peer(folder: Path, num: int, steps: int, seed: int, device: str) -> Images:
+    """Sample with diffusers' DDPMPipeline as the folder describes it, in channels_last."""
+    import torch
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained(folder).to(device)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    generator = torch.Generator(device).manual_seed(seed)
+    batches = []
+    for first in range(0, num, BATCH):
+        images = pipeline(
+            batch_size=min(BATCH, num - first),
+            generator=generator,
+            num_inference_steps=steps,
+            output_type="np",
+        ).images
+        batches.append(images.transpose(0, 3, 1, 2).astype(np.float32) * 2 - 1)
+    return np.concatenate(batches)
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, object]]:
+    """Sample, measure and return one row per source, the training images first."""
+    about = metadata()
+    arguments = (options.model, options.num, options.steps, options.seed, options.device)
+    sources = {
+        "training": lambda: make_triangles(options.training, options.seed),
+        "ddpm_fast": lambda: sample_ours(*arguments),
+    }
+    if options.peer:
+        sources["diffusers"] = lambda: sample_peer(*arguments)
+    rows: list[dict[str, object]] = []
+    for source, produce in sources.items():
+        start = time.perf_counter()
+        images = produce()
+        seconds = time.perf_counter() - start
+        share, areas = triangle_share(images), foreground_areas(images)
+        if source == "training":
+            training_share, training_areas = share, areas
+        rows.append(
+            about
+            | {
+                "device": "cpu" if source == "training" else options.device,
+                "source": source,
+                "num": len(images),
+                "steps": "" if source == "training" else options.steps,
+                "seed": options.seed,
+                "share": round(share, 4),
+                "share_of_training": round(share / training_share, 4),
+                "ks_area": round(float(stats.ks_2samp(areas, training_areas).statistic), 4),
+                "seconds": round(seconds, 2),
+            }
+        )
+    return rows
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="a diffusers folder")
+    parser.add_argument("--num", type=_positive, default=512, help="samples per sampler")
+    parser.add_argument("--steps", type=_positive, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--training", type=_positive, default=10_000, help="training images")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--peer", action="store_true", help="also sample with diffusers")
+    parser.add_argument("--out", type=Path, default=RESULTS / "triangle_quality.csv")
+    options = parser.parse_args()
+
+    rows = measure(options)
+    columns = ("source", "num", "steps", "share", "share_of_training", "ks_area", "seconds")
+    print(" ".join(f"{column:>17}" for column in columns))
+    for row in rows:
+        print(" ".join(f"{row[column]!s:>17}" for column in columns))
+    write_csv(options.out, rows)
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
