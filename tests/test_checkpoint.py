@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+import ddpm_fast
 from checkpoint_cases import (
     CONFIG,
     OPTIONS,
@@ -14,9 +17,6 @@ from checkpoint_cases import (
     edit,
     same_state,
 )
-from safetensors.torch import load_file, save_file
-
-import ddpm_fast
 from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import load, save
 from ddpm_fast.schedules import NoiseSchedule

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
 from checkpoint_cases import (
     CONFIG,
     OPTIONS,
@@ -16,9 +19,6 @@ from checkpoint_cases import (
     contents,
     edit,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import load, save
 from ddpm_fast.schedules import NoiseSchedule

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_fast.unet import UNet, UNetConfig
 from unet_cases import (
     CIFAR,
     CONFIGS,
@@ -16,8 +18,6 @@ from unet_cases import (
     relative_error,
     scramble,
 )
-
-from ddpm_fast.unet import UNet, UNetConfig
 
 
 @pytest.fixture
@@ -232,8 +232,11 @@ class TestChannelsLast:
                 if weight.dim() == 4:
                     assert weight.is_contiguous(memory_format=torch.channels_last), name
 
-    def test_contiguous_weights_do_not_spread(self):
-        unet = UNet(**SMALL).to(memory_format=torch.contiguous_format).eval()
+    @pytest.mark.parametrize("channels", [1, 2])
+    def test_contiguous_weights_do_not_spread(self, channels):
+        unet = UNet(**SMALL | {"in_channels": channels}).eval()
+        state = {name: torch.ones(value.shape) for name, value in unet.state_dict().items()}
+        unet.load_state_dict(state, assign=True)
         unet.down_blocks[0].register_forward_pre_hook(
             lambda module, args: assert_channels_last(args[0], "down_blocks.0")
         )

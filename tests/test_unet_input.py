@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from unet_cases import SMALL
 
 from ddpm_fast.unet import UNet, UNetConfig
+from unet_cases import SMALL
 
 
 class TestBadInput:

@@ -1,0 +1,334 @@
+"""Sampler: identity of samples, sources of noise, starts, dtypes, models that misbehave."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cases import BF16, F16, F32, F64, SCHEDULE, backends, normals, same_bits
+from ddpm_fast import Sampler, StepTable, philox_normal, reverse_step_
+from ddpm_fast.noise import STREAM_START
+
+ON = pytest.mark.parametrize("on", backends(), ids=str)
+SHAPE = (3, 6, 5)
+SEED = (1 << 63) + 5
+DDPM = StepTable.ddpm(SCHEDULE, 5)
+DDIM = StepTable.ddim(SCHEDULE, 5)
+RANDOM = StepTable.ddpm(SCHEDULE, 5, start="random")
+
+
+class Net(torch.nn.Module):
+    """Two convolutions and the timestep: a model whose last bits depend on the slot and batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.inner = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.outer = torch.nn.Conv2d(8, 3, 3, padding=1)
+        for parameter in self.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, x, t):
+        phase = (t.to(x.dtype) / 100).view(-1, 1, 1, 1)
+        return self.outer(torch.sin(self.inner(x) + phase))
+
+
+def smooth(x, t):
+    """The epsilon of data N(0.2, 0.25), Eq. 15 of Ho et al. 2020: a model in closed form."""
+    abar = SCHEDULE.alphas_cumprod.to(x.device)[t].view(-1, *[1] * (x.ndim - 1))
+    off = x.double() - 0.2 * abar.sqrt()
+    return ((1 - abar).sqrt() * off / (0.25 * abar + 1 - abar)).to(x.dtype)
+
+
+def sampler(model=smooth, table=DDPM, micro_batch=4, on=None, **options):
+    where = {"device": "cpu"} if on is None else {"device": on.device, "backend": on.name}
+    if isinstance(model, torch.nn.Module):
+        model = model.to(where["device"])
+    return Sampler(model, table, SHAPE, micro_batch, **where, **options)
+
+
+def draw(sampler, num=10, seed=SEED, **options):
+    return sampler.sample(num, seed, progress=False, **options)
+
+
+def chain(model, table, x, noise_of, dtype=F32, backend="auto"):
+    """The states of a reverse chain, by the public reverse step and nothing else."""
+    states, model_input = [x.clone()], x.to(dtype)
+    x = x.clone()
+    for row, t in enumerate(table.timesteps.tolist()):
+        out = model(model_input, torch.full(x.shape[:1], t, device=x.device))
+        noise = noise_of(row) if table.uses_noise else None
+        reverse_step_(x, out, table, row, noise=noise, model_input=model_input, backend=backend)
+        states.append(x.clone())
+    return torch.stack(states)
+
+
+def philox_noise(num, first=0, on=None, dtype=F32):
+    where = ("cpu", "auto") if on is None else (on.device, on.name)
+    return lambda row: philox_normal(num, SHAPE, SEED, 1 + row, first, *where).to(dtype)
+
+
+@ON
+@pytest.mark.parametrize("table", [DDPM, DDIM, RANDOM], ids=["ddpm", "ddim", "random-start"])
+def test_a_sample_is_the_same_bits_however_the_samples_are_cut(on, table):
+    whole = draw(sampler(Net(), table, on=on))
+    again = sampler(Net(), table, on=on)
+    assert same_bits(draw(again, 1, first_sample=7)[0], whole[7])
+    assert same_bits(draw(again, 6, first_sample=3), whole[3:9])
+    assert same_bits(draw(again, 4, first_sample=4), whole[4:8])
+    assert same_bits(draw(again), whole)
+
+
+@ON
+@pytest.mark.parametrize("dtype", [F32, F16, BF16, F64], ids=str)
+def test_sampling_is_the_public_step_from_philox_noise(on, dtype):
+    if dtype == F64 and on.name not in ("reference", "cpu"):
+        with pytest.raises(TypeError, match=f"{on.name} takes float32, float16, bfloat16"):
+            sampler(on=on, dtype=dtype)
+        return
+    state = F64 if dtype == F64 else F32
+    got, states = draw(sampler(on=on, dtype=dtype), 4, return_steps=range(6))
+    x_T = philox_normal(4, SHAPE, SEED, 0, 0, on.device, on.name).to(state)
+    expected = chain(smooth, DDPM, x_T, philox_noise(4, 0, on, state), dtype, on.name)
+    assert got.dtype == states.dtype == state
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert same_bits(states, expected)
+    assert same_bits(got, expected[-1])
+
+
+def test_reference_and_cpu_agree():
+    table = StepTable.ddpm(SCHEDULE, 100)
+    reference, cpu = (
+        Sampler(smooth, table, SHAPE, 4, "cpu", backend=name).sample(4, progress=False)
+        for name in ("reference", "cpu")
+    )
+    torch.testing.assert_close(cpu, reference, rtol=0, atol=2e-5)
+
+
+class Spy:
+    """A model that notes what it was given."""
+
+    def __init__(self, model=smooth):
+        self.model, self.seen = model, []
+
+    def __call__(self, x, t):
+        self.seen.append((x.clone(), t.clone(), x.stride(), x.dtype))
+        return self.model(x, t)
+
+
+def test_every_sample_has_its_slot():
+    """Sample k sits in slot k % micro_batch, beside its neighbours, whether they are wanted."""
+    spy = Spy()
+    draw(sampler(spy), 3, first_sample=6)
+    starts = [x for x, t, *_ in spy.seen if (t == DDPM.timesteps[0]).all()]
+    expected = philox_normal(12, SHAPE, SEED, 0, 0)
+    assert same_bits(torch.cat(starts), expected[4:12])
+    assert all(x.shape == (4, *SHAPE) and t.shape == (4,) for x, t, *_ in spy.seen)
+    assert all(stride == expected[:4].stride() for _, _, stride, _ in spy.seen)
+    assert {t.dtype for _, t, *_ in spy.seen} == {torch.int64}
+
+
+def test_without_padding_only_wanted_samples_are_run():
+    spy = Spy()
+    got = draw(sampler(spy, pad=False), 6, first_sample=3)
+    assert [len(x) for x, *_ in spy.seen] == [4] * 5 + [2] * 5
+    torch.testing.assert_close(got, draw(sampler(), 6, first_sample=3))
+
+
+def test_samples_far_along_a_seed():
+    first = (1 << 32) - 2
+    got = draw(sampler(), 4, first_sample=first)
+    x_T = philox_normal(4, SHAPE, SEED, 0, first)
+    expected = chain(smooth, DDPM, x_T, philox_noise(4, first))
+    torch.testing.assert_close(got, expected[-1], rtol=0, atol=1e-6)
+
+
+def test_given_starting_points():
+    x_T = normals((6, *SHAPE), "contiguous", F64, 1, "cpu")
+    got = draw(sampler(), 6, x_T=x_T)
+    expected = chain(smooth, DDPM, x_T.float(), philox_noise(6))
+    torch.testing.assert_close(got, expected[-1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_given_noise(dtype):
+    noise = normals((5, 6, *SHAPE), "contiguous", F32, 1, "cpu")
+    x_T = normals((6, *SHAPE), "contiguous", F32, 2, "cpu")
+    got = draw(sampler(noise=noise, dtype=dtype), 6, x_T=x_T)
+    expected = chain(smooth, DDPM, x_T, lambda row: noise[row], dtype)
+    torch.testing.assert_close(got, expected[-1], rtol=0, atol=1e-6)
+
+
+def test_a_generator_is_drawn_from_for_x_T_and_for_each_row_that_has_noise():
+    got = draw(sampler(noise=torch.Generator().manual_seed(3), micro_batch=6), 6)
+    generator = torch.Generator().manual_seed(3)
+    x_T, *noise = (torch.randn(6, *SHAPE, generator=generator) for _ in range(5))
+    noise.append(torch.zeros_like(x_T))
+    assert same_bits(got, chain(smooth, DDPM, x_T, lambda row: noise[row])[-1])
+
+
+@pytest.mark.parametrize("table", [DDPM, RANDOM], ids=["fixed", "random-start"])
+def test_states_after_some_steps(table):
+    every = draw(sampler(table=table), 6, return_steps=range(6))[1]
+    got, some = draw(sampler(table=table), 6, return_steps=[5, 0, 3, 3])
+    assert some.shape == (4, 6, *SHAPE)
+    assert same_bits(some, every[[5, 0, 3, 3]])
+    assert same_bits(some[0], got)
+    assert same_bits(some[1], philox_normal(6, SHAPE, SEED))
+    assert draw(sampler(), 2, return_steps=[])[1].shape == (0, 2, *SHAPE)
+
+
+def test_a_chain_may_begin_at_any_step():
+    x_T = normals((4, *SHAPE), "contiguous", F32, 1, "cpu")
+    for start in (1, 7, 1000):
+        table = StepTable.ddpm(SCHEDULE, None if start < 10 else 5, start=start)
+        spy = Spy()
+        draw(sampler(spy, table), 4, x_T=x_T)
+        assert same_bits(spy.seen[0][0], x_T)
+        assert spy.seen[0][1].tolist() == [start - 1] * 4
+        assert spy.seen[-1][1].tolist() == [0] * 4
+
+
+def first_timesteps(num, table, seed=SEED, **options):
+    """The timestep of each sample at its first step."""
+    spy = Spy(lambda x, t: torch.zeros_like(x))
+    draw(sampler(spy, table, 500, **options), num, seed)
+    return torch.cat([t for _, t, *_ in spy.seen[:: table.steps]])[:num]
+
+
+def test_random_starts_are_uniform_and_each_samples_own():
+    table = StepTable.ddim(SCHEDULE, 10, start="random")
+    started = first_timesteps(4000, table)
+    counts = torch.stack([(started == t).sum() for t in table.timesteps])
+    assert counts.sum() == 4000
+    assert float(((counts - 400) ** 2 / 400).sum()) < 27.9  # chi-squared, 9 degrees, p = 0.001
+    assert not torch.equal(started, first_timesteps(4000, table, SEED + 1))
+    words = [philox_word(k) for k in range(50)]
+    assert started[:50].tolist() == [int(table.timesteps[w * 10 >> 32]) for w in words]
+
+
+def philox_word(sample):
+    from cases import philox
+
+    low, high = SEED % (1 << 32), SEED >> 32
+    return philox((0, STREAM_START, sample, 0), (low, high))[0]
+
+
+def test_a_random_start_is_the_chain_that_begins_there():
+    """Without noise a chain from row r is the chain of a table whose start is that timestep + 1."""
+    table = StepTable.ddim(SCHEDULE, spacing=[0, 3, 200, 500, 999], start="random")
+    got = draw(sampler(table=table), 10)
+    first = first_timesteps(10, table).tolist()
+    assert len(set(first)) > 2
+    x_T = philox_normal(10, SHAPE, SEED)
+    for k, t in enumerate(first):
+        shorter = StepTable.ddim(SCHEDULE, spacing=[s for s in (0, 3, 200, 500, 999) if s <= t])
+        expected = chain(smooth, shorter, x_T[k : k + 1], None)[-1]
+        torch.testing.assert_close(got[k : k + 1], expected, rtol=0, atol=1e-6)
+
+
+def test_given_noise_and_a_random_start_meet_at_the_row():
+    """Row i adds noise[i], whenever a sample comes to it."""
+    table = StepTable.ddpm(SCHEDULE, 5, start="random")
+    noise = torch.stack([philox_noise(10)(row) for row in range(5)])
+    assert same_bits(draw(sampler(table=table, noise=noise)), draw(sampler(table=table)))
+
+
+def test_the_model_may_return_its_input_or_a_view_of_it():
+    views = {
+        "itself": lambda x, t: x,
+        "transposed": lambda x, t: x.transpose(0, 1).transpose(0, 1),
+        "first": lambda x, t: x[:1].expand_as(x),
+        "flipped": lambda x, t: x.mT.contiguous().mT,
+    }
+    for view in views.values():
+        for dtype in (F32, F16):
+            apart = draw(sampler(lambda x, t, v=view: v(x, t).clone(), dtype=dtype))
+            assert same_bits(draw(sampler(view, dtype=dtype)), apart)
+
+
+def test_a_model_may_return_an_object_with_a_sample():
+    got = draw(sampler(lambda x, t: SimpleNamespace(sample=smooth(x, t))))
+    assert same_bits(got, draw(sampler()))
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_a_float32_state_takes_half_outputs(dtype):
+    got = draw(sampler(lambda x, t: smooth(x, t).to(dtype)))
+    assert got.dtype == F32
+    torch.testing.assert_close(got, draw(sampler()), rtol=0, atol=0.05)
+
+
+def test_a_nan_of_the_model_stays_in_its_sample():
+    def model(x, t):
+        out = smooth(x, t).clone()
+        out[1, 0, 0, 0] = torch.nan
+        return out
+
+    got = draw(sampler(model), 4)
+    assert got.isnan().sum() == 1
+    assert got[1, 0, 0, 0].isnan()
+
+
+def test_no_gradient_is_kept_and_no_global_state_is_touched():
+    before = torch.get_rng_state()
+    got = draw(sampler(Net()))
+    assert not got.requires_grad
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.is_grad_enabled()
+
+
+def test_inference_mode_before_and_after():
+    sample = sampler()
+    with torch.inference_mode():
+        inside = draw(sample)
+    outside = draw(sample)
+    with torch.inference_mode():
+        again = draw(sample)
+    assert same_bits(inside, outside)
+    assert same_bits(again, outside)
+
+
+def test_no_samples():
+    got, states = draw(sampler(), 0, return_steps=[1, 2])
+    assert got.shape == (0, *SHAPE)
+    assert states.shape == (2, 0, *SHAPE)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4, 4), (2, 3, 4, 5)], ids=str)
+def test_samples_of_any_number_of_dimensions(shape):
+    got = Sampler(smooth, DDPM, shape, 4, "cpu").sample(6, progress=False)
+    assert got.shape == (6, *shape)
+    one = Sampler(smooth, DDPM, shape, 4, "cpu").sample(1, first_sample=5, progress=False)
+    assert same_bits(one[0], got[5])
+
+
+def test_the_progress_bar_is_there_only_where_it_is_asked_for(capsys):
+    sampler().sample(5, progress=False)
+    assert capsys.readouterr() == ("", "")
+    sampler().sample(5)
+    shown = capsys.readouterr().err
+    assert "sampling" in shown
+    assert "10/10" in shown
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["two-samplers", "one-sampler"])
+def test_two_threads(shared):
+    one = sampler(Net())
+    pair = (one, one if shared else sampler(Net()))
+    expected = [draw(sampler(Net()), 8, seed) for seed in (1, 2)]
+    results = {}
+
+    def work(i):
+        results[i] = [draw(pair[i], 8, i + 1) for _ in range(10)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        assert all(same_bits(got, expected[i]) for got in results[i])
