@@ -16,7 +16,9 @@ def verify(
         bool, typer.Option("--json", help="Print every check as JSON instead of the table.")
     ] = False,
 ) -> None:
-    """Check every operator, backend, dtype and layout against the float64 reference.
+    """Check every kernel against the float64 reference.
+
+    All operators, backends, dtypes and layouts.
 
     Exit status 1 on any miss. A backend that cannot run here is named with the reason.
     """

@@ -1,0 +1,17 @@
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+def build_info() -> dict[str, Any]: ...
+def row_fields() -> list[str]: ...
+def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
+def philox_normal(
+    num: int,
+    elements: int,
+    seed: int,
+    stream: int,
+    first_sample: int = 0,
+    kernels: str = "auto",
+) -> NDArray[np.float32]: ...

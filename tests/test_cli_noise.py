@@ -1,0 +1,137 @@
+"""``ddpm-fast noise``: one picture under several schedules."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cli_runs import error_of, run
+from ddpm_fast import NoiseSchedule, philox_normal, q_sample
+from ddpm_fast.cli import noise as noise_command
+from ddpm_fast.images import to_uint8
+from ddpm_fast.noise import STREAM_TRAINING
+
+SIDE = 8  # of an image, in pixels
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def picture() -> Path:
+    pixels = np.arange(SIDE * SIDE, dtype=np.uint8).reshape(SIDE, SIDE) * 4
+    Image.fromarray(pixels).save("in.png")
+    return Path("in.png")
+
+
+def test_an_image_is_noised_under_every_schedule(picture: Path) -> None:
+    schedules = "linear,power:2,cosine:0.01:0.99"
+    args = ("--schedules", schedules, "--columns", 3, "--seed", 7, "--scale", 1)
+    result = run("noise", picture, *args)
+    assert result.stdout == "wrote    out/noise.png\n"
+    with Image.open("out/noise.png") as sheet:
+        canvas = np.asarray(sheet)
+    with Image.open(picture) as source:
+        x0 = torch.from_numpy(np.asarray(source, np.float32) / np.float32(127.5) - 1)
+    x0 = x0.expand(3, 1, SIDE, SIDE).clone()
+    z = philox_normal(3, (1, SIDE, SIDE), 7, STREAM_TRAINING)
+    t = torch.tensor([0, 500, 999])
+    cell = SIDE + 4
+    grid = canvas[-3 * cell :, -3 * cell :]
+    made = (NoiseSchedule.linear(), NoiseSchedule.power(2), NoiseSchedule.cosine(1000, 0.01, 0.99))
+    for row, schedule in enumerate(made):
+        for column, x_t in enumerate(to_uint8(q_sample(x0, t, z, schedule)).numpy()):
+            got = grid[row * cell :, column * cell :][:SIDE, :SIDE]
+            np.testing.assert_array_equal(got, x_t[:, :, 0])
+
+
+def test_the_default_schedules_run_and_warn_in_a_line(picture: Path) -> None:
+    result = run("noise", picture, "--out", "deep/er/sheet.png")
+    assert os.listdir("deep/er") == ["sheet.png"]
+    (note,) = result.stderr.splitlines()
+    assert note.startswith("note: schedule power(10): x_T keeps 0.382 of x_0's amplitude")
+
+
+@pytest.mark.parametrize(
+    ("schedules", "message"),
+    [
+        pytest.param(
+            "linear,circle",
+            "--schedules: no schedule 'circle'; accepted: linear, scaled_linear, cosine, sigmoid,"
+            " sigmoid_cumprod, power:exponent, sine_wave",
+            id="name",
+        ),
+        pytest.param("", "no schedule ''", id="empty"),
+        pytest.param("power", "power takes 1 to 3 arguments (exponent, beta_start", id="missing"),
+        pytest.param("cosine:1:2:3", "cosine takes 0 to 2 arguments (s, max_beta)", id="too-many"),
+        pytest.param("power:two", "exponent must be a number; got 'two'", id="no-number"),
+        pytest.param("power:-1", "power:-1: exponent must be a number in (0, inf)", id="range"),
+        pytest.param("linear:0.1:nan", "linear:0.1:nan: beta_end must be", id="nan"),
+    ],
+)
+def test_a_bad_schedule_is_named(picture: Path, schedules: str, message: str) -> None:
+    assert message in error_of(run("noise", picture, "--schedules", schedules, status=2))
+    assert os.listdir() == ["in.png"]
+
+
+@pytest.mark.parametrize(
+    ("image", "mode", "value"),
+    [
+        pytest.param(Image.new("1", (8, 8), 1), "L", 255, id="bilevel"),
+        pytest.param(Image.new("RGB", (8, 8), (255, 0, 64)), "RGB", (255, 0, 64), id="rgb"),
+        pytest.param(Image.new("RGBA", (8, 8), (9, 9, 9, 0)), "RGB", (255, 255, 255), id="alpha"),
+        pytest.param(Image.new("LA", (8, 8), (100, 255)), "RGB", (100, 100, 100), id="grey-alpha"),
+        pytest.param(Image.fromarray(np.full((8, 8), 51399, np.uint16)), "L", 200, id="16-bit"),
+        pytest.param(Image.fromarray(np.full((8, 8), 51200, np.uint16)), "L", 199, id="down"),
+        pytest.param(Image.new("P", (8, 8), 3), "RGB", None, id="palette"),
+    ],
+)
+def test_every_kind_of_picture_is_read(image: Image.Image, mode: str, value: object) -> None:
+    image.save("in.png")
+    # At t = 0 these betas leave the image as it is, to 8 bits.
+    args = ("--schedules", "linear:1e-9:0.02", "--columns", 2, "--scale", 1)
+    run("noise", "in.png", *args, "--out", "a.png")
+    with Image.open("a.png") as sheet:
+        assert sheet.mode == mode
+        corner = sheet.width - 2 * (8 + 4), sheet.height - (8 + 4)
+        if value is not None:
+            assert sheet.getpixel(corner) == value
+
+
+@pytest.mark.parametrize(
+    ("args", "size"),
+    [
+        pytest.param((), (128, 64), id="large-images-shrink"),
+        pytest.param(("--size", 20), (20, 10), id="as-told"),
+        pytest.param(("--size", 400), (400, 200), id="enlarged"),
+    ],
+)
+def test_the_longer_side_is_set(
+    args: tuple[object, ...], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    draw = noise_command.sheet
+    monkeypatch.setattr(noise_command, "sheet", lambda *a: given.append(a) or draw(*a))
+    Image.new("L", (300, 150)).save("in.png")
+    run("noise", "in.png", "--columns", 2, "--schedules", "linear", *args)
+    assert given[0][0].shape == (2, 1, size[1], size[0])
+
+
+def test_what_is_no_picture_is_named(picture: Path) -> None:
+    whole = picture.read_bytes()
+    for name, content, message in (
+        ("text.png", b"no picture", "text.png: is no picture that can be read"),
+        ("cut.png", whole[:-30], "cut.png: cannot be read: image file is truncated"),
+        ("empty.png", b"", "empty.png: is no picture that can be read"),
+    ):
+        Path(name).write_bytes(content)
+        assert message in error_of(run("noise", name, status=2))
+    assert "none.png: No such file" in error_of(run("noise", "none.png", status=2))
+    assert "--out must be a .png" in error_of(run("noise", picture, "--out", "a.jpg", status=2))
