@@ -78,11 +78,15 @@ def load(
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
         ValueError: a file is corrupt, truncated, of another kind, or does not fit the others, or
-            the dtype is none of the four; the message names the file and what is wrong.
+            dtype or device is none that is accepted; the message names the file and what is wrong.
     """
     folder = Path(folder)
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    try:
+        device = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected a torch device, got {device!r}") from error
     if folder.is_file():
         _refuse_file(folder)
     if not folder.is_dir():
@@ -102,7 +106,7 @@ def load(
 
     options, scheduler = _read_scheduler(folder, required=index.exists())
     weights = _locate(folder, "unet", WEIGHTS)
-    unet = read_unet(config, weights, dtype or torch.float32, device or "cpu")
+    unet = read_unet(config, weights, dtype or torch.float32, device)
     return Checkpoint(
         unet=unet,
         schedule=options.schedule if options else None,
@@ -296,15 +300,16 @@ def _flush(path: Path) -> None:
 
 def _install(temporary: Path, target: Path, aside: Path) -> None:
     """Give `temporary` the name `target`; what had it steps aside first and is then removed."""
-    replaces = target.exists()
-    if replaces:
-        target.rename(aside)
     try:
+        if target.exists():
+            target.rename(aside)
         temporary.rename(target)
+        _flush(target.parent)
     except BaseException:
-        if replaces:
+        if not temporary.exists():
+            target.rename(temporary)
+        if aside.exists():
             aside.rename(target)
         raise
-    _flush(target.parent)
-    if replaces:
+    if aside.exists():
         shutil.rmtree(aside, ignore_errors=True)

@@ -215,6 +215,10 @@ class TestRefusedOnLoad:
         with pytest.raises(ValueError, match=r"dtype: .*torch.bfloat16.*torch.int8"):
             load(folder, dtype=torch.int8)
 
+    def test_device(self, folder):
+        with pytest.raises(ValueError, match=r"device: .*'gpu'"):
+            load(folder, device="gpu")
+
     def test_weights_beyond_the_dtype(self, tmp_path, unet):
         with torch.no_grad():
             unet.conv_in.bias[0] = 1e5
@@ -244,6 +248,13 @@ def fails_at_last_rename(monkeypatch):
     monkeypatch.setattr(Path, "rename", guarded)
 
 
+def fails_after_last_rename(monkeypatch):
+    flush = checkpoint._flush
+    monkeypatch.setattr(
+        checkpoint, "_flush", lambda path: flush(path) if ".tmp" in str(path) else full_disk()
+    )
+
+
 FAILURES = [
     pytest.param(lambda m: m.setattr(checkpoint, "write_weights", full_disk), id="weights"),
     pytest.param(
@@ -252,6 +263,7 @@ FAILURES = [
     pytest.param(lambda m: m.setattr(checkpoint, "_flush", full_disk), id="fsync"),
     pytest.param(lambda m: m.setattr(json, "dump", full_disk), id="json"),
     pytest.param(fails_at_last_rename, id="rename"),
+    pytest.param(fails_after_last_rename, id="fsync-of-parent"),
 ]
 
 

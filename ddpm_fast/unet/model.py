@@ -141,7 +141,7 @@ class UNet(nn.Module):
         h = x.to(self.dtype, memory_format=torch.channels_last)
         if self.config.center_input_sample:
             h = 2 * h - 1
-        h = self.conv_in(h).contiguous(memory_format=torch.channels_last)
+        h = self.conv_in(h)
         skips = [h]
         for block in self.down_blocks:
             skips += block(h, emb)

@@ -23,9 +23,7 @@ def current_key(key: str) -> str:
     return _OLD_ATTENTION.sub(lambda m: f"{m[1]}.{_NEW_ATTENTION[m[2]]}.", key)
 
 
-def read_unet(
-    config: UNetConfig, path: Path, dtype: torch.dtype, device: torch.device | str
-) -> UNet:
+def read_unet(config: UNetConfig, path: Path, dtype: torch.dtype, device: torch.device) -> UNet:
     """A `UNet` in eval mode with the weights of `path`, cast to `dtype`, on `device`.
 
     Nothing is allocated before the file's header fits the network.
@@ -99,5 +97,5 @@ def write_weights(unet: UNet, path: Path) -> None:
     try:
         save_file(state, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
+        code = re.search(r"(?:os error|code:) (\d+)", str(error))
         raise OSError(int(code[1]) if code else None, str(error), str(path)) from error
