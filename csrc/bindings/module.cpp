@@ -18,8 +18,8 @@ namespace {
 
 std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter,
                                const std::array<uint32_t, 2>& key) {
-  const ddpm::Philox4 w = ddpm::philox4x32_10(counter[0], counter[1], counter[2], counter[3],
-                                              key[0], key[1]);
+  const ddpm::Philox4 w =
+      ddpm::philox4x32_10(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
   return {w.r0, w.r1, w.r2, w.r3};
 }
 

@@ -1,9 +1,9 @@
 // The operators torch.ops.ddpm_fast.*, written once for every device.
 //
 // A Launch type says how a device runs the kernels. Schemas, fakes and gradients are in
-// ddpm_fast/ops/registry.py, which defines the operators before these libraries are loaded. Messages
-// for users come from Python as well; the checks here only keep a direct call from reading outside
-// its tensors.
+// ddpm_fast/ops/registry.py, which defines the operators before these libraries are loaded.
+// Messages for users come from Python as well; the checks here only keep a direct call from reading
+// outside its tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -52,9 +52,8 @@ class Batch {
   Batch(const Tensor& leader, bool channels_last) : leader_(leader) {
     STD_TORCH_CHECK(leader.dim() > 0, "a tensor of samples needs a batch dimension");
     const int ndim = static_cast<int>(leader.dim());
-    order_ = channels_last
-                 ? channels_last_order(ndim)
-                 : memory_order(ndim, leader.sizes().data(), leader.strides().data());
+    order_ = channels_last ? channels_last_order(ndim)
+                           : memory_order(ndim, leader.sizes().data(), leader.strides().data());
   }
 
   int64_t samples() const { return leader_.size(0); }
@@ -70,9 +69,9 @@ class Batch {
                         tensor.get_device_index() == leader_.get_device_index(),
                     name, " must be on the device of the state");
     View view{};
-    const bool fits = make_view(&view, tensor.data_ptr(), dtype_of(tensor, name),
-                                static_cast<int>(tensor.dim()), tensor.sizes().data(),
-                                tensor.strides().data(), order_);
+    const bool fits =
+        make_view(&view, tensor.data_ptr(), dtype_of(tensor, name), static_cast<int>(tensor.dim()),
+                  tensor.sizes().data(), tensor.strides().data(), order_);
     STD_TORCH_CHECK(fits, name, " has more than ", kMaxDims,
                     " dimensions that cannot be walked as one");
     return view;
@@ -88,13 +87,12 @@ class Batch {
 };
 
 inline void check_index(const Tensor& index, int64_t samples, const char* name) {
-  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.dim() == 1 &&
-                      index.size(0) == samples,
-                  name, " must be int64 with one value for each sample");
+  STD_TORCH_CHECK(
+      index.scalar_type() == ScalarType::Long && index.dim() == 1 && index.size(0) == samples, name,
+      " must be int64 with one value for each sample");
 }
 
-inline void check_coefs(const Tensor& coefs, int64_t width, const Tensor& state,
-                        const char* name) {
+inline void check_coefs(const Tensor& coefs, int64_t width, const Tensor& state, const char* name) {
   const bool wide = state.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(coefs.dim() == 2 && coefs.size(1) == width && coefs.size(0) > 0 &&
                       coefs.is_contiguous() && coefs.is_cuda() == state.is_cuda(),

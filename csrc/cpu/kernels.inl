@@ -36,8 +36,8 @@ void q_sample_blocks(const QSampleArgs& a, int64_t begin, int64_t end) {
   const int64_t per_sample = blocks_per_sample(a.elements);
   for (int64_t work = begin; work < end; ++work) {
     const Block b = block_at(work, per_sample, a.elements);
-    const R* coefs = static_cast<const R*>(a.coefs) +
-                     2 * clamped(a.t[b.sample * a.t_stride], a.num_timesteps);
+    const R* coefs =
+        static_cast<const R*>(a.coefs) + 2 * clamped(a.t[b.sample * a.t_stride], a.num_timesteps);
     const R* noise;
     if (a.rng.words) {
       make_normals(normals, b.first, b.count, static_cast<uint32_t>(a.rng.words[1]),
@@ -67,8 +67,8 @@ void q_posterior_blocks(const QPosteriorArgs& a, int64_t begin, int64_t end) {
   const int64_t per_sample = blocks_per_sample(a.elements);
   for (int64_t work = begin; work < end; ++work) {
     const Block b = block_at(work, per_sample, a.elements);
-    const R* coefs = static_cast<const R*>(a.coefs) +
-                     4 * clamped(a.t[b.sample * a.t_stride], a.num_timesteps);
+    const R* coefs =
+        static_cast<const R*>(a.coefs) + 4 * clamped(a.t[b.sample * a.t_stride], a.num_timesteps);
     if (b.first == 0) {
       static_cast<R*>(a.variance)[b.sample] = coefs[2];
       static_cast<R*>(a.log_variance)[b.sample] = coefs[3];

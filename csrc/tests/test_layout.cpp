@@ -101,10 +101,13 @@ void offsets_have_64_bits() {
   for (size_t e = 0; e < offsets.size(); ++e) {
     CHECK(offset_in_sample(view, static_cast<int64_t>(e)) == offsets[e], e);
   }
-  // One long dimension: elements beyond 2^32.
+  // Elements beyond 2^32.
   const Sizes line{1, 3 * big}, pairs{6 * big, 2};
   make_view(&view, nullptr, DType::f32, 2, line.data(), pairs.data(), channels_last_order(2));
   CHECK(offset_in_sample(view, 3 * big - 1) == 6 * big - 2);
+  const Sizes planes{1, 3, big}, apart{6 * big, 2 * big, 1};
+  make_view(&view, nullptr, DType::f32, 3, planes.data(), apart.data(), channels_last_order(3));
+  CHECK(offset_in_sample(view, 3 * big - 1) == 5 * big - 1);
 }
 
 }  // namespace
