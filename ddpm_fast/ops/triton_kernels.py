@@ -1,9 +1,9 @@
 """The Triton backend: the fused updates and the noise, their kernels and how they are launched.
 
 The launchers take checked arguments; ddpm_fast.ops registers them as torch.ops.ddpm_fast.triton_*.
-Layouts are described as in csrc/core/layout.h: an operation walks the elements of a sample in one
-order for all its tensors, channels-last where it makes noise (that is how noise is numbered), else
-as the tensor that is written lies in memory. Dimensions that one stride serves are merged.
+An operation walks the elements of a sample in one order for all its tensors: channels-last where it
+makes noise (that is how noise is numbered), else as the tensor that is written lies in memory. A
+tensor that is a straight line in that order needs no index arithmetic; the others share one walk.
 
 A program works on a tile: consecutive elements of one sample or, where samples are shorter than a
 tile, several samples (rows) with all their elements (columns).
@@ -26,8 +26,7 @@ from ddpm_fast.row import ROW_WIDTH, RowFlag, column
 
 Ints = tuple[int, ...]
 
-# 128 threads with 8 elements each: two 16-byte vectors of float32, one of float16, the normals of
-# two Philox blocks.
+# 128 threads with 8 elements each: two vectors of float32, one of float16, two Philox blocks.
 TILE_ELEMENTS = 1024
 NUM_WARPS = 4
 VECTOR_BYTES = 16
@@ -51,7 +50,7 @@ class View(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """A sample: the dimensions that tensors with strides share, its elements, its tiles."""
+    """A sample: the dimensions, outermost first, that tensors with strides share; its extent."""
 
     sizes: Ints
     elements: int
@@ -210,9 +209,9 @@ def _reverse_step_kernel(
     pred_x0: View | None,
     rng: tl.tensor | None,
     lookup: Lookup,
+    FLAGS: tl.constexpr,
     walk: Walk,
     samples: tl.tensor,
-    FLAGS: tl.constexpr,
     SHAPE: tl.constexpr,
     ROW: tl.constexpr = _ROW,
 ) -> None:
@@ -251,11 +250,7 @@ def _reverse_step_kernel(
 
 @triton.jit(do_not_specialize=["samples"])
 def _philox_normal_kernel(
-    out: View,
-    rng: tl.tensor,
-    walk: Walk,
-    samples: tl.tensor,
-    SHAPE: tl.constexpr,
+    out: View, rng: tl.tensor, walk: Walk, samples: tl.tensor, SHAPE: tl.constexpr
 ) -> None:
     tile = _tile(walk, samples, SHAPE)
     _store(out, tile, tile.mask, _normals(rng, 0, tile, SHAPE))
@@ -268,7 +263,7 @@ class _Plan(NamedTuple):
     grid: tuple[int]
     walk: Walk
     samples: int
-    shape: Shape
+    tile: Shape
 
 
 def _merged(sizes: Ints, *strides: Ints) -> list[Ints]:
@@ -289,14 +284,12 @@ def _plan(shape: Ints, strides: tuple[Ints, ...], made_noise: bool, itemsize: in
 
     Where noise is made the order is channels-last, else that of the first tensor.
     """
-    dims = range(1, len(shape))
+    samples, elements = shape[0], prod(shape[1:])
+    dims = range(1, len(shape)) if elements else range(0)
     order = [*dims[1:], *dims[:1]] if made_noise else sorted(dims, key=lambda d: -strides[0][d])
     sizes = tuple(shape[d] for d in order)
-    samples, elements = shape[0], prod(sizes)
-
     steps = [tuple(s[d] for d in order) for s in strides]
-    linear = ([], [(elements, 1)])
-    strided = [s for s in dict.fromkeys(steps) if elements and _merged(sizes, s) not in linear]
+    strided = [s for s in dict.fromkeys(steps) if _merged(sizes, s) not in ([], [(elements, 1)])]
     shared, *merged = zip(*_merged(sizes, *strided), strict=True) if strided else [()]
     of_steps = dict(zip(strided, merged, strict=True))
     layouts = tuple((s[0], of_steps.get(t, ())) for s, t in zip(strides, steps, strict=True))
@@ -304,21 +297,18 @@ def _plan(shape: Ints, strides: tuple[Ints, ...], made_noise: bool, itemsize: in
     columns = max(_QUAD, min(TILE_ELEMENTS, triton.next_power_of_2(elements)))
     rows = min(TILE_ELEMENTS // columns, triton.next_power_of_2(samples))
     tiles = max(1, triton.cdiv(elements, columns))
-    vector = _QUAD if made_noise else min(columns, VECTOR_BYTES // itemsize)
-    wide = elements > _MAX_NARROW
     grid = (triton.cdiv(samples, rows) * tiles,)
-    walk = Walk(shared, elements, tiles)
-    return _Plan(layouts, grid, walk, samples, Shape(rows, columns, vector, wide))
+    vector = _QUAD if made_noise else min(columns, VECTOR_BYTES // itemsize)
+    tile = Shape(rows, columns, vector, elements > _MAX_NARROW)
+    return _Plan(layouts, grid, Walk(shared, elements, tiles), samples, tile)
 
 
-def _launch(
-    kernel: Any, plan: _Plan, tensors: tuple[Tensor | None, ...], *args: object, **flags: int
-) -> None:
+def _launch(kernel: Any, plan: _Plan, tensors: tuple[Tensor | None, ...], *args: object) -> None:
     layouts = iter(plan.layouts)
     views = [None if tensor is None else View(tensor, *next(layouts)) for tensor in tensors]
-    options = {"SHAPE": plan.shape, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(tensors[0]):
-        kernel[plan.grid](*views, *args, plan.walk, plan.samples, **flags, **options)
+        kernel[plan.grid](*views, *args, plan.walk, plan.samples, plan.tile, **options)
 
 
 def _q_sample(
@@ -395,7 +385,7 @@ def reverse_step_(
     strides = tuple(tensor.stride() for tensor in tensors if tensor is not None)
     plan = _plan(x.shape, strides, rng is not None, x.element_size())
     lookup = Lookup(step, step.stride(0), rows, rows.shape[0])
-    _launch(_reverse_step_kernel, plan, tensors, rng, lookup, FLAGS=int(flags))
+    _launch(_reverse_step_kernel, plan, tensors, rng, lookup, int(flags))
 
 
 def philox_normal_(out: Tensor, rng: Tensor) -> None:
