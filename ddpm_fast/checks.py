@@ -72,6 +72,36 @@ def written(name: str, value: Tensor) -> Tensor:
     return value
 
 
+def apart(value: Tensor, target: Tensor) -> Tensor:
+    """``value``, or a copy where it is another view of memory that ``target`` has written.
+
+    The very same view is fine: an update reads each element before it writes it.
+    """
+    if torch.compiler.is_compiling() or not torch._C._is_alias_of(value, target):
+        return value
+    same = value.data_ptr() == target.data_ptr() and value.stride() == target.stride()
+    first, last = _extent(value)
+    target_first, target_last = _extent(target)
+    return value if same or last <= target_first or target_last <= first else value.clone()
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from the first byte of a tensor to one past its last."""
+    reach = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    start = tensor.data_ptr()
+    return start, start + (reach + 1) * tensor.element_size()
+
+
+def note_written(*tensors: Tensor | None) -> None:
+    """Tell autograd that an operator wrote to these, so that a stale graph is noticed."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        for tensor in tensors:
+            if tensor is not None and not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+
+
 def index(name: str, value: Any, like: Tensor, end: int | None) -> Tensor:
     """``value``, an int or integers [N], as int64 [N] on the device of ``like``.
 
@@ -104,6 +134,16 @@ def index(name: str, value: Any, like: Tensor, end: int | None) -> Tensor:
         if low < 0 or high >= end:
             raise ValueError(f"{name} must lie in [0, {end}); got {low if low < 0 else high}")
     return value.to(torch.int64).expand(samples)
+
+
+def device(name: str, value: Any) -> torch.device:
+    """``value`` as a device; None is torch's default."""
+    try:
+        return torch.get_default_device() if value is None else torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name} must be a device, such as cpu or cuda:0; got {value!r}"
+        ) from error
 
 
 def integer(name: str, value: Any, low: int, end: int) -> int:

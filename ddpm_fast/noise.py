@@ -68,7 +68,7 @@ def philox_normal(
     """
     num = checks.integer("num", num, 0, checks.SAMPLE_END)
     shape = checks.sample_shape("sample_shape", sample_shape)
-    out = empty_samples(num, shape, torch.float32, device)
+    out = empty_samples(num, shape, torch.float32, checks.device("device", device))
     rng = philox_rng(seed, stream, first_sample, out.device)
     implementation(backend, out.device, out.dtype).philox_normal_(out, rng)
     return out

@@ -300,7 +300,7 @@ def _placement(
     if device is None:
         fallback = "cuda" if torch.cuda.is_available() else "cpu"
         device = parameter.device if parameter is not None else fallback
-    device = torch.device(device)
+    device = checks.device("device", device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if dtype is None:

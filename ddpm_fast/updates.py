@@ -141,15 +141,21 @@ def reverse_step_(
     step = checks.index("step", step, x, None)
     run = implementation(backend, x.device, x.dtype)
     rows, _ = table.to(x.device, x.dtype)
-    run.reverse_step_(
-        x, model_output.detach(), rows, step, noise, rng, model_input, pred_x0, int(table.flags)
-    )
+    out = checks.apart(model_output.detach(), x)
+    noise = noise if noise is None else checks.apart(noise.detach(), x)
+    run.reverse_step_(x, out, rows, step, noise, rng, model_input, pred_x0, int(table.flags))
+    checks.note_written(x, model_input, pred_x0)
     return x
 
 
 def _rng(rng: Tensor, x: Tensor) -> Tensor:
-    if not isinstance(rng, Tensor) or rng.dtype != torch.int64 or tuple(rng.shape) != (3,):
-        raise TypeError("rng must be int64 [3] = (seed, stream, first_sample), as from philox_rng")
+    accepted = "rng must be int64 [3] = (seed, stream, first_sample), as from philox_rng"
+    if not isinstance(rng, Tensor):
+        raise TypeError(f"{accepted}; got {type(rng).__name__}")
+    if rng.dtype != torch.int64:
+        raise TypeError(f"{accepted}; got {checks.dtype_name(rng.dtype)}")
+    if tuple(rng.shape) != (3,):
+        raise ValueError(f"{accepted}; got {checks.shape_text(rng)}")
     if rng.device != x.device:
         raise ValueError(f"rng must be on the device of x, {x.device}; got {rng.device}")
     return rng.contiguous()

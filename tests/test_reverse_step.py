@@ -371,7 +371,7 @@ BAD = [
     ("step", torch.tensor([1, 2, 3]), ValueError, "2 samples", "[3]"),
     ("noise", X, ValueError, "either noise or rng", "both"),
     ("rng", None, ValueError, "either noise or rng", "neither"),
-    ("rng", torch.tensor([1, 2]), TypeError, "int64 [3]", "[2]"),
+    ("rng", torch.tensor([1, 2]), ValueError, "int64 [3]", "[2]"),
     ("rng", (1, 2, 3), TypeError, "int64 [3]", "tuple"),
     ("rng", RNG.to("meta"), ValueError, "cpu", "meta"),
     ("model_input", X[:1], ValueError, "[2, 3, 4, 4]", "[1, 3, 4, 4]"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ results = importlib.import_module("_results")
 Array = NDArray[np.float64]
 CANVAS = 720
 SCALE = CANVAS / 32
+STAIRCASE = ["#", "##", "###", "####"]
 POSITIONS = st.tuples(st.integers(0, 31), st.integers(0, 31))
 
 
@@ -68,6 +70,23 @@ def image_of(rows: list[str]) -> Array:
         for x, mark in enumerate(row):
             image[y + 4, x + 4] = -1.0 if mark == "#" else 1.0
     return image
+
+
+def swept_iou(foreground: NDArray[np.bool_]) -> float:
+    """The measure by its words: every growth at which some pixel becomes half covered."""
+    triangle = enclosing.smallest_triangle(enclosing.convex_hull(np.argwhere(foreground)[:, ::-1]))
+    points = (np.arange(96 * 8) + 0.5) / 8 - 32.5
+    x, y = np.meshgrid(points, points)
+    farthest = np.full(x.shape, -np.inf)
+    for (ax, ay), (bx, by) in zip(triangle, np.roll(triangle, -1, 0), strict=True):
+        beyond = ((by - ay) * (x - ax) - (bx - ax) * (y - ay)) / np.hypot(bx - ax, by - ay)
+        farthest = np.maximum(farthest, beyond)
+    blocks = farthest.reshape(96, 8, 96, 8).swapaxes(1, 2).reshape(96, 96, 64)
+    half = np.sort(blocks)[:, :, 31]
+    wanted = np.pad(foreground, 32)
+    growths = np.append(half[(half > 0) & (half <= 0.75)], 0)
+    covers = [half <= growth + 1e-12 for growth in growths]
+    return max((cover & wanted).sum() / (cover | wanted).sum() for cover in covers)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +170,7 @@ def test_verdict_ignores_flips_and_transposes(training: NDArray[np.float32]) -> 
     [
         pytest.param(draw(np.array([(4.0, 4.0), (28.0, 8.0), (10.0, 27.0)])), id="large"),
         pytest.param(draw(np.array([(3.0, 3.0), (30.0, 6.0), (3.0, 9.0)])), id="thin"),
-        pytest.param(image_of(["#", "##", "###", "####"]), id="staircase"),
+        pytest.param(image_of(STAIRCASE), id="staircase"),
         pytest.param(-1 + 2.0 * (np.add.outer(np.arange(32), np.arange(32)) > 31), id="corner"),
     ],
 )
@@ -192,8 +211,8 @@ def test_discs_fail() -> None:
     [
         pytest.param(np.ones((32, 32)), id="blank"),
         pytest.param(-np.ones((32, 32)), id="all-foreground"),
-        pytest.param(np.zeros((32, 32)), id="zero-is-background"),
-        pytest.param(np.full((32, 32), np.nan), id="nan"),
+        pytest.param(image_of(STAIRCASE).clip(0), id="zero-is-background"),
+        pytest.param(np.where(image_of(STAIRCASE) < 0, np.nan, 1), id="nan"),
         pytest.param(image_of(["#", "##", "####"]), id="seven-pixels"),
         pytest.param(image_of(["##########"]), id="row"),
         pytest.param(-2 * np.eye(32) + 1, id="diagonal"),
@@ -220,6 +239,15 @@ def test_iou_sees_the_whole_foreground() -> None:
     assert quality.triangle_iou(image) == pytest.approx(alone * 21 / 26, abs=1e-6)
 
 
+def test_iou_is_the_best_of_all_growths(training: NDArray[np.float32]) -> None:
+    whole = [image < 0 for image in training[:12, 0] if (image < 0).sum() >= 50]
+    for rows in (STAIRCASE, ["####"] * 4, ["#####"] * 3, ["  #", " ###", "#####", " ###", "  #"]):
+        whole.append(image_of(rows) < 0)
+    for foreground in whole:
+        image = np.where(foreground, -1.0, 1.0)
+        assert quality.triangle_iou(image) == pytest.approx(swept_iou(foreground), abs=1e-12)
+
+
 def test_broken_tip_is_reached_by_growing(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ["# ", "  ", "#", "#", "#", "##", "##", "##", "##", "###", "###"]
     grown = quality.triangle_iou(image_of(rows))
@@ -238,7 +266,7 @@ def test_broken_tip_is_reached_by_growing(monkeypatch: pytest.MonkeyPatch) -> No
         pytest.param(lambda: enclosing.smallest_triangle([(0, 0), (1, 1)]), "hull", id="segment"),
     ],
 )
-def test_bad_input_is_named(call, message: str) -> None:
+def test_bad_input_is_named(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -84,9 +84,9 @@ def smallest_triangle(hull: ArrayLike) -> Points:
         return np.array([x, y]) / turn[a, b]
 
     if flush.min() <= bisected.min():
-        a, b, c = np.unravel_index(flush.argmin(), flush.shape)
+        a, b, c = map(int, np.unravel_index(flush.argmin(), flush.shape))
         return np.array([meet(a, b), meet(b, c), meet(c, a)])
-    a, b, c = np.unravel_index(bisected.argmin(), bisected.shape)
+    a, b, c = map(int, np.unravel_index(bisected.argmin(), bisected.shape))
     apex = meet(a, b)
     # Along each flush side to twice the depth of the corner below the other one.
     on_a = apex + 2 * slack[b, c] / -(normals[b] @ edges[a]) * edges[a]

@@ -14,8 +14,7 @@ constexpr int64_t kGrainMade = 2;
 
 template <class Args>
 void over_blocks(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t grain) {
-  const int64_t per_sample = blocks_per_sample(a.elements);
-  torch::stable::parallel_for(0, a.samples * (per_sample > 0 ? per_sample : 1), grain,
+  torch::stable::parallel_for(0, a.samples * blocks_per_sample(a.elements), grain,
                               [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 

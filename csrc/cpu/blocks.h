@@ -19,6 +19,7 @@ DDPM_HD void walk(const View& view, int64_t first, int64_t count, Body body) {
     for (int64_t i = 0; i < count; ++i) body(i, first + i);
     return;
   }
+  if (count == 0) return;  // sizes may be 0
   const int last = view.ndim - 1;
   int64_t index[kMaxDims];
   int64_t rest = first;

@@ -39,6 +39,7 @@ inline Table random_table(bool wide, int64_t count, Random& random) {
 // What every problem has. `state` is the tensor that sets the type and the shape.
 struct Common {
   Sizes sizes;
+  const char* shape = "";
   bool wide = false;  // float64 arithmetic
   bool made = false;  // noise made in the kernel
   WalkOrder order{};
@@ -66,7 +67,7 @@ inline const std::vector<Shape>& shapes() {
       {{2, 3, 7, 7}, "odd-hw"},     {{4, 5}, "vectors"},           {{2, 2, 3, 4, 5}, "video"},
       {{1, 2, 33, 31}, "odd"},      {{3, 4, 16, 16}, "one-block"}, {{2, 3, 16, 16}, "partial"},
       {{2, 1, 23, 44}, "ragged"},   {{2, 3, 32, 32}, "cifar"},     {{1, 5, 21, 52}, "long"},
-      {{0, 3, 4, 4}, "no-samples"},
+      {{0, 3, 4, 4}, "no-samples"}, {{3, 0, 2}, "no-elements"},
   };
   return all;
 }
@@ -97,8 +98,10 @@ inline TestTensor random_output(const Common& p, DType dtype, Random& random) {
 
 inline Common random_common(const Choices& c, Random& random) {
   Common p;
-  p.sizes =
-      (*c.from)[static_cast<size_t>(random.below(static_cast<int64_t>(c.from->size())))].sizes;
+  const Shape& shape =
+      (*c.from)[static_cast<size_t>(random.below(static_cast<int64_t>(c.from->size())))];
+  p.sizes = shape.sizes;
+  p.shape = shape.name;
   p.wide = c.wide;
   p.made = c.made;
   p.rows = 1 + random.below(6);

@@ -77,7 +77,7 @@ class TestTensor {
       const int d = order[i];
       if ((layout == Layout::expanded && d == 0) || (layout == Layout::broadcast && d > 1))
         continue;
-      if (layout == Layout::padded && d == 0) count = (count + 3) / 4 * 4 + 8;
+      if (layout == Layout::padded && d == 0) count += random.coin() ? 8 : 1 + random.below(3);
       strides_[d] = count;
       count *= outer[d];
     }

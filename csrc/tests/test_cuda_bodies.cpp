@@ -40,7 +40,7 @@ bool runs_in_pieces(const Args& args) {
          }) == kYes;
 }
 
-// `wanted` problems of the shapes that are served in pieces, or of those that are not.
+// `wanted` problems that are served in pieces, or that are not.
 template <class Problem>
 void same_as_cpu(const std::vector<Shape>& from, bool made, bool pieces, int wanted) {
   Random random(5 + made);
@@ -54,7 +54,7 @@ void same_as_cpu(const std::vector<Shape>& from, bool made, bool pieces, int wan
     const Problem on_threads(on_cpu);
     run_cpu(on_cpu);
     CHECK(run_bodies(on_threads.args()) == 0);
-    CHECK(same_outputs(on_cpu, on_threads), pieces, made, on_cpu.elements(), on_cpu.samples());
+    CHECK(same_outputs(on_cpu, on_threads), on_cpu.shape, pieces, made);
     ++run;
   }
   CHECK(run == wanted, run, pieces, made);
@@ -65,7 +65,8 @@ void same_as_cpu(bool made) {
   static const std::vector<Shape> large = {{{3, 4, 16, 16}, "one-block"},
                                            {{2, 1, 23, 44}, "ragged"},
                                            {{5, 8, 12, 12}, "partial"},
-                                           {{1, 5, 21, 52}, "long"}};
+                                           {{1, 5, 21, 52}, "long"},
+                                           {{1, 2, 33, 31}, "odd"}};
   same_as_cpu<Problem>(shapes(), made, false, 400);
   same_as_cpu<Problem>(large, made, true, 60);
 }

@@ -72,6 +72,7 @@ def _save_for_q_sample(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _save_for_q_sample_philox(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, t, coefs, _ = inputs
     ctx.save_for_backward(t, coefs)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _gathered(ctx: Any, column: int, grad: Tensor) -> Tensor:
@@ -96,6 +97,7 @@ def _q_sample_philox_backward(
 def _save_for_q_posterior(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, _, t, coefs = inputs
     ctx.save_for_backward(t, coefs)
+    ctx.mark_non_differentiable(output[1], output[2])
 
 
 def _q_posterior_backward(
