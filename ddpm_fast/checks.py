@@ -72,21 +72,34 @@ def written(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def apart(value: Tensor, target: Tensor) -> Tensor:
-    """``value``, or a copy where it is another view of memory that ``target`` has written.
+def apart(value: Tensor, *targets: Tensor | None) -> Tensor:
+    """``value``, or a copy where it is another view of memory that is about to be written.
 
-    The very same view is fine: an update reads each element before it writes it.
+    The very same view is fine: an update reads each element before it writes it. A compiled graph
+    sees to aliases itself.
     """
-    if torch.compiler.is_compiling() or not torch._C._is_alias_of(value, target):
+    if torch.compiler.is_compiling():
         return value
-    same = value.data_ptr() == target.data_ptr() and value.stride() == target.stride()
+    for target in targets:
+        if target is not None and _overlaps(value, target):
+            return value.clone()
+    return value
+
+
+def _overlaps(value: Tensor, target: Tensor) -> bool:
+    """Whether two views share memory other than element for element."""
     first, last = _extent(value)
     target_first, target_last = _extent(target)
-    return value if same or last <= target_first or target_last <= first else value.clone()
+    if last <= target_first or target_last <= first:
+        return False
+    same = first == target_first and value.stride() == target.stride()
+    return not same or value.dtype != target.dtype
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses from the first byte of a tensor to one past its last."""
+    """The addresses of its first byte and of the one past its last; equal where it is empty."""
+    if tensor.numel() == 0 or tensor.device.type == "meta":
+        return 0, 0
     reach = sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )

@@ -110,4 +110,4 @@ class StepLoop:
                 f" {checks.dtype_name(self.x.dtype)} state; it returned"
                 f" {checks.dtype_name(out.dtype)}"
             )
-        return checks.apart(out, self.x)
+        return checks.apart(out, self.x, self._half)

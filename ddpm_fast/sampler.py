@@ -120,6 +120,7 @@ class Sampler:
         return_steps: Sequence[int],
     ) -> tuple[Tensor, Tensor]: ...
 
+    @torch.inference_mode(False)  # the buffers serve calls inside and outside of it
     @torch.no_grad()
     def sample(
         self,
@@ -154,7 +155,7 @@ class Sampler:
         if isinstance(self.noise, Tensor):
             _check_given("noise", self.noise, (self.table.steps, *shape))
         result = empty_samples(num, self.sample_shape, self.state_dtype, self.device)
-        states = result.new_empty((len(wanted), *shape)) if wanted is not None else None
+        states = result.new_empty((len(return_steps), *shape)) if return_steps is not None else None
         chunks = list(self._chunks(num, first_sample))
         with (
             self._lock,
@@ -283,6 +284,8 @@ class Sampler:
         """Step count -> the places in the trajectory that record it."""
         if steps is None:
             return None
+        if not isinstance(steps, Sequence):
+            raise TypeError(f"return_steps must be a sequence of ints; got {type(steps).__name__}")
         places: dict[int, list[int]] = {}
         for i, value in enumerate(steps):
             count = checks.integer(f"return_steps[{i}]", value, 0, self.table.steps + 1)
@@ -313,6 +316,7 @@ def _placement(
 
 def _check_given(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor; got {type(value).__name__}")
+        got = checks.dtype_name(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor; got {got}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)}; got {checks.shape_text(value)}")

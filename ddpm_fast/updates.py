@@ -141,10 +141,11 @@ def reverse_step_(
     step = checks.index("step", step, x, None)
     run = implementation(backend, x.device, x.dtype)
     rows, _ = table.to(x.device, x.dtype)
-    out = checks.apart(model_output.detach(), x)
-    noise = noise if noise is None else checks.apart(noise.detach(), x)
+    written = (x, model_input, pred_x0)
+    out = checks.apart(model_output.detach(), *written)
+    noise = noise if noise is None else checks.apart(noise.detach(), *written)
     run.reverse_step_(x, out, rows, step, noise, rng, model_input, pred_x0, int(table.flags))
-    checks.note_written(x, model_input, pred_x0)
+    checks.note_written(*written)
     return x
 
 
