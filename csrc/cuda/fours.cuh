@@ -42,7 +42,8 @@ template <class Tensor>
 constexpr int kFours = std::is_same_v<Tensor, View> ? 1 : 2;  // of a thread
 
 template <class Tensor>
-using BlocksFor = std::conditional_t<std::is_same_v<Tensor, View>, Flat, BlocksOfSamples<2>>;
+using BlocksFor =
+    std::conditional_t<std::is_same_v<Tensor, View>, Flat, BlocksOfSamples<kFours<Tensor>>>;
 
 inline uint32_t piece_bytes_of(DType dtype) {
   return dtype == DType::f32 ? 16 : 8;
