@@ -102,9 +102,9 @@ def build_extensions(cuda_home: Path | None) -> list[Extension]:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     include = [str(ROOT / "csrc")]
-    headers = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix == ".h"]
+    headers = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".inl", ".cuh"}]
     kernels = sources("cpu", "*.cpp")
-    common = {"include_dirs": include, "depends": headers, "py_limited_api": True}
+    common = {"include_dirs": include, "depends": list(map(str, headers)), "py_limited_api": True}
     extensions = [
         CppExtension(
             "ddpm_fast._ops_cpu",
@@ -116,6 +116,7 @@ def build_extensions(cuda_home: Path | None) -> list[Extension]:
     archs = architectures() if cuda_home else []
     if cuda_home:
         nvcc = ["-O3", "-std=c++17", "-fmad=false", "-lineinfo", *gencode(archs)]
+        nvcc.append(f"-DDDPM_CUDA_ARCHS={' '.join(archs)}")
         cuda = CUDAExtension(
             "ddpm_fast._ops_cuda",
             ["csrc/bindings/ops_cuda.cpp", *sources("cuda", "*.cu")],
@@ -136,7 +137,7 @@ def build_extensions(cuda_home: Path | None) -> list[Extension]:
             "ddpm_fast._C",
             ["csrc/bindings/module.cpp", *kernels],
             include_dirs=[*include, pybind11.get_include()],
-            depends=headers,
+            depends=list(map(str, headers)),
             define_macros=[(name, f'"{value}"') for name, value in facts.items()],
             extra_compile_args=[*CXX_FLAGS, *ARITHMETIC],
             language="c++",

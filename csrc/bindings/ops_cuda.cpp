@@ -3,6 +3,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <initializer_list>
+
 #include "bindings/ops.h"
 #include "cuda/launch.h"
 
@@ -19,26 +21,28 @@ void on_stream(int (*launch)(const Args&, void* stream), const Args& a, const Te
   STD_TORCH_CHECK(error == 0, "CUDA kernel launch failed: ", cuda_error_string(error));
 }
 
-void check_width(const Tensor& state) {
-  STD_TORCH_CHECK(state.scalar_type() != ScalarType::Double,
-                  "float64 runs in the backends reference and cpu only");
+void check_width(std::initializer_list<const View*> views) {
+  for (const View* view : views) {
+    STD_TORCH_CHECK(view->data == nullptr || view->dtype != DType::f64,
+                    "float64 runs in the backends reference and cpu only");
+  }
 }
 
 struct CudaLaunch {
   static void q_sample(const QSampleArgs& a, const Tensor& x0) {
-    check_width(x0);
+    check_width({&a.x0, &a.noise});
     on_stream(cuda_q_sample, a, x0);
   }
   static void q_posterior(const QPosteriorArgs& a, const Tensor& x_t) {
-    check_width(x_t);
+    check_width({&a.x0, &a.x_t});
     on_stream(cuda_q_posterior, a, x_t);
   }
   static void reverse_step(const ReverseStepArgs& a, const Tensor& x) {
-    check_width(x);
+    check_width({&a.x, &a.out, &a.noise, &a.model_input, &a.pred_x0});
     on_stream(cuda_reverse_step, a, x);
   }
   static void philox_normal(const PhiloxNormalArgs& a, const Tensor& out) {
-    check_width(out);
+    check_width({&a.out});
     on_stream(cuda_philox_normal, a, out);
   }
 };

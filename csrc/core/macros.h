@@ -24,6 +24,17 @@ DDPM_HD float sqrt_rn(float a) {
   return __builtin_sqrtf(a);
 }
 
+// The 64-bit product of two words. nvcc widens a constant first and then multiplies in 64 bits.
+DDPM_HD uint64_t mul_wide(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t{a} * b;
+#endif
+}
+
 DDPM_HD uint32_t bits_of(float value) {
   uint32_t bits;
   __builtin_memcpy(&bits, &value, sizeof bits);

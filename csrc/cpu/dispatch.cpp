@@ -25,13 +25,8 @@ int candidates(Candidate* list) {
   int count = 0;
   list[count++] = {&cpu_kernels_baseline, true};
 #if defined(__x86_64__)
-  list[count++] = {&cpu_kernels_avx2, __builtin_cpu_supports("avx2") &&
-                                          __builtin_cpu_supports("fma") &&
-                                          __builtin_cpu_supports("bmi2")};
-  list[count++] = {&cpu_kernels_avx512,
-                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                       __builtin_cpu_supports("avx512vl")};
+  list[count++] = {&cpu_kernels_avx2, __builtin_cpu_supports("x86-64-v3") != 0};
+  list[count++] = {&cpu_kernels_avx512, __builtin_cpu_supports("x86-64-v4") != 0};
 #endif
   return count;
 }

@@ -41,7 +41,7 @@ void q_sample_blocks(const QSampleArgs& a, int64_t begin, int64_t end) {
     const R* noise;
     if (a.rng.words) {
       make_normals(normals, b.first, b.count, static_cast<uint32_t>(a.rng.words[1]),
-                   static_cast<uint64_t>(a.rng.words[2] + b.sample),
+                   static_cast<uint64_t>(a.rng.words[2]) + static_cast<uint64_t>(b.sample),
                    static_cast<uint64_t>(a.rng.words[0]));
       // x_t is made from the noise as it is returned: rounded to its type.
       scatter(a.noise, b.sample, b.first, b.count, normals);
@@ -137,8 +137,9 @@ void reverse_step_blocks(const ReverseStepArgs& a, int64_t begin, int64_t end) {
     block.x = target_block(a.x, b.sample, b.first, x_scratch);
     if (block.x == x_scratch) gather(a.x, b.sample, b.first, b.count, x_scratch);
     if (a.rng.words) {
-      make_normals(normals, b.first, b.count, static_cast<uint32_t>(a.rng.words[1] + index),
-                   static_cast<uint64_t>(a.rng.words[2] + b.sample),
+      make_normals(normals, b.first, b.count,
+                   static_cast<uint32_t>(a.rng.words[1]) + static_cast<uint32_t>(index),
+                   static_cast<uint64_t>(a.rng.words[2]) + static_cast<uint64_t>(b.sample),
                    static_cast<uint64_t>(a.rng.words[0]));
       block.noise = made_block(normals, b.count, noise_scratch);
     } else if (noisy) {
@@ -181,7 +182,7 @@ inline void philox_normal_any(const PhiloxNormalArgs& a, int64_t begin, int64_t 
   for (int64_t work = begin; work < end; ++work) {
     const Block b = block_at(work, per_sample, a.elements);
     make_normals(normals, b.first, b.count, static_cast<uint32_t>(a.rng.words[1]),
-                 static_cast<uint64_t>(a.rng.words[2] + b.sample),
+                 static_cast<uint64_t>(a.rng.words[2]) + static_cast<uint64_t>(b.sample),
                  static_cast<uint64_t>(a.rng.words[0]));
     scatter(a.out, b.sample, b.first, b.count, normals);
   }
