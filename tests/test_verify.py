@@ -1,0 +1,118 @@
+"""verify: all is well as it stands, and one coefficient off by a thousandth is a miss."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ddpm_fast.cli import app
+from ddpm_fast.ops import implementation
+from ddpm_fast.ops.registry import OPS
+from ddpm_fast.row import column
+from ddpm_fast.verify import LAYOUTS, as_table, verify
+
+CPU = implementation("cpu", torch.device("cpu"), torch.float32)
+COEFFICIENTS = {"q_sample": (3, 2), "q_sample_philox": (2, 2), "q_posterior": (3, 4)}
+ROWS = ("P", "Q", "Xx", "Xx0", "Xo", "S", "clip")
+
+
+def scaled(op, position, index):
+    """The operator with one column of its coefficients a thousandth too large."""
+    original = getattr(CPU, op)
+
+    def run(*args):
+        table = args[position].clone()
+        table[:, index] *= 1.001
+        return original(*args[:position], table, *args[position + 1 :])
+
+    return run
+
+
+def mutants():
+    for op, (position, columns) in COEFFICIENTS.items():
+        for index in range(columns):
+            yield pytest.param(op, position, index, id=f"{op}-{index}")
+    for name in ROWS:
+        yield pytest.param("reverse_step_", 2, column(name), id=f"reverse_step_-{name}")
+
+
+def missed(checks):
+    return {check.op.split()[0].rstrip("_") for check in checks if not check.ok}
+
+
+def test_every_operator_dtype_and_layout_is_checked_and_right():
+    checks, not_run = verify(("cpu", "reference"))
+    assert missed(checks) == set()
+    assert not_run == {}
+    assert {check.op.split()[0] for check in checks} == {op.rstrip("_") for op in OPS}
+    assert {check.layout for check in checks} == set(LAYOUTS)
+    dtypes = {"float32", "float16", "bfloat16", "float64"}
+    assert {(check.backend, check.dtype) for check in checks} == {
+        (backend, dtype) for backend in ("cpu", "reference") for dtype in dtypes
+    }
+
+
+def test_triton_has_the_bits_of_cpu():
+    checks, _ = verify(("triton",))
+    assert checks
+    assert all(check.ok and check.same_bits_as_cpu for check in checks)
+
+
+@pytest.mark.parametrize(("op", "position", "index"), list(mutants()))
+def test_one_coefficient_off_is_a_miss(monkeypatch, op, position, index):
+    monkeypatch.setattr(CPU, op, scaled(op, position, index))
+    checks, _ = verify(("cpu",))
+    assert missed(checks) == {op.rstrip("_")}
+
+
+def test_other_noise_is_a_miss(monkeypatch):
+    original = CPU.philox_normal_
+    monkeypatch.setattr(CPU, "philox_normal_", lambda out, rng: original(out, rng + 1))
+    assert "philox_normal" in missed(verify(("cpu",))[0])
+
+
+def test_a_nan_is_a_miss(monkeypatch):
+    original = CPU.q_sample
+
+    def run(*args):
+        x_t = original(*args)
+        x_t[:1] = float("nan")
+        return x_t
+
+    monkeypatch.setattr(CPU, "q_sample", run)
+    checks, _ = verify(("cpu",))
+    assert missed(checks) == {"q_sample"}
+    assert "MISS: contiguous" in as_table(checks, {})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_backend_that_cannot_run_says_why():
+    checks, not_run = verify(("cuda",))
+    assert checks == []
+    assert set(not_run) == {"cuda"}
+    assert "cuda: not run: " in as_table(checks, not_run)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match=r"backends .* got 'mps'"):
+        verify(("mps",))
+
+
+def test_the_command_prints_a_table_and_succeeds():
+    result = CliRunner().invoke(app, ["verify", "--backend", "cpu"])
+    assert result.exit_code == 0
+    assert "reverse_step ddpm, noise made" in result.stdout
+    assert result.stdout.rstrip().endswith("0 missed")
+
+
+def test_the_command_fails_on_a_miss_and_writes_json(monkeypatch):
+    monkeypatch.setattr(CPU, "q_sample", scaled("q_sample", 3, 0))
+    result = CliRunner().invoke(app, ["verify", "--backend", "cpu", "--json"])
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    misses = [check for check in document["checks"] if not check["ok"]]
+    assert {check["op"] for check in misses} == {"q_sample"}
+    assert document["not_run"] == {}
