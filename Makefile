@@ -28,7 +28,7 @@ test: $(VENV)/.package $(VENV)/.test
 test-full: $(VENV)/.package $(VENV)/.test
 	$(PYTEST) --full
 
-lint: $(VENV)/.torch $(VENV)/.lint
+lint: $(VENV)/.package $(VENV)/.lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

@@ -98,9 +98,14 @@ def sources(folder: str, pattern: str) -> list[str]:
 
 def build_extensions(cuda_home: Path | None) -> list[Extension]:
     """The three binaries, or two where there is no CUDA."""
-    import pybind11
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
+    try:
+        import pybind11
+
+        pybind = [pybind11.get_include()]
+    except ImportError:  # torch carries a copy
+        pybind = include_paths()
     include = [str(ROOT / "csrc")]
     headers = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".inl", ".cuh"}]
     kernels = sources("cpu", "*.cpp")
@@ -136,7 +141,7 @@ def build_extensions(cuda_home: Path | None) -> list[Extension]:
         Extension(
             "ddpm_fast._C",
             ["csrc/bindings/module.cpp", *kernels],
-            include_dirs=[*include, pybind11.get_include()],
+            include_dirs=[*include, *pybind],
             depends=list(map(str, headers)),
             define_macros=[(name, f'"{value}"') for name, value in facts.items()],
             extra_compile_args=[*CXX_FLAGS, *ARITHMETIC],

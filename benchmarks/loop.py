@@ -23,6 +23,7 @@ from ddpm_fast import NoiseSchedule, Sampler, StepTable, UNet, UNetConfig
 from ddpm_fast.graph import GraphedStep
 
 TRIANGLES = Path(ddpm_fast.__file__).parent / "assets" / "triangles"
+CHAIN_S = 0.3
 CIFAR = {
     "in_channels": 3,
     "out_channels": 3,
@@ -58,6 +59,13 @@ def networks(device: torch.device) -> dict[str, tuple[nn.Module, tuple[int, ...]
     return found
 
 
+def steps_for(model: nn.Module, shape: tuple[int, ...], batch: int, device: torch.device) -> int:
+    """Steps of a chain that takes about CHAIN_S."""
+    case = cases_of(model, shape, batch, device, 4)["network"]
+    once = statistics.median(interleaved({"network": case}, device, 3)["network"]) / 4
+    return max(4, min(200, round(CHAIN_S / once)))
+
+
 def cases_of(
     model: nn.Module, shape: tuple[int, ...], batch: int, device: torch.device, steps: int
 ) -> dict[str, Case]:
@@ -88,15 +96,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=None, help="default: 200 on a GPU, else 5")
+    parser.add_argument("--steps", type=int, default=None, help="default: as many as take CHAIN_S")
     parser.add_argument("--out", default=None)
     args = parser.parse_args()
     device = torch.device(args.device)
-    steps = args.steps or (200 if device.type == "cuda" else 5)
+    path = args.out or RESULTS / f"loop_{device.type}.csv"
     facts = metadata()
     rows: list[dict[str, object]] = []
     for name, (model, shape, batches) in networks(device).items():
         for batch in batches:
+            steps = args.steps or steps_for(model, shape, batch, device)
             cases = cases_of(model, shape, batch, device, steps)
             times = interleaved(cases, device, args.rounds)
             network = statistics.median(times["network"])
@@ -111,8 +120,8 @@ def main() -> None:
                     f"{name:<11}{batch:>4}  {case:<22}"
                     f"{per_step['p50_us']:>12.2f} us a step  {ratio}"
                 )
-    path = args.out or RESULTS / f"loop_{device.type}.csv"
-    write_csv(path, rows)
+        # After each network: what a time limit cuts off is then the rest alone.
+        write_csv(path, rows)
     print(f"written to {path}")
 
 

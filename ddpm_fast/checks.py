@@ -107,9 +107,20 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return start, start + (reach + 1) * tensor.element_size()
 
 
+def distinct(**tensors: Tensor | None) -> None:
+    """That no two of the tensors that a call writes begin at the same place."""
+    seen: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if tensor is None or torch.compiler.is_compiling() or _extent(tensor) == (0, 0):
+            continue
+        other = seen.setdefault(tensor.data_ptr(), name)
+        if other != name:
+            raise ValueError(f"{name} must not share its memory with {other}; both are written")
+
+
 def note_written(*tensors: Tensor | None) -> None:
     """Tell autograd that an operator wrote to these, so that a stale graph is noticed."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         for tensor in tensors:
             if tensor is not None and not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)

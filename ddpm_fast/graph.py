@@ -1,12 +1,16 @@
-"""One step as a CUDA graph: captured once, replayed for every step of every chunk."""
+"""Steps as CUDA graphs: captured once, replayed for every step of every chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 WARM_UP_CALLS = 3  # libraries choose and allocate in their first calls, which capture forbids
+UNROLLED = 8  # steps in the longer of the two graphs: a launch then costs an eighth a step
+_capturing = threading.Lock()  # CUDA has one capture at a time in a process
 
 
 class CaptureError(RuntimeError):
@@ -14,46 +18,79 @@ class CaptureError(RuntimeError):
 
 
 class GraphedStep:
-    """A callable that replays ``step`` as one CUDA graph.
+    """Runs ``step`` any number of times by replaying CUDA graphs of one and of UNROLLED steps.
 
     step: enqueues one step on the current stream, reading and writing static tensors only. It must
-    not allocate across calls, wait for the GPU or branch on device values. rewind: brings the step
+    not wait for the GPU, copy from the host or branch on device values. rewind: brings the step
     counter back to the first row; called before each warm-up call, so that they all are valid.
 
-    The capture is bound to the thread that makes it; other threads may go on using the GPU.
-    Raises CaptureError where ``step`` cannot be captured.
+    Raises CaptureError where ``step`` cannot be captured; the current stream is then as before.
     """
 
     def __init__(
         self, step: Callable[[], None], rewind: Callable[[], None], device: torch.device
     ) -> None:
         self._device = device
-        with torch.cuda.device(device):
-            self._graph = self._capture(step, rewind)
+        with torch.cuda.device(device), _capturing, _without_autocast_cache():
+            outside = torch.cuda.current_stream()
+            side = torch.cuda.Stream()
+            side.wait_stream(outside)
+            try:
+                with torch.cuda.stream(side):
+                    _warm_up(step, rewind)
+                self._one = _captured(step, 1, side)
+                self._many = _captured(step, UNROLLED, side)
+            except RuntimeError as error:
+                raise CaptureError(
+                    f"the model cannot be captured in a CUDA graph ({error}); it must not wait for"
+                    " the GPU, copy from the host or branch on device values. Pass graph=False to"
+                    " sample without a graph"
+                ) from error
+            finally:
+                torch.cuda.set_stream(outside)
+                outside.wait_stream(side)
 
-    @staticmethod
-    def _capture(step: Callable[[], None], rewind: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_CALLS):
-                rewind()
-                step()
-            rewind()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                step()
-        except RuntimeError as error:
-            raise CaptureError(
-                f"the model cannot be captured in a CUDA graph ({error}); it must not wait for"
-                " the GPU, copy from the host or branch on device values. Pass graph=False to"
-                " sample without a graph"
-            ) from error
-        return graph
-
-    def __call__(self) -> None:
-        """Enqueue one step on the current stream of the device."""
+    def __call__(self, steps: int = 1) -> None:
+        """Enqueue so many steps on the current stream of the device."""
         with torch.cuda.device(self._device):
-            self._graph.replay()
+            for _ in range(steps // UNROLLED):
+                self._many.replay()
+            for _ in range(steps % UNROLLED):
+                self._one.replay()
+
+
+def _warm_up(step: Callable[[], None], rewind: Callable[[], None]) -> None:
+    for _ in range(WARM_UP_CALLS):
+        rewind()
+        step()
+    # Once more with waiting forbidden: an error here is clean, one inside a capture is not.
+    mode = torch.cuda.get_sync_debug_mode()
+    rewind()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    rewind()
+
+
+def _captured(
+    step: Callable[[], None], steps: int, stream: torch.cuda.Stream
+) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for _ in range(steps):
+            step()
+    return graph
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Autocast keeps its casts of the weights only to its end; a graph would read them later."""
+    before = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

@@ -57,7 +57,7 @@ class StepLoop:
         device = self.x.device
         self._run.philox_normal_(self.x, philox_rng(seed, STREAM_X_T, first_sample, device))
         if self._rng is not None:
-            self._rng.copy_(philox_rng(seed, STREAM_STEPS, first_sample))
+            self._rng.copy_(philox_rng(seed, STREAM_STEPS, first_sample), non_blocking=True)
         self.rewind()
         if start_rows is not None:
             self.step_index.copy_(start_rows)
@@ -89,6 +89,11 @@ class StepLoop:
             self._flags,
         )
         self.step_index.add_(1)
+
+    def advance(self, steps: int) -> None:
+        """So many steps, one after the other."""
+        for _ in range(steps):
+            self.step()
 
     def _checked(self, out: Any) -> Tensor:
         if not isinstance(out, Tensor):

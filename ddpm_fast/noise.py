@@ -36,7 +36,9 @@ def philox_rng(
     stream = checks.integer("stream", stream, 0, checks.STREAM_END)
     first_sample = checks.integer("first_sample", first_sample, 0, checks.SAMPLE_END)
     signed = seed - checks.SEED_END if seed >= checks.SEED_END // 2 else seed
-    return torch.tensor([signed, stream, first_sample], dtype=torch.int64, device=device)
+    words = torch.tensor([signed, stream, first_sample], dtype=torch.int64, device="cpu")
+    # Three words travel with the command itself; a blocking copy would wait for the stream.
+    return words.to(checks.device("device", device), non_blocking=True)
 
 
 def empty_samples(

@@ -6,20 +6,22 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_fast import checks
-from ddpm_fast.graph import CaptureError, GraphedStep
+from ddpm_fast.graph import UNROLLED, CaptureError, GraphedStep
 from ddpm_fast.loop import Model, StepLoop
 from ddpm_fast.noise import STREAM_START, empty_samples, philox_rng
 from ddpm_fast.ops import implementation
 from ddpm_fast.ops.reference import philox4x32_10
+from ddpm_fast.sources import GeneratorNoise, TensorNoise
 from ddpm_fast.tables import StepTable
 
+Advance = Callable[[int], None]
 Noise = Literal["philox"] | torch.Generator | Tensor
 _LOOPS_KEPT = 2  # the full micro-batch, and a last one without padding
 
@@ -49,8 +51,8 @@ class Sampler:
     the model reads; with dtype float64 all is float64 (backends reference and cpu).
     backend: "auto" or one of reference, cpu, triton, cuda.
     noise: "philox": counter-based, so that sample k of a seed is the same in any batch.
-    torch.Generator: drawn from it as diffusers does, x_T and then the noise of each row that has
-    any, for the wanted samples of each micro-batch. A tensor [steps, num, *sample_shape]: row i of
+    torch.Generator: drawn from it in diffusers' order (`GeneratorNoise`), micro-batch after
+    micro-batch. A tensor [steps, num, *sample_shape]: row i of
     the table adds noise[i].
     graph: "auto" captures the step in a CUDA graph on a GPU, and warns and goes on without where
     the model cannot be captured; True insists; False never does. The bits are the same.
@@ -84,18 +86,47 @@ class Sampler:
                 "noise must be 'philox', a torch.Generator or a tensor [steps, num, ...];"
                 f" got {noise!r}"
             )
-        self.model, self.table, self.noise, self.pad = model, table, noise, bool(pad)
+        self._model, self._table, self._noise, self.pad = model, table, noise, bool(pad)
         self.sample_shape = checks.sample_shape("sample_shape", sample_shape)
         self.micro_batch = checks.integer("micro_batch", micro_batch, 1, 1 << 31)
         self.device, self.dtype = _placement(model, device, dtype)
         self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self._run = implementation(backend, self.device, self.state_dtype)
-        self.backend = self._run.backend
+        self.backend = implementation(backend, self.device, self.state_dtype).backend
         if graph is True and self.device.type != "cuda":
             raise ValueError(f"graph=True needs a CUDA device; the sampler is on {self.device}")
         self._graph = graph if self.device.type == "cuda" else False
-        self._loops: dict[int, tuple[StepLoop, Callable[[], None]]] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        """No buffers, no graphs, nobody at work."""
         self._lock = threading.Lock()
+        self._loops: dict[int, tuple[StepLoop, Advance]] = {}
+        self._captured_state: object = None
+        self._done: torch.cuda.Event | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: buffers and graphs are made anew."""
+        fresh = ("_lock", "_loops", "_captured_state", "_done")
+        return {name: value for name, value in self.__dict__.items() if name not in fresh}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    @property
+    def model(self) -> Model:
+        """The model; fixed, because captured graphs hold it."""
+        return self._model
+
+    @property
+    def table(self) -> StepTable:
+        """The step table; fixed."""
+        return self._table
+
+    @property
+    def noise(self) -> Noise:
+        """The source of noise; fixed."""
+        return self._noise
 
     @overload
     def sample(
@@ -142,7 +173,8 @@ class Sampler:
         return_steps: numbers of steps in 0 .. table.steps; returns also the states after so many
         steps, float32 [len(return_steps), num, *sample_shape], 0 being x_T.
 
-        One call at a time uses the buffers; calls from other threads wait.
+        One call at a time uses the buffers: calls from other threads wait, and on a GPU the work of
+        a call on another stream begins where that of the last one ends.
         Raises TypeError or ValueError naming the argument, also for what the model returns.
         """
         num = checks.integer("num", num, 0, 1 << 40)
@@ -166,9 +198,10 @@ class Sampler:
                 disable=not progress,
             ) as bar,
         ):
+            self._take_over()
             for chunk in chunks:
-                taken = self._run_chunk(chunk, seed, x_T, wanted or {}, states, bar)
-                result[chunk.place] = taken
+                result[chunk.place] = self._run_chunk(chunk, seed, x_T, wanted or {}, states, bar)
+            self._hand_over()
         return result if states is None else (result, states)
 
     def _chunks(self, num: int, first_sample: int) -> Iterator[_Chunk]:
@@ -193,28 +226,63 @@ class Sampler:
         states: Tensor | None,
         bar: tqdm,
     ) -> Tensor:
-        loop, step = self._loop(chunk.batch)
+        loop, advance = self._loop(chunk.batch)
         rows = self._start_rows(chunk, seed)
         loop.start(seed, chunk.first, rows)
         x = loop.x[chunk.slots]
-        given = x_T[chunk.place] if x_T is not None else self._drawn(x)
+        source = self._source()
+        given = x_T[chunk.place] if x_T is not None else None
+        if given is None and source is not None:
+            given = source.x_T(x)
         if given is not None:
             x.copy_(given)
             loop.refresh_input()
         first_rows = [0] * x.shape[0] if rows is None else rows[chunk.slots].tolist()
         count = self.table.steps - min(first_rows)
-        for done in range(self.table.steps + 1):
-            for i in wanted.get(done, ()):
+
+        def record(steps: int) -> None:
+            for i in wanted.get(steps, ()):
                 cast(Tensor, states)[i, chunk.place] = x
-            if done < count:
-                self._fill_noise(loop, chunk, done, first_rows)
-                step()
-                bar.update()
+
+        stride = UNROLLED if isinstance(advance, GraphedStep) and loop.noise is None else 1
+        done = 0
+        record(done)
+        while done < count:
+            if source is not None and loop.noise is not None:
+                source.fill(loop.noise[chunk.slots], chunk.place, done, first_rows)
+            stop = min([count, done + stride, *(steps for steps in wanted if steps > done)])
+            advance(stop - done)
+            bar.update(stop - done)
+            done = stop
+            record(done)
+        for steps in wanted:
+            if steps > count:  # chains of random length, all ended
+                record(steps)
         bar.update(self.table.steps - count)
         return x
 
-    def _loop(self, batch: int) -> tuple[StepLoop, Callable[[], None]]:
-        """The buffers of a batch size and what advances them by a step, made at first use."""
+    def _source(self) -> GeneratorNoise | TensorNoise | None:
+        if isinstance(self.noise, torch.Generator):
+            return GeneratorNoise(self.noise, self.table)
+        return TensorNoise(self.noise, self.table) if isinstance(self.noise, Tensor) else None
+
+    def _take_over(self) -> None:
+        """Wait, on the GPU, for the last call's work; drop graphs that read what is no more."""
+        if self.device.type != "cuda":
+            return
+        if self._done is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._done)
+        state = _state_of(self.model)
+        if state != self._captured_state:
+            self._loops.clear()
+        self._captured_state = state
+
+    def _hand_over(self) -> None:
+        if self.device.type == "cuda":
+            self._done = torch.cuda.current_stream(self.device).record_event()
+
+    def _loop(self, batch: int) -> tuple[StepLoop, Advance]:
+        """The buffers of a batch size and what advances them, made at first use."""
         found = self._loops.pop(batch, None)
         if found is None:
             while len(self._loops) >= _LOOPS_KEPT:
@@ -222,20 +290,20 @@ class Sampler:
             loop = StepLoop(
                 self.model,
                 self.table,
-                self._run,
+                implementation(self.backend, self.device, self.state_dtype),
                 batch,
                 self.sample_shape,
                 self.device,
                 self.dtype,
-                self.noise == "philox" if isinstance(self.noise, str) else False,
+                makes_noise=self._source() is None,
             )
             found = loop, self._captured(loop)
         self._loops[batch] = found
         return found
 
-    def _captured(self, loop: StepLoop) -> Callable[[], None]:
+    def _captured(self, loop: StepLoop) -> Advance:
         if not self._graph:
-            return loop.step
+            return loop.advance
         try:
             return GraphedStep(loop.step, loop.rewind, self.device)
         except CaptureError as error:
@@ -243,7 +311,7 @@ class Sampler:
                 raise
             warnings.warn(f"sampling without a CUDA graph: {error}", stacklevel=5)
             self._graph = False
-            return loop.step
+            return loop.advance
 
     def _start_rows(self, chunk: _Chunk, seed: int) -> Tensor | None:
         """Each sample's first row for a chain of random length, uniform over the table."""
@@ -257,29 +325,6 @@ class Sampler:
         )
         return (word * self.table.steps) >> 32
 
-    def _drawn(self, x: Tensor) -> Tensor | None:
-        """Standard normals of the shape of x from the caller's generator, if there is one."""
-        if not isinstance(self.noise, torch.Generator):
-            return None
-        return torch.randn(
-            x.shape, generator=self.noise, device=self.noise.device, dtype=self.state_dtype
-        )
-
-    def _fill_noise(self, loop: StepLoop, chunk: _Chunk, done: int, first_rows: list[int]) -> None:
-        if loop.noise is None:
-            return
-        target = loop.noise[chunk.slots]
-        if isinstance(self.noise, Tensor):
-            noise = self.noise[:, chunk.place]
-            if self.table.start != "random":
-                target.copy_(noise[done])
-                return
-            for i, first in enumerate(first_rows):
-                if first + done < self.table.steps:
-                    target[i].copy_(noise[first + done, i])
-        elif self.table.start == "random" or self.table.adds_noise(done):
-            target.copy_(cast(Tensor, self._drawn(target)))
-
     def _check_return_steps(self, steps: Sequence[int] | None) -> dict[int, list[int]] | None:
         """Step count -> the places in the trajectory that record it."""
         if steps is None:
@@ -291,6 +336,16 @@ class Sampler:
             count = checks.integer(f"return_steps[{i}]", value, 0, self.table.steps + 1)
             places.setdefault(count, []).append(i)
         return places
+
+
+def _state_of(model: Model) -> object:
+    """What a captured graph of the model depends on besides its inputs: addresses and modes."""
+    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    if not isinstance(model, torch.nn.Module):
+        return autocast
+    tensors = (*model.parameters(), *model.buffers())
+    modes = tuple(module.training for module in model.modules())
+    return autocast, modes, tuple(tensor.data_ptr() for tensor in tensors)
 
 
 def _placement(

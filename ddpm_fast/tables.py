@@ -25,7 +25,8 @@ class StepTable(Frozen):
     0-based. prediction: what the network returns, "epsilon", "x0", "v" (Salimans & Ho 2022) or
     "score" (the gradient of log q(x_t), -epsilon / sqrt(1 - alphas_cumprod)). start: None for a
     chain from x_T, 1..T for one from x_start, "random" for one whose first row each sample draws.
-    flags: what an update has to be specialised on. uses_noise: some row has S != 0.
+    flags: what an update has to be specialised on. uses_noise: some row has S != 0. draws_always:
+    a generator is drawn from at t = 0 too, as diffusers' DDIM with eta > 0 does.
 
     Made by ddpm and ddim, or from rows of one's own. Tables are immutable (rows gives a copy),
     compare and hash by content (the name is a label), and can be pickled and copied.
@@ -40,6 +41,7 @@ class StepTable(Frozen):
     name: str
     flags: RowFlag
     uses_noise: bool
+    draws_always: bool
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class StepTable(Frozen):
         prediction: Prediction = "epsilon",
         start: int | Literal["random"] | None = None,
         name: str = "custom",
+        draws_always: bool = False,
     ) -> None:
         flags = flags_for(rows)
         rows = rows.detach().to("cpu", torch.float64)
@@ -64,13 +67,14 @@ class StepTable(Frozen):
         _check_name("prediction", prediction, PREDICTIONS)
         self._freeze(
             {"rows": rows, "timesteps": torch.tensor(visited, dtype=torch.int64, device="cpu")},
-            ("rows", "timesteps", "prediction", "start"),
+            ("rows", "timesteps", "prediction", "start", "draws_always"),
             steps=len(visited),
             prediction=prediction,
             start=_checked_start(start),
             name=name,
             flags=flags,
             uses_noise=bool(rows[:, column("S")].any()),
+            draws_always=bool(draws_always),
         )
 
     @classmethod
@@ -147,7 +151,8 @@ class StepTable(Frozen):
             of_x, of_out = c.epsilon()
             Xx, Xo, Xx0 = direction * of_x, direction * of_out, c.abar_prev.sqrt()
         rows = c.rows(clip, Xx=Xx, Xx0=Xx0, Xo=Xo, S=sigma)
-        return cls(rows, c.timesteps, prediction, start, f"ddim(eta={eta:g})")
+        name = f"ddim(eta={eta:g})"
+        return cls(rows, c.timesteps, prediction, start, name, draws_always=True)
 
     @property
     def rows(self) -> Tensor:
@@ -159,13 +164,15 @@ class StepTable(Frozen):
         """Timesteps fed to the network, int64 [steps] on the CPU; a fresh copy."""
         return self._tables["timesteps"].clone()
 
-    def adds_noise(self, row: int) -> bool:
-        """Whether S != 0 in a row, 0..steps-1; a generator draws for these rows alone.
+    def draws(self, row: int) -> bool:
+        """Whether noise is drawn from a generator for a row, 0..steps-1, as diffusers draws it.
 
+        Where t > 0, or in every row where draws_always is set; never for a table without noise.
         Raises TypeError, ValueError for a row that is no integer or out of range.
         """
         row = check_int("row", row, 0, self.steps - 1)
-        return bool(self._tables["rows"][row, column("S")] != 0)
+        later = self.draws_always or bool(self._tables["timesteps"][row] > 0)
+        return self.uses_noise and later
 
     def to(
         self, device: str | torch.device, dtype: torch.dtype = torch.float32
@@ -180,8 +187,8 @@ class StepTable(Frozen):
         return self._on("rows", device, dtype), self._on("timesteps", device, torch.int64)
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
-        fields = (self.rows, self.timesteps, self.prediction, self.start, self.name)
-        return type(self), fields
+        labels = (self.prediction, self.start, self.name, self.draws_always)
+        return type(self), (self.rows, self.timesteps, *labels)
 
     def __repr__(self) -> str:
         start = "" if self.start is None else f", start={self.start}"

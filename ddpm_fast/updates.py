@@ -141,6 +141,7 @@ def reverse_step_(
     step = checks.index("step", step, x, None)
     run = implementation(backend, x.device, x.dtype)
     rows, _ = table.to(x.device, x.dtype)
+    checks.distinct(x=x, model_input=model_input, pred_x0=pred_x0)
     written = (x, model_input, pred_x0)
     out = checks.apart(model_output.detach(), *written)
     noise = noise if noise is None else checks.apart(noise.detach(), *written)

@@ -11,10 +11,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from cases import F64, backends
 from ddpm_fast import NoiseSchedule, Sampler, StepTable, q_posterior, q_sample, q_sample_philox
+
+stats = pytest.importorskip("scipy.stats")
 
 SIGMAS = 4.5
 SCHEDULES = {

@@ -46,6 +46,10 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
 // The walk over the elements of one batch [samples, ...], and the views of its tensors.
 class Batch {
  public:
@@ -65,9 +69,7 @@ class Batch {
 
   View view(const Tensor& tensor, const char* name) const {
     STD_TORCH_CHECK(same_shape(tensor, leader_), name, " must have the shape of the state");
-    STD_TORCH_CHECK(tensor.is_cuda() == leader_.is_cuda() &&
-                        tensor.get_device_index() == leader_.get_device_index(),
-                    name, " must be on the device of the state");
+    STD_TORCH_CHECK(same_device(tensor, leader_), name, " must be on the device of the state");
     View view{};
     const bool fits =
         make_view(&view, tensor.data_ptr(), dtype_of(tensor, name), static_cast<int>(tensor.dim()),
@@ -86,16 +88,16 @@ class Batch {
   WalkOrder order_;
 };
 
-inline void check_index(const Tensor& index, int64_t samples, const char* name) {
-  STD_TORCH_CHECK(
-      index.scalar_type() == ScalarType::Long && index.dim() == 1 && index.size(0) == samples, name,
-      " must be int64 with one value for each sample");
+inline void check_index(const Tensor& index, const Tensor& state, const char* name) {
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long && index.dim() == 1 &&
+                      index.size(0) == state.size(0) && same_device(index, state),
+                  name, " must be int64 with one value for each sample, on the state's device");
 }
 
 inline void check_coefs(const Tensor& coefs, int64_t width, const Tensor& state, const char* name) {
   const bool wide = state.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(coefs.dim() == 2 && coefs.size(1) == width && coefs.size(0) > 0 &&
-                      coefs.is_contiguous() && coefs.is_cuda() == state.is_cuda(),
+                      coefs.is_contiguous() && same_device(coefs, state),
                   name, " must be a contiguous [rows, ", width, "] on the device of the state");
   STD_TORCH_CHECK(coefs.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), name,
                   " must be ", wide ? "float64" : "float32");
@@ -103,7 +105,7 @@ inline void check_coefs(const Tensor& coefs, int64_t width, const Tensor& state,
 
 inline Rng rng_of(const Tensor& rng, const Tensor& state) {
   STD_TORCH_CHECK(rng.scalar_type() == ScalarType::Long && rng.numel() == 3 &&
-                      rng.is_contiguous() && rng.is_cuda() == state.is_cuda(),
+                      rng.is_contiguous() && same_device(rng, state),
                   "rng must be three int64 on the device of the state");
   return {static_cast<const int64_t*>(rng.data_ptr())};
 }
@@ -113,7 +115,7 @@ struct Ops {
   static void fill_q_sample(QSampleArgs& a, const Tensor& x0, const Tensor& t,
                             const Tensor& coefs) {
     check_coefs(coefs, 2, x0, "coefs");
-    check_index(t, x0.size(0), "t");
+    check_index(t, x0, "t");
     a.t = static_cast<const int64_t*>(t.data_ptr());
     a.t_stride = t.stride(0);
     a.coefs = coefs.data_ptr();
@@ -162,7 +164,7 @@ struct Ops {
     Tensor variance = torch::stable::new_empty(coefs, per_sample);
     Tensor log_variance = torch::stable::new_empty(coefs, per_sample);
     check_coefs(coefs, 4, x_t, "coefs");
-    check_index(t, batch.samples(), "t");
+    check_index(t, x_t, "t");
     QPosteriorArgs a{};
     a.samples = batch.samples();
     a.elements = batch.elements();
@@ -188,7 +190,7 @@ struct Ops {
     STD_TORCH_CHECK((flags & ~int64_t{kKnownFlags}) == 0, "flags ", flags,
                     " has a term that this build has no kernel for");
     check_coefs(rows, kRowWidth, x, "rows");
-    check_index(step, x.size(0), "step");
+    check_index(step, x, "step");
     const Batch batch(x, /*channels_last=*/rng.has_value());
     ReverseStepArgs a{};
     a.samples = batch.samples();

@@ -42,9 +42,10 @@ struct CpuLaunch {
   }
 };
 
-// Chooses the instruction set ("baseline", "avx2", "avx512", "auto") and returns the one now used.
+// Chooses the instruction set ("baseline", "avx2", "avx512", "auto"; "" leaves it) and returns the
+// one now used.
 std::string use_cpu_kernels(std::string name) {
-  STD_TORCH_CHECK(select_cpu_kernels(name.c_str()), "CPU kernels '", name,
+  STD_TORCH_CHECK(name.empty() || select_cpu_kernels(name.c_str()), "CPU kernels '", name,
                   "' cannot run here; these can: ", runnable_cpu_kernels());
   return cpu_kernels().name;
 }

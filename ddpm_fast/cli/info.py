@@ -79,7 +79,7 @@ def _cpu_kernels() -> dict[str, Any] | None:
         return None
     from ddpm_fast import _C
 
-    in_use = torch.ops.ddpm_fast.use_cpu_kernels("auto")
+    in_use = torch.ops.ddpm_fast.use_cpu_kernels("")
     return {"in_use": in_use, "runnable": _C.build_info()["cpu_kernels"].split()}
 
 
