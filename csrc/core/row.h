@@ -6,18 +6,17 @@
 
 namespace ddpm {
 
+// clang-format off
 #define DDPM_ROW_COLUMNS(X)                                                                     \
-  X(G0)                                                                                         \
-  X(G1)                                                                                         \
-  X(P) X(Q) X(clip) X(Hx) X(Hv) X(Ho) X(Yx) X(Yy) X(Yx0) X(Yo) X(Yh1) X(Yh2) X(Yh3) X(Xx) X(Xy) \
-      X(Xx0) X(Xo) X(Xh1) X(Xh2) X(Xh3) X(M) X(S) X(Cin) X(Lmin) X(Lmax) X(push)
-
+  X(G0) X(G1) X(P) X(Q) X(clip) X(Hx) X(Hv) X(Ho) X(Yx) X(Yy) X(Yx0) X(Yo) X(Yh1) X(Yh2) X(Yh3) \
+  X(Xx) X(Xy) X(Xx0) X(Xo) X(Xh1) X(Xh2) X(Xh3) X(M) X(S) X(Cin) X(Lmin) X(Lmax) X(push)
 enum RowColumn : int {
 #define DDPM_ENUM(name) kRow_##name,
   DDPM_ROW_COLUMNS(DDPM_ENUM)
 #undef DDPM_ENUM
-      kRowColumns,
+  kRowColumns,
 };
+// clang-format on
 
 constexpr int kRowWidth = 32;  // a float32 row is one 128-byte line
 static_assert(kRowColumns <= kRowWidth);
