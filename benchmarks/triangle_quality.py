@@ -152,6 +152,7 @@ def sample_ours(folder: Path, num: int, steps: int, seed: int, device: str) -> I
         checkpoint.schedule,
         steps=steps,
         variance=checkpoint.variance,
+        prediction=checkpoint.prediction,
         clip=checkpoint.clip,
         spacing="linspace",
     )
@@ -182,7 +183,11 @@ def sample_peer(folder: Path, num: int, steps: int, seed: int, device: str) -> I
 
 def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     """Sample, measure and return one row per source, the training images first."""
+    from ddpm_fast.images import prepare_folder, save_npy
+
     about = metadata()
+    if options.samples:
+        prepare_folder(options.samples)
     arguments = (options.model, options.num, options.steps, options.seed, options.device)
     sources = {
         "training": lambda: make_triangles(options.training, options.seed),
@@ -193,8 +198,14 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for source, produce in sources.items():
         start = time.perf_counter()
-        images = produce()
-        seconds = time.perf_counter() - start
+        kept = options.samples / f"{source}.npy" if options.samples else None
+        if kept is not None and kept.is_file():
+            images, seconds = np.load(kept), None
+        else:
+            images = produce()
+            seconds = time.perf_counter() - start
+            if kept is not None:
+                save_npy(images, kept)
         share, areas = triangle_share(images), foreground_areas(images)
         if source == "training":
             training_share, training_areas = share, areas
@@ -209,7 +220,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
                 "share": round(share, 4),
                 "share_of_training": round(share / training_share, 4),
                 "ks_area": round(float(stats.ks_2samp(areas, training_areas).statistic), 4),
-                "seconds": round(seconds, 2),
+                "seconds": "" if seconds is None else round(seconds, 2),
             }
         )
     return rows
@@ -233,6 +244,9 @@ def main() -> None:
     parser.add_argument("--training", type=_positive, default=10_000, help="training images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peer", action="store_true", help="also sample with diffusers")
+    parser.add_argument(
+        "--samples", type=Path, help="folder that keeps each source's samples, and gives them back"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "triangle_quality.csv")
     options = parser.parse_args()
 

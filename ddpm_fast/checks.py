@@ -132,16 +132,16 @@ def index(name: str, value: Any, like: Tensor, end: int | None) -> Tensor:
     Values on the CPU are checked against [0, ``end``); on a GPU they are clamped by the kernels.
     """
     samples = like.shape[0]
-    if isinstance(value, bool) or not isinstance(value, (int, Tensor)):
-        raise TypeError(
-            f"{name} must be an int or an int64 tensor [{samples}]; got {type(value).__name__}"
-        )
-    if isinstance(value, int):
+    accepted = f"{name} must be an int or an int64 or int32 tensor [{samples}]"
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{accepted}; got {type(value).__name__}")
+        value = operator.index(value)
         if end is not None and not 0 <= value < end:
             raise ValueError(f"{name} must lie in [0, {end}); got {value}")
         return torch.full((), value, dtype=torch.int64, device=like.device).expand(samples)
     if value.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be int64; got {dtype_name(value.dtype)}")
+        raise TypeError(f"{accepted}; got {dtype_name(value.dtype)}")
     if value.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, as the samples; got {value.device}")
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, samples)):

@@ -109,9 +109,10 @@ class StepLoop:
                 f" {checks.shape_text(self.x)} on {self.x.device};"
                 f" it returned {checks.shape_text(out)} on {out.device}"
             )
-        if out.dtype != self.x.dtype and out.dtype not in (torch.float16, torch.bfloat16):
+        accepted = checks.FLOATS[:3] if self.x.dtype == torch.float32 else checks.FLOATS[3:]
+        if out.dtype not in accepted:
             raise TypeError(
-                f"model must return {checks.dtype_name(self.x.dtype)}, float16 or bfloat16 for a"
+                f"model must return {' or '.join(map(checks.dtype_name, accepted))} for a"
                 f" {checks.dtype_name(self.x.dtype)} state; it returned"
                 f" {checks.dtype_name(out.dtype)}"
             )
