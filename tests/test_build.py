@@ -29,6 +29,7 @@ def build(monkeypatch):
 
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     monkeypatch.setenv("DDPM_FAST_CUDA", "0")
+    monkeypatch.delenv("DDPM_FAST_CUDA_ARCHS", raising=False)
     spec = importlib.util.spec_from_file_location("ddpm_fast_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
