@@ -88,10 +88,10 @@ class _Case:
 
 
 def _shape(layout: str) -> tuple[int, ...]:
-    """Samples above 2048 elements: more than a tile or a block of any backend."""
+    """Samples above 4096 elements: more than a tile or a block of any backend."""
     if layout == "empty":
         return (0, 3, 8, 8)
-    return (3, 5, 19, 23) if layout == "odd" else (4, 4, 24, 24)
+    return (3, 5, 29, 31) if layout == "odd" else (3, 4, 36, 32)
 
 
 # What an operator is run and judged by: (outputs, float64 oracles, sums of absolute terms).

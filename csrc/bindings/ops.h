@@ -39,9 +39,10 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
 }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) != b.size(d)) return false;
+  const auto sizes = a.sizes(), others = b.sizes();
+  if (sizes.size() != others.size()) return false;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != others[d]) return false;
   }
   return true;
 }

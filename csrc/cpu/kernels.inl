@@ -97,6 +97,7 @@ struct StepBlock {
 template <bool kClips, bool kUsesOut, bool kNoisy, bool kStoresX0, class R>
 void step_block(const StepBlock<R>& b, const Row<R>& row) {
 #pragma GCC ivdep
+#pragma GCC unroll 4
   for (int64_t i = 0; i < b.count; ++i) {
     const R x = b.x[i];
     const R out = b.out[i];
