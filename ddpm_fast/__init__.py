@@ -1,4 +1,4 @@
-"""ddpm_fast: the fastest exact sampler for denoising diffusion models.
+"""ddpm_fast: exact, fast sampling of denoising diffusion models.
 
 A sampler is a table of coefficients (`StepTable`), and one fused kernel runs them all, in four
 backends that can be checked against plain PyTorch.
