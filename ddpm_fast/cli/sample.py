@@ -94,7 +94,8 @@ def sample(
 ) -> None:
     """Sample images from a checkpoint.
 
-    Ancestral sampling (DDPM) over evenly spaced steps, whatever scheduler the folder names. Image k of a seed is the same whatever --num and --first-sample.
+    Ancestral sampling (DDPM) over evenly spaced steps, whatever scheduler the folder names. Image k
+    of a seed is the same whatever --num and --first-sample.
     """
     output = Output.parse(out or f"out/{model.resolve().name}.{form or 'png'}", form)
     _check_strip(trajectory, output)
