@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -38,8 +39,9 @@ class GraphedStep:
             try:
                 with torch.cuda.stream(side):
                     _warm_up(step, rewind)
-                self._one = _captured(step, 1, side)
-                self._many = _captured(step, UNROLLED, side)
+                self._one = _captured(step, 1, side, None)
+                # They never run at once, so the activations of both have one home.
+                self._many = _captured(step, UNROLLED, side, self._one.pool())
             except RuntimeError as error:
                 raise CaptureError(
                     f"the model cannot be captured in a CUDA graph ({error}); it must not wait for"
@@ -75,10 +77,13 @@ def _warm_up(step: Callable[[], None], rewind: Callable[[], None]) -> None:
 
 
 def _captured(
-    step: Callable[[], None], steps: int, stream: torch.cuda.Stream
+    step: Callable[[], None],
+    steps: int,
+    stream: torch.cuda.Stream,
+    pool: Any,
 ) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         for _ in range(steps):
             step()
     return graph
