@@ -21,6 +21,8 @@ class CaptureError(RuntimeError):
 class GraphedStep:
     """Runs ``step`` any number of times by replaying CUDA graphs of one and of UNROLLED steps.
 
+    unrolled: False keeps the graph of one step alone, for calls of a single step.
+
     step: enqueues one step on the current stream, reading and writing static tensors only. It must
     not wait for the GPU, copy from the host or branch on device values. rewind: brings the step
     counter back to the first row; called before each warm-up call, so that they all are valid.
@@ -29,7 +31,11 @@ class GraphedStep:
     """
 
     def __init__(
-        self, step: Callable[[], None], rewind: Callable[[], None], device: torch.device
+        self,
+        step: Callable[[], None],
+        rewind: Callable[[], None],
+        device: torch.device,
+        unrolled: bool = True,
     ) -> None:
         self._device = device
         with torch.cuda.device(device), _capturing, _without_autocast_cache():
@@ -41,7 +47,8 @@ class GraphedStep:
                     _warm_up(step, rewind)
                 self._one = _captured(step, 1, side, None)
                 # They never run at once, so the activations of both have one home.
-                self._many = _captured(step, UNROLLED, side, self._one.pool())
+                pool = self._one.pool()
+                self._many = _captured(step, UNROLLED, side, pool) if unrolled else None
             except RuntimeError as error:
                 raise CaptureError(
                     f"the model cannot be captured in a CUDA graph ({error}); it must not wait for"
@@ -55,9 +62,11 @@ class GraphedStep:
     def __call__(self, steps: int = 1) -> None:
         """Enqueue so many steps on the current stream of the device."""
         with torch.cuda.device(self._device):
-            for _ in range(steps // UNROLLED):
-                self._many.replay()
-            for _ in range(steps % UNROLLED):
+            if self._many is not None:
+                for _ in range(steps // UNROLLED):
+                    self._many.replay()
+                steps %= UNROLLED
+            for _ in range(steps):
                 self._one.replay()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -41,13 +41,31 @@ class StepLoop:
         self.x = empty_samples(batch, sample_shape, state_dtype, device).zero_()
         self._half = None if dtype == state_dtype else torch.empty_like(self.x, dtype=dtype)
         self.step_index = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._rows, timesteps = table.to(device, state_dtype)
-        # A chain of random length that has ended goes on counting beside longer ones.
-        rest = timesteps[-1:].expand(table.steps if table.start == "random" else 0)
-        self._timesteps = torch.cat([timesteps, rest])
+        self._table = table
+        rows, timesteps = self._tables(table)
+        self._rows, self._timesteps = rows.clone(), timesteps.clone()
         noisy = table.uses_noise
         self.noise = torch.zeros_like(self.x) if noisy and not makes_noise else None
         self._rng = philox_rng(0, device=device) if noisy and makes_noise else None
+
+    @staticmethod
+    def kind(table: StepTable) -> Hashable:
+        """What a loop is made for: tables of one kind may be loaded into it one after another."""
+        return table.steps, int(table.flags), table.uses_noise, table.start == "random"
+
+    def load(self, table: StepTable) -> None:
+        """Go by another table of the same kind from here on."""
+        if table is not self._table:
+            for mine, given in zip((self._rows, self._timesteps), self._tables(table), strict=True):
+                mine.copy_(given, non_blocking=True)
+            self._table = table
+
+    def _tables(self, table: StepTable) -> tuple[Tensor, Tensor]:
+        """The rows of a table, and the timestep of every value of the step counter."""
+        rows, timesteps = table.to(self.x.device, self.x.dtype)
+        # A chain of random length that has ended goes on counting beside longer ones.
+        rest = timesteps[-1:].expand(table.steps if table.start == "random" else 0)
+        return rows, torch.cat([timesteps, rest])
 
     def start(self, seed: int, first_sample: int, start_rows: Tensor | None) -> None:
         """Begin the chains of samples first_sample .. with x_T from Philox.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, overload
 
@@ -13,17 +11,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_fast import checks
-from ddpm_fast.graph import UNROLLED, CaptureError, GraphedStep
 from ddpm_fast.loop import Model, StepLoop
+from ddpm_fast.loops import Graph, KeptLoop, LoopCache
 from ddpm_fast.noise import STREAM_START, empty_samples, philox_rng
 from ddpm_fast.ops import implementation
 from ddpm_fast.ops.reference import philox4x32_10
 from ddpm_fast.sources import GeneratorNoise, TensorNoise
 from ddpm_fast.tables import StepTable
 
-Advance = Callable[[int], None]
 Noise = Literal["philox"] | torch.Generator | Tensor
-_LOOPS_KEPT = 2  # the full micro-batch, and a last one without padding
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,8 @@ class Sampler:
     micro_batch: how many samples go through the model together. It is part of a sample's identity:
     sample k always sits in slot k % micro_batch, beside the samples that belong there, because the
     slot and the batch size change the last bits of a convolution.
-    device, dtype: default to those of the model's parameters. The state is float32 whatever dtype
+    device, dtype: default to those of the model's parameters, or to its attributes `device` and
+    `dtype` where it is no nn.Module. The state is float32 whatever dtype
     the model reads; with dtype float64 all is float64 (backends reference and cpu).
     backend: "auto" or one of reference, cpu, triton, cuda.
     noise: "philox": counter-based, so that sample k of a seed is the same in any batch.
@@ -58,6 +55,8 @@ class Sampler:
     the model cannot be captured; True insists; False never does. The bits are the same.
     pad: False skips the samples that were not asked for, for fewer forwards of a last, smaller
     micro-batch; the last bits of its samples then depend on its size.
+    loops_kept: how many loops, each with its buffers and its captured graph, are kept for later
+    calls: one for each batch size and kind of table (see `with_table`).
 
     Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
     """
@@ -72,8 +71,9 @@ class Sampler:
         dtype: torch.dtype | None = None,
         backend: str = "auto",
         noise: Noise = "philox",
-        graph: Literal["auto"] | bool = "auto",
+        graph: Graph = "auto",
         pad: bool = True,
+        loops_kept: int = 2,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t); got {type(model).__name__}")
@@ -94,24 +94,29 @@ class Sampler:
         self.backend = implementation(backend, self.device, self.state_dtype).backend
         if graph is True and self.device.type != "cuda":
             raise ValueError(f"graph=True needs a CUDA device; the sampler is on {self.device}")
-        self._graph = graph if self.device.type == "cuda" else False
-        self._reset()
-
-    def _reset(self) -> None:
-        """No buffers, no graphs, nobody at work."""
-        self._lock = threading.Lock()
-        self._loops: dict[int, tuple[StepLoop, Advance]] = {}
-        self._captured_state: object = None
-        self._done: torch.cuda.Event | None = None
+        self._graph: Graph = graph if self.device.type == "cuda" else False
+        self._loops_kept = checks.integer("loops_kept", loops_kept, 1, 1 << 20)
+        self._loops = LoopCache(model, self.device, self._graph, self._loops_kept)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: buffers and graphs are made anew."""
-        fresh = ("_lock", "_loops", "_captured_state", "_done")
-        return {name: value for name, value in self.__dict__.items() if name not in fresh}
+        return {name: value for name, value in self.__dict__.items() if name != "_loops"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._reset()
+        self._loops = LoopCache(self._model, self.device, self._graph, self._loops_kept)
+
+    def with_table(self, table: StepTable) -> Sampler:
+        """A sampler of the same model and options for another table, sharing buffers and graphs.
+
+        A table of the same length and the same terms replays the graph that is already captured.
+        Both samplers may be used from any thread; they take turns.
+        """
+        if not isinstance(table, StepTable):
+            raise TypeError(f"table must be a StepTable; got {type(table).__name__}")
+        other = object.__new__(Sampler)
+        other.__dict__.update(self.__dict__ | {"_table": table})
+        return other
 
     @property
     def model(self) -> Model:
@@ -190,7 +195,7 @@ class Sampler:
         states = result.new_empty((len(return_steps), *shape)) if return_steps is not None else None
         chunks = list(self._chunks(num, first_sample))
         with (
-            self._lock,
+            self._loops.lock,
             tqdm(
                 total=len(chunks) * self.table.steps,
                 desc="sampling",
@@ -198,10 +203,10 @@ class Sampler:
                 disable=not progress,
             ) as bar,
         ):
-            self._take_over()
+            self._loops.take_over()
             for chunk in chunks:
                 result[chunk.place] = self._run_chunk(chunk, seed, x_T, wanted or {}, states, bar)
-            self._hand_over()
+            self._loops.hand_over()
         return result if states is None else (result, states)
 
     def _chunks(self, num: int, first_sample: int) -> Iterator[_Chunk]:
@@ -226,7 +231,7 @@ class Sampler:
         states: Tensor | None,
         bar: tqdm,
     ) -> Tensor:
-        loop, advance = self._loop(chunk.batch)
+        loop, advance, stride = self._loop(chunk.batch)
         rows = self._start_rows(chunk, seed)
         loop.start(seed, chunk.first, rows)
         x = loop.x[chunk.slots]
@@ -244,7 +249,7 @@ class Sampler:
             for i in wanted.get(steps, ()):
                 cast(Tensor, states)[i, chunk.place] = x
 
-        stride = UNROLLED if isinstance(advance, GraphedStep) and loop.noise is None else 1
+        stride = stride if loop.noise is None else 1
         done = 0
         record(done)
         while done < count:
@@ -266,28 +271,12 @@ class Sampler:
             return GeneratorNoise(self.noise, self.table)
         return TensorNoise(self.noise, self.table) if isinstance(self.noise, Tensor) else None
 
-    def _take_over(self) -> None:
-        """Wait, on the GPU, for the last call's work; drop graphs that read what is no more."""
-        if self.device.type != "cuda":
-            return
-        if self._done is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._done)
-        state = _state_of(self.model)
-        if state != self._captured_state:
-            self._loops.clear()
-        self._captured_state = state
+    def _loop(self, batch: int) -> KeptLoop:
+        """The buffers of a batch size and what advances them, set to the table of this sampler."""
+        makes_noise = self._source() is None
 
-    def _hand_over(self) -> None:
-        if self.device.type == "cuda":
-            self._done = torch.cuda.current_stream(self.device).record_event()
-
-    def _loop(self, batch: int) -> tuple[StepLoop, Advance]:
-        """The buffers of a batch size and what advances them, made at first use."""
-        found = self._loops.pop(batch, None)
-        if found is None:
-            while len(self._loops) >= _LOOPS_KEPT:
-                self._loops.pop(next(iter(self._loops)))
-            loop = StepLoop(
+        def make() -> StepLoop:
+            return StepLoop(
                 self.model,
                 self.table,
                 implementation(self.backend, self.device, self.state_dtype),
@@ -295,23 +284,12 @@ class Sampler:
                 self.sample_shape,
                 self.device,
                 self.dtype,
-                makes_noise=self._source() is None,
+                makes_noise=makes_noise,
             )
-            found = loop, self._captured(loop)
-        self._loops[batch] = found
-        return found
 
-    def _captured(self, loop: StepLoop) -> Advance:
-        if not self._graph:
-            return loop.advance
-        try:
-            return GraphedStep(loop.step, loop.rewind, self.device)
-        except CaptureError as error:
-            if self._graph is True:
-                raise
-            warnings.warn(f"sampling without a CUDA graph: {error}", stacklevel=5)
-            self._graph = False
-            return loop.advance
+        kept = self._loops.loop((batch, makes_noise, StepLoop.kind(self.table)), make)
+        kept.loop.load(self.table)
+        return kept
 
     def _start_rows(self, chunk: _Chunk, seed: int) -> Tensor | None:
         """Each sample's first row for a chain of random length, uniform over the table."""
@@ -338,31 +316,22 @@ class Sampler:
         return places
 
 
-def _state_of(model: Model) -> object:
-    """What a captured graph of the model depends on besides its inputs: addresses and modes."""
-    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    if not isinstance(model, torch.nn.Module):
-        return autocast
-    tensors = (*model.parameters(), *model.buffers())
-    modes = tuple(module.training for module in model.modules())
-    return autocast, modes, tuple(tensor.data_ptr() for tensor in tensors)
-
-
 def _placement(
     model: Model, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype asked for, else those of the model's parameters."""
-    parameter = None
+    """The device and dtype asked for, else the model's: of its parameters or its attributes."""
+    of_model: Any = model
     if isinstance(model, torch.nn.Module):
-        parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+        of_model = next((p for p in model.parameters() if p.is_floating_point()), None)
+    of_device, of_dtype = getattr(of_model, "device", None), getattr(of_model, "dtype", None)
     if device is None:
         fallback = "cuda" if torch.cuda.is_available() else "cpu"
-        device = parameter.device if parameter is not None else fallback
+        device = of_device if isinstance(of_device, torch.device) else fallback
     device = checks.device("device", device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if dtype is None:
-        dtype = parameter.dtype if parameter is not None else torch.float32
+        dtype = of_dtype if isinstance(of_dtype, torch.dtype) else torch.float32
     if dtype not in checks.FLOATS:
         accepted = ", ".join(checks.dtype_name(d) for d in checks.FLOATS)
         raise TypeError(f"dtype must be {accepted}; got {dtype}")

@@ -72,7 +72,7 @@ def test_a_step_never_waits_for_the_gpu(on):
     for graph in (False, True):
         sample = sampler(Net(), on=on, graph=graph)
         draw(sample, 4)
-        loop, advance = sample._loop(4)
+        loop, advance, _ = sample._loop(4)
         torch.cuda.set_sync_debug_mode("error")
         try:
             loop.rewind()

@@ -12,7 +12,7 @@ import torch
 from cases import SCHEDULE, normals, same_bits
 from chains import DDPM, RANDOM, SHAPE, draw, sampler, smooth
 from ddpm_fast import Sampler, StepTable, philox_rng, reverse_step_
-from ddpm_fast import sampler as module
+from ddpm_fast import loops as module
 from ddpm_fast.graph import UNROLLED, CaptureError
 
 TABLE = StepTable.ddpm(SCHEDULE, 21)
@@ -43,7 +43,7 @@ def replayed(monkeypatch):
 
     def make(*args, **options):
         made = sampler(*args, **options)
-        made._graph = "auto"
+        made._loops._graph = "auto"
         return made
 
     return make
@@ -82,7 +82,7 @@ def test_a_model_that_cannot_be_captured_is_sampled_without_a_graph(replayed, mo
         got = draw(replayed(), 4)
     assert same_bits(got, draw(sampler(), 4))
     insists = replayed()
-    insists._graph = True
+    insists._loops._graph = True
     with pytest.raises(CaptureError):
         draw(insists, 4)
 
