@@ -1,7 +1,8 @@
 """Options, marks and the interpreter that every test file relies on.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is
-imported. The interpreter's fma and rounding are replaced by correct ones (triton_interpreter).
+imported. The interpreter's fma, rounding and products of bfloat16 are replaced by correct ones
+(triton_interpreter, triton_dot).
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Choices of kernels that another run has recorded must not decide what a test runs.
+os.environ["DDPM_FAST_CACHE"] = "off"
 HAS_GPU = torch.cuda.is_available()
 
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    import triton_dot
     import triton_interpreter
 
     triton_interpreter.install()
+    triton_dot.install()
 
 # The same examples in every run: a failure anywhere is a failure everywhere. On a GPU each new
 # layout compiles a Triton kernel.

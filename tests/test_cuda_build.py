@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 FLAGS = ["-O3", "-std=c++17", "-fmad=false", f"-I{ROOT / 'csrc'}"]
-KERNEL_COUNT = 14  # q_sample 4, q_posterior 2, reverse_step 6, philox_normal 2
+# q_sample 4, q_posterior 2, reverse_step 6, philox_normal 2; group_norm_ nine for each of three
+# types, and one that is asked what it was compiled for.
+KERNEL_COUNT = 14 + 27 + 1
 
 
 def find(tool: str, extra: list[Path]) -> str | None:
@@ -81,3 +83,21 @@ def test_arithmetic_is_as_written(nvcc: str, cuobjdump: str, tmp_path: Path) -> 
     assert len(re.findall(r"\bLDG\.E\.128\b", code)) == 2 * elements // 4
     assert len(re.findall(r"\bSTG\.E\.128\b", code)) == elements // 4
     assert not re.search(r"\b(FADD|DFMA|DMUL|DADD|LDL|STL)\b", code)
+
+
+def test_group_norm_reads_once_and_writes_once(nvcc: str, cuobjdump: str, tmp_path: Path) -> None:
+    """Kept in registers: a 16-byte load for each piece, and a store, with SiLU or not."""
+    cubin = tmp_path / "half.cubin"
+    compile_to(cubin, nvcc, ROOT / "csrc" / "cuda" / "group_norm_half.cu", "-cubin")
+    done = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    functions = done.stdout.split("Function : ")[1:]
+    assert len(functions) == 9
+    for held in (1, 2, 4, 8):
+        kernel = rf"\S*PieceKernelINS_6half_tELb0ELi{held}ELb0E"
+        (code,) = [f for f in functions if re.match(kernel, f)]
+        assert len(re.findall(r"\bLDG\.E\.128\b", code)) == held
+        assert len(re.findall(r"\bSTG\.E\.128\b", code)) == 2 * held
+        # The kernel before is waited for before anything is loaded.
+        assert 0 < code.index("ACQBULK") < code.index("LDG.E")
+        assert not re.search(r"\b(LDL|STL)\b", code)

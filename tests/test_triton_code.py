@@ -1,20 +1,13 @@
 """The code that the Triton kernels compile to for sm_90, without a GPU: vectors, spills, fusion.
 
-Run as a script it prints what it found as JSON: Triton cannot both interpret and compile in one
-process.
+Run as a script it prints what it found as JSON (triton_compiler).
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,45 +19,11 @@ from torch import Tensor
 from ddpm_fast.row import ROW_WIDTH
 
 pytest.importorskip("triton")
-import triton
 
+import triton_compiler
 from ddpm_fast.ops import triton_kernels as kernels
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-class _NoGpu:
-    """Stands for the driver of an H100 that is not there; kernels are compiled, never launched."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def compile_all(every: bool) -> list[dict[str, Any]]:
-    """What ptxas says of the kernels that the launchers ask for."""
-    from triton.runtime.jit import JITFunction
-
-    triton.runtime.driver.set_active(_NoGpu())
-    run, asked = JITFunction.run, []
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        asked.append(run(self, *args, grid=grid, warmup=True, **options))
-
-    JITFunction.run = compile_only
-    names = []
-    for name, launch in itertools.chain(*map(launches, PATHS if every else PATHS[:2])):
-        if every or name in QUICK:
-            names.append(name)
-            launch()
-    return [usage(*pair) for pair in zip(names, asked, strict=True)]
 
 
 def crop(x: Tensor) -> Tensor:
@@ -114,34 +73,15 @@ def launches(path: Any) -> list[tuple[str, Callable[[], Any]]]:
     return [(f"{label} {name}", call) for name, call in calls.items()]
 
 
-def usage(name: str, kernel: Any) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.check_output([tool, "-res-usage", cubin.name], text=True)
-    resources = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text))
-    ptx = kernel.asm["ptx"]
-    return {
-        "name": name,
-        **{key: int(value) for key, value in resources.items()},
-        "vectors": Counter(re.findall(r"\b((?:ld|st)\.global\.v\d\.b\d+)", ptx)),
-        "floats": Counter(re.findall(r"\b(?:fma|mul|add|sub|sqrt)[.a-z]*\.f32\b", ptx)),
-        "fuses": kernel.metadata.enable_fp_fusion,
-    }
+def asked(every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for name, launch in itertools.chain(*map(launches, PATHS if every else PATHS[:2])):
+        if every or name in QUICK:
+            yield name, launch
 
 
 def compiled(cache: Path, *options: str) -> dict[str, dict[str, Any]]:
-    """compile_all in a process of its own, where Triton does not interpret."""
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, __file__, *options]
-    text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return {kernel["name"]: kernel for kernel in json.loads(text.stdout)}
+    found = triton_compiler.compiled(__file__, cache, *options)
+    return {kernel["name"]: kernel for kernel in found}
 
 
 def assert_lean(kernel: dict[str, Any]) -> None:
@@ -176,4 +116,4 @@ def test_code_for_sm_90_of_every_path_does_not_spill(tmp_path):
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_all("--every" in sys.argv)))
+    triton_compiler.report(asked("--every" in sys.argv))

@@ -1,7 +1,8 @@
 // The operators on the CPU: blocks of work spread over torch's own threads.
+#include <memory>
 #include <string>
 
-#include "bindings/ops.h"
+#include "bindings/network.h"
 #include "cpu/kernels.h"
 
 namespace ddpm {
@@ -40,6 +41,19 @@ struct CpuLaunch {
   static void philox_normal(const PhiloxNormalArgs& a, const Tensor&) {
     over_blocks(cpu_kernels().philox_normal, a, kGrainMade);
   }
+  static void group_norm(const GroupNormArgs& a, const Tensor&) {
+    constexpr size_t kLine = 64;
+    const NormSlabs slabs(a);
+    const size_t bytes = static_cast<size_t>(slabs.workspace_bytes(a));
+    torch::stable::parallel_for(0, a.samples * slabs.per_sample, 1,
+                                [&](int64_t begin, int64_t end) {
+                                  const std::unique_ptr<char[]> memory(new char[bytes + kLine]);
+                                  void* workspace = memory.get();
+                                  size_t space = bytes + kLine;
+                                  std::align(kLine, bytes, workspace, space);
+                                  cpu_kernels().group_norm(a, begin, end, workspace);
+                                });
+  }
 };
 
 // Chooses the instruction set ("baseline", "avx2", "avx512", "auto"; "" leaves it) and returns the
@@ -55,6 +69,7 @@ std::string use_cpu_kernels(std::string name) {
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, library) {
   ddpm::Ops<ddpm::CpuLaunch>::add_to(library);
+  ddpm::NetworkOps<ddpm::CpuLaunch>::add_to(library);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CompositeExplicitAutograd, library) {

@@ -5,7 +5,7 @@
 
 #include <initializer_list>
 
-#include "bindings/ops.h"
+#include "bindings/network.h"
 #include "cuda/launch.h"
 
 namespace ddpm {
@@ -45,6 +45,10 @@ struct CudaLaunch {
     check_width({&a.out});
     on_stream(cuda_philox_normal, a, out);
   }
+  static void group_norm(const GroupNormArgs& a, const Tensor& out) {
+    STD_TORCH_CHECK(a.dtype != DType::f64, "float64 runs in the backends reference and cpu only");
+    on_stream(cuda_group_norm, a, out);
+  }
 };
 
 }  // namespace
@@ -52,4 +56,5 @@ struct CudaLaunch {
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, library) {
   ddpm::Ops<ddpm::CudaLaunch>::add_to(library);
+  ddpm::NetworkOps<ddpm::CudaLaunch>::add_to(library);
 }

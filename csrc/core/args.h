@@ -52,4 +52,37 @@ struct PhiloxNormalArgs {
   Rng rng;
 };
 
+// A tensor [N, C, H, W]; strides in elements. data is null where it is not given.
+struct Map {
+  void* data;
+  int64_t sample, channel, row, column;
+};
+
+// A table [rows, ...] of the arithmetic's type, one row of it for each sample; null: not given.
+struct SampleTable {
+  const void* data;
+  int64_t stride, rows;
+};
+
+struct GroupNormArgs {
+  int64_t samples, height, width;
+  int64_t first, second;  // channels of x and of x2
+  int64_t groups;
+  DType dtype;       // of the maps
+  DType parameters;  // of weight and bias
+  Map out, x, x2, residual, total;
+  SampleTable vector;      // [rows, C]
+  SampleTable modulation;  // [rows, 2 C]: scales, then shifts
+  const int64_t* row;      // of each sample; null: row 0. Outside [0, rows) the sample is NaN
+  int64_t row_stride;
+  const void* weight;
+  const void* bias;
+  double eps;
+  bool silu;
+
+  DDPM_HD int64_t channels() const { return first + second; }
+  DDPM_HD int64_t pixels() const { return height * width; }
+  DDPM_HD int64_t group_size() const { return channels() / groups; }
+};
+
 }  // namespace ddpm

@@ -2,6 +2,9 @@
 // and include this file. Everything that is compiled lies in namespace ddpm::DDPM_ISA or is forced
 // inline, so that the linker cannot mix the sets.
 
+#include <type_traits>
+
+#include "core/group_norm.h"
 #include "core/half.h"
 #include "core/normal.h"
 #include "core/updates.h"
@@ -11,6 +14,7 @@ namespace ddpm {
 namespace DDPM_ISA {
 
 #include "cpu/blocks.h"
+#include "cpu/group_norm.h"
 #include "cpu/normals.h"
 
 struct Block {
@@ -199,7 +203,7 @@ inline void philox_normal_any(const PhiloxNormalArgs& a, int64_t begin, int64_t 
 extern const CpuKernels DDPM_JOIN(cpu_kernels_, DDPM_ISA);
 const CpuKernels DDPM_JOIN(cpu_kernels_, DDPM_ISA) = {
     DDPM_STRING(DDPM_ISA),      DDPM_ISA::q_sample_any,      DDPM_ISA::q_posterior_any,
-    DDPM_ISA::reverse_step_any, DDPM_ISA::philox_normal_any,
+    DDPM_ISA::reverse_step_any, DDPM_ISA::philox_normal_any, DDPM_ISA::group_norm_any,
 };
 
 }  // namespace ddpm

@@ -15,6 +15,10 @@ int cuda_q_posterior(const QPosteriorArgs& args, void* stream);
 int cuda_reverse_step(const ReverseStepArgs& args, void* stream);
 int cuda_philox_normal(const PhiloxNormalArgs& args, void* stream);
 
+// On sm_90 the kernel may start before the one queued before it has ended, and waits for that one
+// before it reads or writes anything.
+int cuda_group_norm(const GroupNormArgs& args, void* stream);
+
 // The text of a cudaError_t.
 const char* cuda_error_string(int error);
 

@@ -118,6 +118,8 @@ class TestTensor {
     return view;
   }
 
+  void* data() const { return exists() ? at(0) : nullptr; }
+
   // The element at a multi-index.
   int64_t position(const Sizes& index) const {
     int64_t position = 0;

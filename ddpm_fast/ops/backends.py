@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.ops import reference
+from ddpm_fast.ops import reference, reference_network
+from ddpm_fast.ops.network import NETWORK_OPS
 from ddpm_fast.ops.registry import NOT_LOADED, OPS
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -38,8 +39,8 @@ _log = logging.getLogger("ddpm_fast")
 
 
 class Implementation:
-    """The operators of one backend: q_sample, q_sample_philox, q_posterior, reverse_step_,
-    philox_normal_, with the signatures of ``torch.ops.ddpm_fast.*``.
+    """The operators of one backend, with the signatures of ``torch.ops.ddpm_fast.*``: those of the
+    updates and of the U-Net.
     """  # noqa: D205
 
     q_sample: Any
@@ -47,12 +48,18 @@ class Implementation:
     q_posterior: Any
     reverse_step_: Any
     philox_normal_: Any
+    group_norm_: Any
+    attention_: Any
+    conv_: Any
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
         prefix = "triton_" if backend == "triton" else ""
         for op in OPS:
             source = reference if backend == "reference" else torch.ops.ddpm_fast
+            setattr(self, op, getattr(source, prefix + op))
+        for op in NETWORK_OPS:
+            source = reference_network if backend == "reference" else torch.ops.ddpm_fast
             setattr(self, op, getattr(source, prefix + op))
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_fast.ops import network
+
 NAMESPACE = "ddpm_fast"
 SCHEMAS = {
     "q_sample": "(Tensor x0, Tensor t, Tensor noise, Tensor coefs) -> Tensor",
@@ -115,12 +117,11 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-def _triton_launcher(name: str) -> Callable[..., Any]:
-    """The launcher of a Triton operator; Triton is imported by its first call."""
+def _launcher(module: str, name: str) -> Callable[..., Any]:
+    """The operator of a module, which is imported by its first call."""
 
     def launch(*args: Any) -> Any:
-        kernels = import_module("ddpm_fast.ops.triton_kernels")
-        return getattr(kernels, name)(*args)
+        return getattr(import_module(module), name)(*args)
 
     return launch
 
@@ -151,7 +152,15 @@ def _register() -> tuple[torch.library.Library, dict[str, str]]:
                     f"{NAMESPACE}::{full}", backward, setup_context=save, lib=library
                 )
         for key in ("CPU", "CUDA"):
-            library.impl(f"triton_{name}", _triton_launcher(name), key)
+            library.impl(f"triton_{name}", _launcher("ddpm_fast.ops.triton_kernels", name), key)
+    for name, schema in network.NETWORK_SCHEMAS.items():
+        for full in (name, f"triton_{name}"):
+            library.define(full + schema, tags=(torch.Tag.needs_fixed_stride_order,))
+            torch.library.register_fake(f"{NAMESPACE}::{full}", network.fake, lib=library)
+        for key in ("CPU", "CUDA"):
+            library.impl(f"triton_{name}", _launcher(network.TRITON_MODULES[name], name), key)
+            if name in network.ATEN_MODULES:
+                library.impl(name, _launcher(network.ATEN_MODULES[name], name), key)
     reasons = {"cpu": _load("_ops_cpu")}
     # The CUDA library links torch's, which a build of torch without CUDA does not have.
     reasons["cuda"] = (

@@ -1,0 +1,182 @@
+// How group_norm_ is spread over a GPU: what is decided on the host, for every kernel of it.
+#pragma once
+
+#include "core/args.h"
+
+namespace ddpm {
+
+// What the plan has to know of a GPU.
+struct NormDevice {
+  int multiprocessors;
+  uint32_t max_cluster_bits;  // of the blocks that can exchange statistics: 3, or 0 before sm_90
+};
+
+// The most threads that a block has: where they hold as much as they can, and else.
+constexpr uint32_t kNormThreads = 1024, kNormFewThreads = 512;
+constexpr uint32_t kNormColumns = 256;        // the most pieces of a pixel's slab
+constexpr uint32_t kNormWanted = 256;         // threads, where they have enough to do
+constexpr uint32_t kNormSharedBytes = 48000;  // the most that a block asks for
+constexpr uint32_t kNormStreamed = 4;         // pieces of a thread at once where they are not held
+
+// A slab is some whole groups of one image; a cluster of blocks works on one, each on its share of
+// the pixels. A thread has one piece of 16 bytes of a pixel's slab (a column), in several pixels.
+struct NormPlan {
+  bool in_pieces;    // else by single elements, whatever the strides
+  bool stream;       // values are read again for every pass, because they do not fit in registers
+  uint32_t slab;     // channels
+  uint32_t unit;     // channels of a piece that are summed as one: they lie in one group
+  uint32_t columns;  // pieces of a pixel's slab
+  uint32_t rows;     // pixels at once
+  uint32_t held;     // pieces of a thread at once: 1, 2, 4 or 8
+  uint32_t threads;  // columns * rows, filled up to whole warps
+  uint32_t cluster_bits;  // of 1, 2, 4 or 8 blocks: 0 .. 3
+  uint32_t share;         // pixels of a block
+  uint32_t writers;       // partial sums of a unit: of each warp, or of each row
+  bool shuffled;          // the rows of a warp are summed by shuffles
+  uint32_t shared_bytes;
+
+  DDPM_HD uint32_t cluster() const { return 1u << cluster_bits; }
+};
+
+inline uint32_t element_bytes(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+inline int64_t greatest_divisor(int64_t a, int64_t b) {
+  while (b != 0) {
+    const int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Pixels one after another, channels side by side, every 16 bytes aligned.
+inline bool in_pieces(const Map& map, int64_t channels, const GroupNormArgs& a) {
+  if (map.data == nullptr) return true;
+  const int64_t values = 16 / element_bytes(a.dtype);
+  const bool dense = (a.width == 1 || a.height == 1 || map.row == a.width * map.column) &&
+                     map.channel == 1 && channels % values == 0;
+  const int64_t pixel = a.width == 1 ? map.row : map.column;
+  return dense && (a.samples == 1 || map.sample % values == 0) &&
+         (a.pixels() == 1 || pixel % values == 0) &&
+         reinterpret_cast<uintptr_t>(map.data) % 16 == 0;
+}
+
+// Floats of shared memory: four constants of each channel, two totals of each group and block, and
+// the partial sums with one float between the writers' rows, so that they lie in other banks.
+struct NormShared {
+  uint32_t gain, offset, vector, shift, totals, partials, end;
+  uint32_t groups, units;
+
+  DDPM_HD NormShared(const NormPlan& plan, uint32_t group_size)
+      : gain(0),
+        offset(plan.slab),
+        vector(2 * plan.slab),
+        shift(3 * plan.slab),
+        totals(4 * plan.slab),
+        groups(plan.slab / group_size),
+        units(plan.slab / plan.unit) {
+    partials = totals + 2 * plan.cluster() * groups;
+    end = partials + plan.writers * partial_stride();
+  }
+  DDPM_HD uint32_t partial_stride() const { return units | 1; }
+  DDPM_HD uint32_t total(uint32_t pass, uint32_t cluster, uint32_t rank, uint32_t group) const {
+    return totals + (pass * cluster + rank) * groups + group;
+  }
+};
+
+// Whether the threads keep the sum, in float32, and not x as it was loaded. A vector alone is added
+// to 16 bits when they are used; to float32 it is added once, so that what is equal stays equal.
+inline bool keeps_sum(const GroupNormArgs& a) {
+  return a.residual.data != nullptr || a.total.data != nullptr ||
+         (a.dtype == DType::f32 && a.vector.data != nullptr);
+}
+
+// Pieces that a thread holds at the most: 32 registers of them, so that 1024 threads have room; or
+// of the sum's two maps while they are loaded.
+constexpr uint32_t kMostHeld = 8, kMostHeldSum = 4;
+
+inline uint32_t most_held(const GroupNormArgs& a) {
+  return keeps_sum(a) ? kMostHeldSum : kMostHeld;
+}
+
+// The plan for slabs of `slab` channels and clusters of that size; false where it cannot be done.
+inline bool plan_slab(const GroupNormArgs& a, int64_t slab, uint32_t cluster_bits, NormPlan* plan) {
+  const int64_t values = 16 / element_bytes(a.dtype);
+  const int64_t columns = slab / values;
+  if (columns > kNormColumns) return false;
+  const uint32_t most = most_held(a);
+  const int64_t share = ceil_div(a.pixels(), int64_t{1} << cluster_bits);
+  static_assert(kNormWanted + kNormColumns <= kNormFewThreads);
+  uint32_t held = 1;
+  while (held < most && share * columns > held * kNormWanted) held *= 2;
+  int64_t rows = ceil_div(share, held);
+  plan->stream = rows > kNormThreads / columns;
+  if (plan->stream) {
+    held = kNormStreamed;
+    rows = kNormFewThreads / columns;
+  }
+  plan->in_pieces = true;
+  plan->slab = static_cast<uint32_t>(slab);
+  plan->unit = static_cast<uint32_t>(greatest_divisor(a.group_size(), values));
+  plan->columns = static_cast<uint32_t>(columns);
+  plan->rows = static_cast<uint32_t>(rows);
+  plan->held = held;
+  plan->threads = static_cast<uint32_t>(ceil_div(columns * rows, 32) * 32);
+  plan->cluster_bits = cluster_bits;
+  plan->share = static_cast<uint32_t>(share);
+  plan->shuffled = columns <= 32 && 32 % columns == 0;
+  plan->writers = plan->shuffled ? plan->threads / 32 : plan->rows;
+  plan->shared_bytes = 4 * NormShared(*plan, static_cast<uint32_t>(a.group_size())).end;
+  return plan->shared_bytes <= kNormSharedBytes;
+}
+
+// Chooses slab and cluster. None of the numbers here and above was tuned on a GPU; they are
+// guesses: 64 bytes of a pixel side by side where that leaves two blocks for each multiprocessor,
+// else the smallest slab; a larger cluster where the values do not fit in one block's registers, or
+// where the multiprocessors are not all busy and a block still has 512 pieces.
+inline NormPlan choose_group_norm(const GroupNormArgs& a, const NormDevice& device) {
+  NormPlan plan{};
+  const bool pieces = in_pieces(a.x, a.first, a) && in_pieces(a.x2, a.second, a) &&
+                      in_pieces(a.out, a.channels(), a) && in_pieces(a.residual, a.first, a) &&
+                      in_pieces(a.total, a.first, a) && a.pixels() < (int64_t{1} << 30);
+  if (!pieces) return plan;
+  const int64_t values = 16 / element_bytes(a.dtype);
+  const int64_t smallest =
+      a.group_size() / greatest_divisor(a.group_size(), values) * values;  // least common multiple
+  const int64_t slabs = a.channels() / smallest;
+  const int64_t wide = 64 / element_bytes(a.dtype);
+  NormPlan best{};
+  for (int64_t times = 1; times <= slabs; ++times) {
+    const int64_t slab = times * smallest;
+    if (slabs % times != 0) continue;
+    const int64_t count = a.samples * (slabs / times);
+    if (times > 1 && count < 2 * device.multiprocessors) break;
+    if (!plan_slab(a, slab, 0, &plan)) continue;
+    const auto larger = [&] {
+      NormPlan next{};
+      if (plan.cluster_bits == device.max_cluster_bits ||
+          !plan_slab(a, slab, plan.cluster_bits + 1, &next)) {
+        return false;
+      }
+      plan = next;
+      return true;
+    };
+    while (plan.stream && larger()) {
+    }
+    while (count * plan.cluster() < device.multiprocessors &&
+           ceil_div(a.pixels(), 2 * plan.cluster()) * plan.columns >= 512 && larger()) {
+    }
+    if (times > 1 && plan.stream && !best.stream) break;
+    best = plan;
+    if (slab >= wide) break;
+  }
+  return best;
+}
+
+}  // namespace ddpm
