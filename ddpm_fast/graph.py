@@ -11,7 +11,24 @@ import torch
 
 WARM_UP_CALLS = 3  # libraries choose and allocate in their first calls, which capture forbids
 UNROLLED = 8  # steps in the longer of the two graphs: a launch then costs an eighth a step
-_capturing = threading.Lock()  # CUDA has one capture at a time in a process
+ONE_CAPTURE = threading.RLock()  # CUDA has one capture at a time in a process
+_here = threading.local()
+
+
+def becomes_a_graph() -> bool:
+    """Whether what this thread enqueues is being captured, or is the warm-up for a capture."""
+    return getattr(_here, "warms_up", False) or torch.cuda.is_current_stream_capturing()
+
+
+def keep_for_graph(thing: object) -> bool:
+    """Keep what this thread's coming graph reads, for as long as the graph; False without one.
+
+    For models that may drop their buffers while a graph that was captured from them lives.
+    """
+    kept: list[object] | None = getattr(_here, "kept", None)
+    if kept is not None and not any(other is thing for other in kept):
+        kept.append(thing)
+    return kept is not None
 
 
 class CaptureError(RuntimeError):
@@ -38,10 +55,12 @@ class GraphedStep:
         unrolled: bool = True,
     ) -> None:
         self._device = device
-        with torch.cuda.device(device), _capturing, _without_autocast_cache():
+        self._kept: list[object] = []
+        with torch.cuda.device(device), ONE_CAPTURE, _without_autocast_cache():
             outside = torch.cuda.current_stream()
             side = torch.cuda.Stream()
             side.wait_stream(outside)
+            outer, _here.kept = getattr(_here, "kept", None), self._kept
             try:
                 with torch.cuda.stream(side):
                     _warm_up(step, rewind)
@@ -56,6 +75,7 @@ class GraphedStep:
                     " sample without a graph"
                 ) from error
             finally:
+                _here.kept = outer
                 torch.cuda.set_stream(outside)
                 outside.wait_stream(side)
 
@@ -71,17 +91,19 @@ class GraphedStep:
 
 
 def _warm_up(step: Callable[[], None], rewind: Callable[[], None]) -> None:
-    for _ in range(WARM_UP_CALLS):
-        rewind()
-        step()
-    # Once more with waiting forbidden: an error here is clean, one inside a capture is not.
     mode = torch.cuda.get_sync_debug_mode()
-    rewind()
-    torch.cuda.set_sync_debug_mode("error")
+    _here.warms_up = True
     try:
+        for _ in range(WARM_UP_CALLS):
+            rewind()
+            step()
+        # Once more with waiting forbidden: an error here is clean, one inside a capture is not.
+        rewind()
+        torch.cuda.set_sync_debug_mode("error")
         step()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
+        _here.warms_up = False
     rewind()
 
 

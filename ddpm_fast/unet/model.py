@@ -134,7 +134,7 @@ class UNet(nn.Module):
         self._check_images(x)
         emb = self.time_embedding(self.time_proj(self._timesteps(x, t)).to(self.dtype))
         if self.class_embedding is not None:
-            emb = emb + self._embed_labels(self.class_embedding, x, class_labels)
+            emb = emb + self.embed_labels(self.class_embedding, x, class_labels)
         elif class_labels is not None:
             raise ValueError("class_labels: given to a network without class embedding")
 
@@ -182,7 +182,11 @@ class UNet(nn.Module):
             raise ValueError(f"t: expected an int64 tensor or an integer >= 0, got {t!r}")
         return torch.full((1,), t, dtype=torch.int64, device=x.device)
 
-    def _embed_labels(self, embedding: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+    def embed_labels(self, embedding: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
+        """[N, time channels]: checked labels through ``embedding``, a class embedding like its own.
+
+        Raises ValueError as `forward` does.
+        """
         kind = self.config.class_embed_type
         if labels is None:
             raise ValueError("class_labels: missing, the network is class-conditional")

@@ -1,0 +1,316 @@
+"""`accelerate`: the fastest thing here that can run a network, chosen for each image size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_fast import checks
+from ddpm_fast.engine.engine import UNetEngine
+from ddpm_fast.engine.graphed import GraphedModel
+from ddpm_fast.engine.tuning import Tuner
+from ddpm_fast.graph import ONE_CAPTURE, becomes_a_graph, keep_for_graph
+from ddpm_fast.unet import UNet, UNetConfig
+
+_log = logging.getLogger("ddpm_fast")
+_RUNNERS_KEPT = 4  # shapes whose engines are kept; the one used longest ago goes first
+
+Run = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What runs one shape: its name, what else was timed, and how far it is from the network.
+
+    drift: the largest difference from the network as given, relative to its largest output, on
+    random images; None where they were not compared.
+    """
+
+    name: str
+    seconds: Mapping[str, float]
+    drift: float | None
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """What runs a shape; the engine where it is one."""
+
+    run: Run
+    chosen: Chosen
+    engine: UNetEngine | None
+
+
+def accelerate(
+    unet: nn.Module,
+    *,
+    dtype: torch.dtype | None = None,
+    num_timesteps: int | None = None,
+    tuner: Tuner | None = None,
+) -> AcceleratedUNet:
+    """The fastest thing that can run ``unet``, to be called in its place: ``model(x, t)``.
+
+    On a GPU that is a `UNetEngine` in float16, whose calls replay a CUDA graph. On a CPU the
+    engine, and the network itself, are timed when a shape is first seen, and the fastest is taken,
+    so that it is never slower than the network. ``print(model.report())`` says what was chosen; the
+    logger "ddpm_fast" says it as it happens. Where weights are replaced or written to in place,
+    engines are made anew; what was written through ``.data`` is not seen: call ``refresh()``.
+
+    unet: a `UNet`, or diffusers' UNet2DModel. It is not changed; dropout counts as off.
+    dtype: what the network computes in. None: float16 on a GPU, its own dtype on a CPU. On a CPU
+        another one is an approximation that is taken only where it is faster, and its drift is
+        reported.
+    num_timesteps: the timesteps are 0 .. num_timesteps - 1; None takes the network's own number, or
+        1000.
+    tuner: what times and keeps choices; None makes one that keeps them on disk.
+
+    Raises:
+        TypeError: unet is something else, or in float64, or dtype is not float16, bfloat16 or
+            float32.
+        ValueError: an option of the network that `UNet` does not have.
+    """
+    if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        got = checks.dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+        raise TypeError(f"dtype must be float16, bfloat16 or float32; got {got}")
+    return AcceleratedUNet(unet, dtype, num_timesteps, tuner)
+
+
+class AcceleratedUNet:
+    """What `accelerate` returns. Calls may come from any thread.
+
+    given: the network. device, dtype: where it computes, and of images that it reads without a
+    copy. config: the network's options. A copy of it is one of the network, with no choices yet.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        dtype: torch.dtype | None,
+        num_timesteps: int | None,
+        tuner: Tuner | None,
+    ) -> None:
+        self.given = unet
+        self._options = dtype, num_timesteps
+        self._unet = _as_unet(unet)
+        if self._unet.dtype == torch.float64:
+            raise TypeError("unet must be float16, bfloat16 or float32; got float64")
+        self.config, self.device = self._unet.config, self._unet.device
+        self.num_timesteps = num_timesteps or self.config.num_train_timesteps or 1000
+        checks.integer("num_timesteps", self.num_timesteps, 1, 1 << 24)
+        on_gpu = self.device.type == "cuda"
+        self._engine_dtype = dtype or (torch.float16 if on_gpu else self._unet.dtype)
+        # On a CPU what runs may be the network itself, which then reads all of the digits.
+        self.dtype = self._engine_dtype if on_gpu else self._unet.dtype
+        self._tuner = tuner if tuner is not None else Tuner(self.device)
+        self._lock = threading.Lock()
+        self._runners: dict[tuple[int, ...], _Runner] = {}
+        self._pinned: list[_Runner] = []
+        self._weights: object = _versions(unet)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AcceleratedUNet, (self.given, *self._options, None)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
+        """The network's prediction, [N, out_channels, H, W] in the dtype of x, channels_last.
+
+        Arguments and errors are those of `UNetEngine`, for any batch and any image size.
+        """
+        x = self._checked(x)
+        t = checks.index("t", t, x, self.num_timesteps)
+        if x.shape[0] == 0:
+            return x.new_empty(0, self.config.out_channels, *x.shape[2:])
+        return self._runner(tuple(x.shape)).run(x, t, class_labels)
+
+    @property
+    def chosen(self) -> dict[tuple[int, ...], Chosen]:
+        """What runs each shape [N, C, H, W] that was seen, the one used last at the end."""
+        with self._lock:
+            return {shape: runner.chosen for shape, runner in self._runners.items()}
+
+    def report(self) -> str:
+        """What was chosen for each shape, with the times and the drift that were measured."""
+        lines = [f"{type(self.given).__name__} on {self.device}"]
+        for shape, choice in self.chosen.items():
+            times = ", ".join(f"{name} {s * 1e3:.3g} ms" for name, s in choice.seconds.items())
+            drift = "" if choice.drift is None else f"; differs by {choice.drift:.1e}"
+            lines.append(
+                f"{'x'.join(map(str, shape))}: {choice.name}"
+                + (f" ({times})" if times else "")
+                + drift
+            )
+        return "\n".join(lines if len(lines) > 1 else [*lines, "nothing has run yet"])
+
+    def identity(self) -> dict[str, Any]:
+        """What a run's last bits depend on, ready for JSON: what runs each shape that was seen."""
+        with self._lock:
+            runners = dict(self._runners)
+        return {
+            "x".join(map(str, shape)): {
+                "chosen": runner.chosen.name,
+                "engine": runner.engine.identity() if runner.engine is not None else None,
+                "environment": self._tuner.environment,
+            }
+            for shape, runner in runners.items()
+        }
+
+    def refresh(self) -> None:
+        """Make everything anew at the next call, from the network's weights as they are now."""
+        with self._lock:
+            self._weights = None
+
+    def captured_state(self) -> object:
+        """Changes when a CUDA graph that holds a call must be captured anew."""
+        with self._lock:
+            return self._weights is not None and _versions(self.given)
+
+    def _checked(self, x: Any) -> Tensor:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = checks.dtype_name(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a floating-point tensor; got {got}")
+        channels, multiple = self.config.in_channels, self.config.size_multiple
+        if x.dim() != 4 or x.shape[1] != channels or min(x.shape[2:]) < 1:
+            raise ValueError(f"x must be [N, {channels}, H, W]; got {checks.shape_text(x)}")
+        if x.shape[2] % multiple or x.shape[3] % multiple:
+            raise ValueError(
+                f"x must have a height and width that are multiples of {multiple};"
+                f" got {checks.shape_text(x)}"
+            )
+        if x.device != self.device:
+            raise ValueError(f"x must be on {self.device}, as the network; got {x.device}")
+        return x
+
+    def _runner(self, shape: tuple[int, ...]) -> _Runner:
+        """What runs images of this shape; made at first use, and again where weights changed."""
+        # A capture's warm-up comes with ONE_CAPTURE, and then wants this lock: so does everybody.
+        with ONE_CAPTURE if self.device.type == "cuda" else nullcontext(), self._lock:
+            weights = _versions(self.given)
+            if weights != self._weights:
+                self._runners.clear()
+                self._pinned.clear()
+                self._unet = _as_unet(self.given)
+                self._weights = weights
+            found = self._runners.pop(shape, None)
+            if found is None:
+                found = self._choose(shape)
+                while len(self._runners) >= _RUNNERS_KEPT:
+                    self._runners.pop(next(iter(self._runners)))
+            self._runners[shape] = found
+            on_gpu = self.device.type == "cuda"
+            if on_gpu and becomes_a_graph() and not keep_for_graph(found):
+                self._pinned.append(found)  # a graph of the caller's own, which may live on
+        return found
+
+    def _choose(self, shape: tuple[int, ...]) -> _Runner:
+        batch, _, height, width = shape
+
+        def engine(dtype: torch.dtype) -> UNetEngine:
+            return UNetEngine(
+                self._unet,
+                batch,
+                (height, width),
+                dtype,
+                num_timesteps=self.num_timesteps,
+                tuner=self._tuner,
+            )
+
+        made = {f"engine {checks.dtype_name(self._engine_dtype)}": engine(self._engine_dtype)}
+        if self.device.type == "cuda":
+            ((name, only),) = made.items()
+            _log.info("accelerate: %s for %s", name, list(shape))
+            return _Runner(GraphedModel(only, only.device), Chosen(name, {}, None), only)
+        if self._engine_dtype != self._unet.dtype:
+            exact = {f"engine {checks.dtype_name(self._unet.dtype)}": engine(self._unet.dtype)}
+            made = exact | made
+        runs: dict[str, Run] = {"module": _Quiet(self.given)}
+        if self.given is not self._unet:
+            runs["channels_last"] = _Quiet(self._unet)
+        runs |= made
+        x, t, labels = _example(self._unet, shape)
+        key = _key(self._unet, shape, list(runs))
+        name = self._tuner.fastest(key, {k: _thunk(run, x, t, labels) for k, run in runs.items()})
+        want, got = runs["module"](x, t, labels).double(), runs[name](x, t, labels).double()
+        drift = float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
+        _log.info("accelerate: %s for %s", name, list(shape))
+        chosen = Chosen(name, self._tuner.seconds(key), drift)
+        return _Runner(runs[name], chosen, made.get(name))
+
+
+def _as_unet(module: nn.Module) -> UNet:
+    """The network itself, or diffusers' UNet2DModel as a `UNet`."""
+    if isinstance(module, UNet):
+        return module
+    if type(module).__name__ != "UNet2DModel" or not isinstance(module, nn.Module):
+        raise TypeError(
+            "unet must be a ddpm_fast.UNet or diffusers' UNet2DModel; got"
+            f" {type(module).__name__}. Any other module: ddpm_fast.optimize_module"
+        )
+    options: Any = module.config
+    config = UNetConfig.from_dict(dict(options))
+    parameter = next(module.parameters())
+    with torch.device("meta"):
+        unet = UNet(config)
+    unet = unet.to_empty(device=parameter.device).to(parameter.dtype)
+    unet.load_state_dict(module.state_dict())
+    return unet.train(module.training)
+
+
+class _Quiet:
+    """A network without dropout, whatever its mode; the tensor of diffusers' output objects."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._lock = threading.Lock()  # nobody sets modes back while another call runs
+
+    def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
+        args = (x, t) if class_labels is None else (x, t, class_labels)
+        with self._lock:
+            training = [module for module in self._module.modules() if module.training]
+            for module in training:
+                module.training = False
+            try:
+                out = self._module(*args)
+            finally:
+                for module in training:
+                    module.training = True
+        return out if isinstance(out, Tensor) else out.sample
+
+
+def _example(unet: UNet, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Random images, timesteps and labels to time a network with."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(unet.device, unet.dtype)
+    x = x.to(memory_format=torch.channels_last)
+    t = torch.arange(shape[0], device=unet.device) % 1000
+    labels: Tensor | None = None
+    if unet.config.class_embed_type == "identity":
+        labels = torch.zeros(shape[0], unet.config.time_channels, device=unet.device)
+    elif unet.class_embedding is not None:
+        labels = torch.zeros(shape[0], dtype=torch.int64, device=unet.device)
+    return x, t, labels
+
+
+def _key(unet: UNet, shape: tuple[int, ...], names: list[str]) -> str:
+    """The choice among ``names`` for a network of these options and this dtype."""
+    text = json.dumps(unet.config.to_dict(), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    size, dtype = "x".join(map(str, shape)), checks.dtype_name(unet.dtype)
+    return f"network {digest} {size} {dtype} of {', '.join(names)}"
+
+
+def _thunk(run: Run, *args: Any) -> Callable[[], Any]:
+    return lambda: run(*args)
+
+
+def _versions(module: nn.Module) -> object:
+    """Changes whenever a weight is replaced or written to."""
+    tensors = (*module.parameters(), *module.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)

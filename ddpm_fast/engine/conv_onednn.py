@@ -1,0 +1,200 @@
+"""Convolutions of the plan by oneDNN, with a packed weight and the sum in its accumulator.
+
+torch's inductor calls oneDNN by operators of the namespace ``mkldnn``, which torch does not
+promise to keep: where one is missing, the provider says so. `_convolution_pointwise_.binary` adds
+its result to a tensor that it is given, so that residual and second source cost no pass of their
+own and nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.engine.conv_aten import (
+    PHASES,
+    double_into,
+    doubled_bytes,
+    phase_weight,
+    prepared_bias,
+)
+from ddpm_fast.engine.spec import ConvSpec
+from ddpm_fast.ops.aten_network import even_padding, window
+
+_OPERATORS = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
+
+
+@dataclass
+class _Part:
+    """A convolution of one source with an even padding, its weight packed for the input's size."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: int
+    padding: tuple[int, int]
+    skips: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: int,
+        padding: tuple[int, int, int, int],
+        input_size: list[int],
+    ) -> _Part:
+        even, skips = even_padding(padding, stride)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            weight.contiguous(), list(even), [stride] * 2, [1, 1], 1, input_size
+        )
+        return cls(packed, bias, stride, even, skips)
+
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        """out += convolution."""
+        steps = (list(self.padding), [self.stride] * 2, [1, 1], 1)
+        if any(self.skips) or not _is_channels_last(out):
+            out.add_(self._new(x, out.shape))
+        else:
+            torch.ops.mkldnn._convolution_pointwise_.binary(
+                out, x, self.weight, self.bias, *steps, "add", None, None, [], None
+            )
+
+    def write_to(self, out: Tensor, x: Tensor) -> None:
+        """out = convolution."""
+        if any(self.skips) or not _is_channels_last(out):
+            out.copy_(self._new(x, out.shape))
+        else:
+            self.add_to(out.zero_(), x)
+
+    def _new(self, x: Tensor, size: torch.Size) -> Tensor:
+        steps = (list(self.padding), [self.stride] * 2, [1, 1], 1)
+        y = torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, *steps, "none", [], ""
+        )
+        return window(y, self.skips, size)
+
+
+def _is_channels_last(out: Tensor) -> bool:
+    return out.is_contiguous(memory_format=torch.channels_last)
+
+
+@dataclass
+class OnednnVariant:
+    """A convolution of one or two sources, by oneDNN."""
+
+    name: str
+    first: _Part
+    second: _Part | None
+    doubled: ConvSpec | None = None
+
+    @property
+    def workspace_bytes(self) -> int:
+        """That of the enlarged input of an upsampling convolution."""
+        return doubled_bytes(self.doubled) if self.doubled else 0
+
+    def __call__(
+        self,
+        out: Tensor,
+        x: Tensor,
+        x2: Tensor | None,
+        residual: Tensor | None,
+        workspace: Tensor | None,
+    ) -> None:
+        """Write the convolution to `out`."""
+        if self.doubled:
+            x = double_into(workspace, x, self.doubled)
+        if residual is None:
+            self.first.write_to(out, x)
+        else:
+            out.copy_(residual)
+            self.first.add_to(out, x)
+        if self.second is not None:
+            assert x2 is not None
+            self.second.add_to(out, x2)
+
+
+@dataclass
+class OnednnPhases:
+    """A doubling with its 3x3 convolution as four 2x2 convolutions of summed weights."""
+
+    name: str
+    parts: list[_Part]
+    workspace_bytes: int = 0
+
+    def __call__(
+        self,
+        out: Tensor,
+        x: Tensor,
+        x2: Tensor | None,
+        residual: Tensor | None,
+        workspace: Tensor | None,
+    ) -> None:
+        """Write the convolution to `out`."""
+        for part, (a, b) in zip(self.parts, PHASES, strict=True):
+            mine = out[:, :, a::2, b::2]
+            if residual is None:
+                part.write_to(mine, x)
+            else:
+                mine.copy_(residual[:, :, a::2, b::2])
+                part.add_to(mine, x)
+
+
+class OnednnProvider:
+    """oneDNN through torch's private operators."""
+
+    name = "onednn"
+
+    def why_not(self, spec: ConvSpec) -> str | None:
+        """It needs the CPU, the operators, a dtype that the processor has, and an input."""
+        if spec.device.type != "cpu":
+            return f"it runs on the CPU; this is {spec.device}"
+        if not torch.backends.mkldnn.is_available():
+            return "this torch was built without oneDNN"
+        for name in _OPERATORS:
+            if not hasattr(torch.ops.mkldnn, name):
+                return f"this torch has no operator mkldnn.{name}"
+        if not _takes(spec.dtype):
+            return f"oneDNN does not take {spec.dtype} on this processor"
+        return None if spec.batch * spec.height * spec.width else "the input is empty"
+
+    def variants(
+        self, spec: ConvSpec, weight: Tensor, bias: Tensor | None
+    ) -> list[OnednnVariant | OnednnPhases]:
+        """One, or for an upsampling convolution two: by an enlarged input and by four phases."""
+        bias = prepared_bias(bias, spec.dtype)
+        rounded = weight.detach().to(spec.dtype)
+        scale = 2 if spec.upsample else 1
+        height, width = scale * spec.height, scale * spec.width
+
+        def part(weight: Tensor, bias: Tensor | None, channels: int) -> _Part:
+            size = [spec.batch, channels, height, width]
+            return _Part.of(weight, bias, spec.stride, spec.padding, size)
+
+        first = part(rounded[:, : spec.in_channels], bias, spec.in_channels)
+        if spec.upsample:
+            phases = phase_weight(weight, spec.dtype)
+            size = [spec.batch, spec.in_channels, spec.height, spec.width]
+            parts = [
+                _Part.of(phases[2 * a + b], bias, 1, (1 - b, b, 1 - a, a), size) for a, b in PHASES
+            ]
+            return [
+                OnednnVariant("onednn.nearest", first, None, spec),
+                OnednnPhases("onednn.phases", parts),
+            ]
+        second = None
+        if spec.in_channels2:
+            second = part(rounded[:, spec.in_channels :], None, spec.in_channels2)
+        return [OnednnVariant("onednn", first, second)]
+
+
+def _takes(dtype: torch.dtype) -> bool:
+    if dtype == torch.float32:
+        return True
+    asks = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    supported = getattr(torch.ops.mkldnn, asks.get(dtype, ""), None) if dtype in asks else None
+    return bool(supported is not None and supported())

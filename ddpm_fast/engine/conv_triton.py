@@ -1,0 +1,86 @@
+"""Convolutions of the plan by the Triton kernel of ``ddpm_fast.ops.triton_conv``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from ddpm_fast.engine.conv_aten import phase_weight, prepared, prepared_bias
+from ddpm_fast.engine.spec import ConvSpec
+from ddpm_fast.ops.backends import DTYPES, why_not
+
+
+@dataclass
+class TritonVariant:
+    """The kernel in one configuration.
+
+    tickets: how many int32 zeros it needs, one for each tile of a sum that is split among programs;
+    the kernel leaves them at zero. Calls that may run at once must have their own.
+    """
+
+    name: str
+    config: Any
+    weight: Tensor
+    bias: Tensor | None
+    stride: int
+    padding: tuple[int, int, int, int]
+    tickets: int
+    workspace_bytes: int = 0
+
+    def __call__(
+        self,
+        out: Tensor,
+        x: Tensor,
+        x2: Tensor | None,
+        residual: Tensor | None,
+        workspace: Tensor | None,
+        tickets: Tensor | None = None,
+    ) -> None:
+        """Write the convolution to `out`; without tickets, new ones are made."""
+        import_module("ddpm_fast.ops.triton_conv").conv(
+            *(out, x, x2, self.weight, self.bias, residual, self.stride, list(self.padding)),
+            config=self.config,
+            tickets=tickets,
+        )
+
+
+class TritonProvider:
+    """``ddpm_fast.ops.triton_conv`` in each of its configurations.
+
+    interpreted: take CPU tensors too where Triton is interpreted, for tests.
+    """
+
+    name = "triton"
+
+    def __init__(self, interpreted: bool = False) -> None:
+        self.interpreted = interpreted
+
+    def why_not(self, spec: ConvSpec) -> str | None:
+        """It needs an NVIDIA GPU, Triton, and a dtype that the kernel takes."""
+        if spec.device.type != "cuda" and not self.interpreted:
+            return f"it runs on NVIDIA GPUs; this is {spec.device}"
+        if spec.dtype not in DTYPES["triton"]:
+            return f"it does not take {spec.dtype}"
+        return why_not("triton", spec.device)
+
+    def variants(self, spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> list[TritonVariant]:
+        """One for each configuration; an upsampling convolution goes by its four phases."""
+        kernels = import_module("ddpm_fast.ops.triton_conv")
+        laid_out = (phase_weight if spec.upsample else prepared)(weight, spec.dtype)
+        bias = prepared_bias(bias, spec.dtype)
+        phases, taps = (4, 4) if spec.upsample else (1, spec.kernel**2)
+        height, width = spec.out_size
+        pixels = spec.batch * height * width // phases
+        sizes = (pixels, spec.out_channels, spec.in_channels, spec.in_channels2, taps, phases)
+        found = []
+        for config in kernels.configurations(kernels.Spec(*sizes, spec.dtype.itemsize)):
+            tiles = -(-pixels // config.rows) * -(-spec.out_channels // config.columns) * phases
+            tickets = tiles if config.split > 1 else 0
+            tile = f"{config.rows}x{config.columns}x{config.depth}"
+            how = f"w{config.num_warps}s{config.num_stages}k{config.split}"
+            fixed = (laid_out, bias, spec.stride, spec.padding, tickets)
+            found.append(TritonVariant(f"triton.{tile}.{how}", config, *fixed))
+        return found

@@ -1,0 +1,225 @@
+"""Who can run a convolution of the plan, and which way is the fastest here.
+
+A provider turns a `ConvSpec` and its weights into variants: the same convolution by different
+kernels. `candidates` lists those of all providers, the first by plain ATen, which can do every
+convolution; `fastest` lets a `Tuner` choose one.
+
+======== ============================================================ =========================
+provider kernels                                                      runs on
+======== ============================================================ =========================
+aten     torch's own convolution and matrix product                   any device
+onednn   oneDNN with a packed weight and the sums fused               CPU, where torch has it
+triton   ddpm_fast.ops.triton_conv                                    NVIDIA GPU
+cudnn    cuDNN's graphs, each execution plan by itself                NVIDIA GPU, with the package
+                                                                      nvidia-cudnn-frontend
+======== ============================================================ =========================
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.engine.conv_aten import AtenProvider
+from ddpm_fast.engine.conv_cudnn import CudnnProvider
+from ddpm_fast.engine.conv_onednn import OnednnProvider
+from ddpm_fast.engine.conv_triton import TritonProvider
+from ddpm_fast.engine.spec import ConvSpec
+from ddpm_fast.engine.tuning import Tuner
+
+_log = logging.getLogger("ddpm_fast")
+
+# Of a variant's result against ATen's on normal random numbers, as a ratio of Euclidean norms: a
+# kernel that does something else is far above, one that rounds otherwise far below.
+TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 5e-3, torch.float64: 1e-9}
+
+
+class Variant(Protocol):
+    """One way of running a convolution; holds its own copy of the weights.
+
+    Calls may run at the same time. A variant that has an attribute ``tickets`` takes so many int32
+    zeros of the call's own by that keyword, and leaves them at zero.
+    """
+
+    name: str
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Scratch memory that a call needs; RuntimeError where the kernel cannot be built."""
+        ...
+
+    def __call__(
+        self,
+        out: Tensor,
+        x: Tensor,
+        x2: Tensor | None,
+        residual: Tensor | None,
+        workspace: Tensor | None,
+    ) -> None:
+        """Write the convolution of x (and x2) to `out`, all of them channels_last and dense.
+
+        workspace: uint8, dense, at least `workspace_bytes`, 256-byte aligned; unused, and None will
+        do, where that is 0.
+        `out` shares no memory with the others.
+        """
+        ...
+
+
+class Provider(Protocol):
+    """A source of variants."""
+
+    name: str
+
+    def why_not(self, spec: ConvSpec) -> str | None:
+        """Why it cannot run this convolution here; None where it can."""
+        ...
+
+    def variants(self, spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Sequence[Variant]:
+        """The ways it knows; weight [O, C1 + C2, K, K] and bias [O] as in `candidates`."""
+        ...
+
+
+PROVIDERS: tuple[Provider, ...] = (
+    AtenProvider(),
+    OnednnProvider(),
+    TritonProvider(),
+    CudnnProvider(),
+)
+
+
+def adds_residuals(device: torch.device) -> bool:
+    """Whether convolutions there add a residual on their way out: oneDNN, and cuDNN's graphs."""
+    return device.type == "cpu" or importlib.util.find_spec("cudnn") is not None
+
+
+def candidates(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> list[Variant]:
+    """All ways to run a convolution here, in a fixed order; the first is plain ATen's.
+
+    weight [O, C1 + C2, K, K] and bias [O], float32 or of the spec's dtype, on its device. Raises
+    ValueError where they do not fit the spec.
+    """
+    _check(spec, weight, bias)
+    found: list[Variant] = []
+    for provider in PROVIDERS:
+        if (reason := provider.why_not(spec)) is None:
+            found.extend(provider.variants(spec, weight, bias))
+        else:
+            _log.debug("%s: not by %s: %s", spec, provider.name, reason)
+    return found
+
+
+def fastest(spec: ConvSpec, weight: Tensor, bias: Tensor | None, tuner: Tuner) -> Variant:
+    """The variant that the tuner chooses, timed on random numbers unless its cache knows.
+
+    A variant that cannot be built, or whose result is not ATen's within `TOLERANCE`, is left out.
+    Kernels are built when they are first needed: with a recorded choice, only the chosen one.
+    """
+    options = candidates(spec, weight, bias)
+    if len(options) == 1:
+        return options[0]
+    trial = _Trial(spec, options[0])
+    name = tuner.fastest(str(spec), {option.name: trial.of(option) for option in options})
+    return next(option for option in options if option.name == name)
+
+
+class _Trial:
+    """The same random tensors for every variant, made when the first one is timed."""
+
+    def __init__(self, spec: ConvSpec, oracle: Variant) -> None:
+        self.spec = spec
+        self.oracle = oracle
+        self.tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
+        self.expected: Tensor | None = None
+
+    def _prepare(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        if self.tensors is None:
+            spec = self.spec
+            generator = torch.Generator(spec.device).manual_seed(0)
+
+            def normal(channels: int, height: int, width: int) -> Tensor:
+                shape = (spec.batch, height, width, channels)
+                values = torch.randn(
+                    shape, dtype=spec.dtype, device=spec.device, generator=generator
+                )
+                return values.permute(0, 3, 1, 2)
+
+            x = normal(spec.in_channels, spec.height, spec.width)
+            x2 = None
+            if spec.in_channels2:
+                x2 = normal(spec.in_channels2, spec.height, spec.width)
+            residual = normal(spec.out_channels, *spec.out_size) if spec.residual else None
+            out = torch.empty_like(normal(spec.out_channels, *spec.out_size))
+            self.tensors = (out, x, x2, residual)
+            self.oracle(*self.tensors, scratch(self.oracle, spec.device))
+            self.expected = out.clone()
+        return self.tensors
+
+    def of(self, variant: Variant) -> Callable[[], None]:
+        """A call of the variant, whose first result is compared with the oracle's."""
+        workspace: Tensor | None = None
+        ready = False
+
+        def call() -> None:
+            nonlocal workspace, ready
+            tensors = self._prepare()
+            if not ready:
+                workspace = scratch(variant, self.spec.device)
+                tensors[0].fill_(float("nan"))
+                variant(*tensors, workspace)
+                self._compare(variant, tensors[0])
+                ready = True
+            else:
+                variant(*tensors, workspace)
+
+        return call
+
+    def _compare(self, variant: Variant, out: Tensor) -> None:
+        """Raise where a result is not the oracle's; weights without a finite result pass."""
+        assert self.expected is not None
+        wide = torch.promote_types(out.dtype, torch.float32)
+        size = float(torch.linalg.vector_norm(self.expected, dtype=wide))
+        if not math.isfinite(size):
+            return
+        error = float(torch.linalg.vector_norm(out - self.expected, dtype=wide))
+        rounding = torch.finfo(out.dtype).smallest_normal * math.sqrt(out.numel())
+        if not error <= TOLERANCE[out.dtype] * size + rounding:
+            raise RuntimeError(
+                f"{variant.name} is wrong on {self.spec}: its result differs from ATen's by"
+                f" {error:.1e}, of {size:.1e} (Euclidean norms)"
+            )
+
+
+def scratch(variant: Variant, device: torch.device) -> Tensor | None:
+    """A workspace for a variant; None where it needs none."""
+    size = variant.workspace_bytes
+    return torch.empty(size, dtype=torch.uint8, device=device) if size else None
+
+
+def _check(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> None:
+    shape = (
+        spec.out_channels,
+        spec.in_channels + spec.in_channels2,
+        spec.kernel,
+        spec.kernel,
+    )
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"weight must be {list(shape)} for {spec}; got {list(weight.shape)}")
+    if (bias is not None) != spec.bias or (
+        bias is not None and tuple(bias.shape) != (spec.out_channels,)
+    ):
+        wanted = f"[{spec.out_channels}]" if spec.bias else "None"
+        got = None if bias is None else list(bias.shape)
+        raise ValueError(f"bias must be {wanted} for {spec}; got {got}")
+    if spec.upsample and (
+        spec.kernel != 3 or spec.stride != 1 or spec.in_channels2 or spec.padding != (1, 1, 1, 1)
+    ):
+        raise ValueError(
+            "upsample goes before a 3x3 convolution of one source with stride 1 and padding 1;"
+            f" got {spec}"
+        )

@@ -1,0 +1,213 @@
+"""Recorded choices of kernels, kept on disk between runs.
+
+One JSON file for each environment (device, versions, threads), in $DDPM_FAST_CACHE, or else
+$XDG_CACHE_HOME/ddpm_fast or ~/.cache/ddpm_fast. DDPM_FAST_CACHE=off keeps nothing. Whatever is
+wrong with the folder or a file is logged once (logger ``ddpm_fast``, WARNING) and then ignored:
+choices are made again, and sampling goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: writers are not kept apart there, and the last one wins
+    fcntl = None  # type: ignore[assignment]
+
+_log = logging.getLogger("ddpm_fast")
+
+OFF = "off"
+_PACKAGES = ("ddpm_fast", "triton", "nvidia-cudnn-frontend")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one operation, and what its candidates took, in seconds a call."""
+
+    name: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def default_folder() -> Path | None:
+    """The folder of the cache; None where DDPM_FAST_CACHE is ``off``."""
+    chosen = os.environ.get("DDPM_FAST_CACHE", "")
+    if chosen.lower() == OFF:
+        return None
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "ddpm_fast"
+    except RuntimeError:  # no home folder
+        return None
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What a choice depends on beside the operation: the device and the versions."""
+    found = {
+        "torch": torch.__version__,
+        **{package: _version(package) for package in _PACKAGES},
+    }
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        found |= {
+            "device": torch.cuda.get_device_name(device),
+            "capability": f"{major}.{minor}",
+            "cudnn": str(torch.backends.cudnn.version()),
+        }
+    else:
+        found |= {
+            "device": _processor(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": str(torch.get_num_threads()),
+        }
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+class PlanCache:
+    """Choices of one environment.
+
+    environment: what they hold for (`environment`). folder: where to keep them; None keeps them
+    in memory alone. The file is read at the first use.
+    """
+
+    def __init__(self, environment: Mapping[str, str], folder: Path | None) -> None:
+        self.environment = dict(environment)
+        self.folder = folder
+        text = json.dumps(self.environment, sort_keys=True)
+        self._file_name = f"plans-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+        self._choices: dict[str, Choice] | None = None
+        self._complained = False
+
+    @classmethod
+    def of_device(cls, device: torch.device) -> PlanCache:
+        """The cache of this device in the default folder."""
+        return cls(environment(device), default_folder())
+
+    @property
+    def path(self) -> Path | None:
+        """The file of this environment; None without a folder."""
+        return None if self.folder is None else self.folder / self._file_name
+
+    def get(self, key: str) -> Choice | None:
+        """What is recorded for a key."""
+        if self._choices is None:
+            self._choices = self._read()
+        return self._choices.get(key)
+
+    def record(self, key: str, choice: Choice, accepted: Collection[str]) -> Choice:
+        """Record a choice and return the one that stands.
+
+        Where another process has recorded a choice for the key in the meantime, and its name is
+        among those accepted, that one stands: several processes end up with the same plan.
+        """
+        if self._choices is None:
+            self._choices = self._read()
+        standing = choice
+        if self.path is not None:
+            try:
+                with self._locked():
+                    others = self._read()
+                    theirs = others.get(key)
+                    if theirs is not None and theirs.name in accepted:
+                        standing = theirs
+                    self._choices = {**self._choices, **others, key: standing}
+                    self._write(self._choices)
+            except OSError as error:
+                self._complain(f"cannot write {self.path}: {error}; choices are not kept")
+        self._choices[key] = standing
+        return standing
+
+    def _read(self) -> dict[str, Choice]:
+        if self.path is None:
+            return {}
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return {}
+        except (OSError, UnicodeDecodeError) as error:
+            self._complain(f"cannot read {self.path}: {error}; choices are made again")
+            return {}
+        try:
+            return self._parse(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            self._complain(f"{self.path} is damaged: {error!r}; choices are made again")
+            return {}
+
+    def _parse(self, content: Any) -> dict[str, Choice]:
+        if content["environment"] != self.environment:
+            raise ValueError("it belongs to another environment")
+        found = {}
+        for key, entry in content["choices"].items():
+            if not isinstance(entry["name"], str):
+                raise TypeError(f"name of {key!r} must be a string; got {entry['name']!r}")
+            seconds = {str(name): float(value) for name, value in entry["seconds"].items()}
+            found[key] = Choice(entry["name"], seconds)
+        return found
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other writers of the same file out."""
+        path = self.path
+        assert path is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            yield
+            return
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield  # closing the file releases the lock
+
+    def _write(self, choices: Mapping[str, Choice]) -> None:
+        """Replace the file in one step: a reader sees the old or the new one, never half."""
+        path = self.path
+        assert path is not None
+        content = {
+            "environment": self.environment,
+            "choices": {key: asdict(choice) for key, choice in sorted(choices.items())},
+        }
+        handle, name = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    def _complain(self, message: str) -> None:
+        if not self._complained:
+            self._complained = True
+            _log.warning("plan cache: %s", message)

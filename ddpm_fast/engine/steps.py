@@ -1,0 +1,276 @@
+"""How each operation of a plan is run: the implementations chosen, bound to numbered slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm_fast.engine.convolution import fastest
+from ddpm_fast.engine.program import (
+    Columns,
+    Combine,
+    Convolution,
+    Embed,
+    Normalization,
+    Operation,
+    Resample,
+    SelfAttention,
+    Value,
+)
+from ddpm_fast.engine.tuning import Tuner
+from ddpm_fast.ops import implementation, why_not
+from ddpm_fast.ops.aten_network import SDPA, pixels, sdpa
+from ddpm_fast.unet.blocks import upsample_nearest
+
+Slots = list[Any]  # the tensors of a call, by number
+
+Run = Callable[[Slots], None]
+
+
+class Step(NamedTuple):
+    """An operation with the implementation that runs it."""
+
+    operation: Operation
+    implementation: str
+    run: Run
+    weight_bytes: int = 0  # of its own copies
+    scratch: Value | None = None  # memory that it needs while it runs
+
+
+class Binder:
+    """Makes steps: chooses implementations and numbers the tensors that they read and write.
+
+    The first slots are the rows of a call, the table of embeddings, the embedded labels, None, and
+    the int32 zeros of all kernels that split a sum (``tickets`` of them); the values of the program
+    follow, and the scratch memory of steps.
+    """
+
+    ROW, TABLE, LABELS, NOTHING, TICKETS, FIRST_VALUE = range(6)
+
+    def __init__(self, values: list[Value], backend: str, tuner: Tuner, embed: Any) -> None:
+        self.values = list(values)
+        self._slots = {id(value): i + self.FIRST_VALUE for i, value in enumerate(values)}
+        self._backend, self._tuner, self._embed = backend, tuner, embed
+        self.tickets = 0
+
+    @property
+    def slots(self) -> int:
+        """How many slots there are."""
+        return self.FIRST_VALUE + len(self.values)
+
+    def slot(self, value: Value | None) -> int:
+        """The number of a value; NOTHING without one."""
+        return self.NOTHING if value is None else self._slots[id(value)]
+
+    def step(self, operation: Operation) -> Step:
+        """The step of an operation."""
+        make = {
+            Convolution: self._convolution,
+            Normalization: self._normalization,
+            SelfAttention: self._attention,
+            Resample: self._resample,
+            Combine: self._combine,
+            Embed: self._embedding,
+        }[type(operation)]
+        return make(operation)  # type: ignore[operator]
+
+    def _tensors(self, operation: Operation) -> dict[str, Tensor | None]:
+        """Tensors with an operation's shapes, to time its implementations on."""
+        found: dict[str, Tensor | None] = {}
+        for name in ("out", "x", "x2", "residual", "total"):
+            value = getattr(operation, name, None)
+            found[name] = None
+            if value is not None:
+                device = operation.spec.device  # type: ignore[attr-defined]
+                tensor = torch.empty(value.shape, dtype=value.dtype, device=device)
+                tensor = tensor.to(memory_format=torch.channels_last)
+                found[name] = tensor.normal_() if name != "out" else tensor
+        return found
+
+    def _convolution(self, op: Convolution) -> Step:
+        names = ("out", "x", "x2", "residual")
+        where = [self.slot(getattr(op, name)) for name in names]
+        out, x, x2, residual = where
+        weight_bytes = op.weight_elements * op.spec.dtype.itemsize
+        if self._backend == "reference":
+            return Step(op, "reference", _reference_convolution(op, where), weight_bytes)
+        chosen = fastest(op.spec, op.weight, op.bias, self._tuner)
+        scratch = self._scratch(chosen.workspace_bytes)
+        memory = self.slot(scratch)
+        first, count = self.tickets, getattr(chosen, "tickets", 0)
+        self.tickets += count
+
+        def run(slots: Slots) -> None:
+            workspace = slots[memory].flatten() if scratch is not None else None
+            own = {"tickets": slots[self.TICKETS][first : first + count]} if count else {}
+            chosen(slots[out], slots[x], slots[x2], slots[residual], workspace, **own)
+
+        return Step(op, chosen.name, run, weight_bytes, scratch)
+
+    def _scratch(self, nbytes: int) -> Value | None:
+        if nbytes == 0:
+            return None
+        value = Value("scratch", (1, nbytes, 1, 1), torch.uint8)
+        self._slots[id(value)] = self.slots
+        self.values.append(value)
+        return value
+
+    def _implementations(self, spec: Any) -> dict[str, Any]:
+        """The backends that can run the network's own operators, fastest first."""
+        if self._backend != "auto":
+            return {self._backend: implementation(self._backend, spec.device, spec.dtype)}
+        chosen = implementation("auto", spec.device, spec.dtype)
+        found = {chosen.backend: chosen}
+        if spec.device.type == "cuda" and why_not("triton", spec.device) is None:
+            found["triton"] = implementation("triton", spec.device, spec.dtype)
+        return found
+
+    def _normalization(self, op: Normalization) -> Step:
+        spec = op.spec
+        wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
+        weight, bias = op.weight.to(wide, copy=True), op.bias.to(wide, copy=True)
+        constant = None if op.constant is None else op.constant.to(wide, copy=True)[None]
+        vector, modulation = op.vector, op.modulation
+        table = self.TABLE if op.embeddings is None else self.slot(op.embeddings)
+        row = self.ROW if op.embeddings is None else None
+        names = ("out", "x", "x2", "residual", "total")
+        out, x, x2, residual, total = (self.slot(getattr(op, name)) for name in names)
+        device = spec.device
+        each = torch.arange(spec.batch, device=device) if row is None else None
+
+        def runs(operators: Any) -> Run:
+            def run(slots: Slots) -> None:
+                embeddings = slots[table]
+                operators.group_norm_(
+                    slots[out],
+                    slots[x],
+                    slots[x2],
+                    constant if vector is None else _columns(embeddings, vector),
+                    None if constant is not None else (slots[row] if row is not None else each),
+                    slots[residual],
+                    slots[total],
+                    weight,
+                    bias,
+                    None if modulation is None else _columns(embeddings, modulation),
+                    spec.groups,
+                    spec.eps,
+                    spec.silu,
+                )
+
+            return run
+
+        found = {name: runs(operators) for name, operators in self._implementations(spec).items()}
+        name = next(iter(found))
+        if len(found) > 1:
+            slots = self._slots_for(op)
+            name = self._tuner.fastest(
+                str(spec), {k: _thunk(run, slots) for k, run in found.items()}
+            )
+        return Step(op, name, found[name], weight.nbytes + bias.nbytes)
+
+    def _slots_for(self, op: Normalization) -> Slots:
+        """Slots for timing: an operation's tensors, and a table of one row that serves all."""
+        wide = torch.float64 if op.spec.dtype == torch.float64 else torch.float32
+        slots: Slots = [None] * self.slots
+        for name, tensor in self._tensors(op).items():
+            if tensor is not None:
+                slots[self.slot(getattr(op, name))] = tensor
+        ends = [c.start + c.width for c in (op.vector, op.modulation) if c is not None]
+        table = torch.zeros(op.spec.batch, max(ends, default=0), dtype=wide, device=op.spec.device)
+        slots[self.TABLE if op.embeddings is None else self.slot(op.embeddings)] = table
+        slots[self.ROW] = torch.zeros(op.spec.batch, dtype=torch.int64, device=op.spec.device)
+        return slots
+
+    def _attention(self, op: SelfAttention) -> Step:
+        spec = op.spec
+        out, x = self.slot(op.out), self.slot(op.x)
+        scale = spec.head_dim**-0.5
+
+        def runs(attention: Callable[[Tensor, Tensor, int, float], None]) -> Run:
+            def run(slots: Slots) -> None:
+                attention(_tokens(slots[out]), _tokens(slots[x]), spec.heads, scale)
+
+            return run
+
+        found = {k: runs(ops.attention_) for k, ops in self._implementations(spec).items()}
+        if self._backend == "auto" and spec.device.type == "cuda":
+            found |= {f"sdpa.{name}": runs(sdpa(name)) for name in SDPA}
+        name = next(iter(found))
+        if len(found) > 1:
+            slots: Slots = [None] * self.slots
+            tensors = self._tensors(op)
+            slots[out], slots[x] = tensors["out"], tensors["x"]
+            name = self._tuner.fastest(
+                str(spec), {k: _thunk(run, slots) for k, run in found.items()}
+            )
+        return Step(op, name, found[name])
+
+    def _resample(self, op: Resample) -> Step:
+        out, x, up = self.slot(op.out), self.slot(op.x), op.up
+
+        def run(slots: Slots) -> None:
+            slots[out].copy_(upsample_nearest(slots[x]) if up else F.avg_pool2d(slots[x], 2))
+
+        return Step(op, "aten", run)
+
+    def _combine(self, op: Combine) -> Step:
+        names = ("out", "x", "residual")
+        out, x, residual = (self.slot(getattr(op, name)) for name in names)
+        scale, shift = op.scale, op.shift
+        bias = None if op.bias is None else op.bias.to(op.x.dtype, copy=True)[:, None, None]
+
+        def run(slots: Slots) -> None:
+            first = bias if bias is not None else slots[residual]
+            if first is None:
+                torch.mul(slots[x], scale, out=slots[out])
+            else:
+                torch.add(slots[x], first, out=slots[out])
+                if bias is not None and slots[residual] is not None:
+                    slots[out].add_(slots[residual])
+                if scale != 1:
+                    slots[out].mul_(scale)
+            if shift != 0:
+                slots[out].add_(shift)
+
+        return Step(op, "aten", run)
+
+    def _embedding(self, op: Embed) -> Step:
+        out, embed = self.slot(op.out), self._embed
+
+        def run(slots: Slots) -> None:
+            embed(slots[out].flatten(1), slots[self.ROW], slots[self.LABELS])
+
+        return Step(op, "aten", run, embed.nbytes)
+
+
+def _thunk(call: Callable[..., None], *args: Any) -> Callable[[], None]:
+    return lambda: call(*args)
+
+
+def _columns(table: Tensor, columns: Columns) -> Tensor:
+    return table.flatten(1)[:, columns.start : columns.start + columns.width]
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[N, C, H, W] in channels_last memory as a view [N, H W, C]."""
+    return pixels(x).unflatten(0, (x.shape[0], -1))
+
+
+def _reference_convolution(op: Convolution, where: list[int]) -> Run:
+    spec = op.spec
+    weight = op.weight.to(spec.dtype, copy=True)
+    bias = None if op.bias is None else op.bias.to(spec.dtype, copy=True)
+    operators = implementation("reference", spec.device, spec.dtype)
+    out, x, x2, residual = where
+
+    def run(slots: Slots) -> None:
+        source = upsample_nearest(slots[x]) if spec.upsample else slots[x]
+        operators.conv_(
+            slots[out], source, slots[x2], weight, bias, slots[residual], spec.stride, spec.padding
+        )
+
+    return run

@@ -1,0 +1,395 @@
+"""The engine against its network: every configuration, dtype and way to call it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import json
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+
+from cases import BF16, F16, F32, F64, SCHEDULE, same_bits
+from ddpm_fast import Sampler, StepTable, Tuner, UNet, UNetConfig, UNetEngine
+from ddpm_fast.engine import budget, steps
+from ddpm_fast.engine.embeddings import LabelledEmbeddings
+from ddpm_fast.engine.lower import lower
+from ddpm_fast.engine.program import Combine, Normalization
+from engine_cases import arguments, distance, engine, even, small
+from unet_cases import CIFAR, CONFIGS, LARGE, SMALL, relative_error
+
+ADDERS = pytest.mark.parametrize(
+    "norms_add", [pytest.param(False, id="convs-add"), pytest.param(True, id="norms-add")]
+)
+
+
+@ADDERS
+@pytest.mark.parametrize("options", CONFIGS)
+def test_the_plan_is_the_network(options, norms_add):
+    unet = small(**options).double()
+    args = arguments(unet.config)
+    run = engine(unet, args[0], F64, backend="reference", norms_add=norms_add)
+    got = run(args[0].double(), *args[1:])
+    assert relative_error(got, unet(args[0].double(), *args[1:])) < 1e-13
+
+
+@ADDERS
+@pytest.mark.parametrize("options", CONFIGS)
+def test_the_kernels_run_the_plan(options, norms_add):
+    unet = small(**options)
+    args = arguments(unet.config)
+    got = engine(unet, args[0], norms_add=norms_add)(*args)
+    oracle = unet.double()(args[0].double(), *args[1:])
+    assert got.dtype == F32
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(got, oracle) < 3e-5
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("norms_add", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(CIFAR | {"block_out_channels": (32, 64, 64, 64)}, id="cifar10"),
+        pytest.param(SMALL, id="small"),
+        pytest.param(SMALL | {"resnet_time_scale_shift": "scale_shift"}, id="scale-shift"),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_half_precision_is_as_good_as_diffusers(dtype, options, batch, norms_add):
+    diffusers = pytest.importorskip("diffusers")
+    unet = even(UNet(**options))
+    peer = diffusers.UNet2DModel(**unet.config.to_dict())
+    peer.load_state_dict(unet.state_dict())
+    x, t = arguments(unet.config, num=batch)
+    x = x.to(dtype)
+    with torch.no_grad():
+        oracle = unet.double()(x.double(), t)
+        theirs = distance(peer.to(dtype).eval()(x, t).sample, oracle)
+        ours = distance(engine(unet.float(), x, dtype, norms_add=norms_add)(x, t), oracle)
+    assert ours <= 2 * theirs
+
+
+def test_timesteps_of_any_kind():
+    unet = small()
+    x, _ = arguments(unet.config)
+    run = engine(unet, x)
+    each = run(x, torch.full((3,), 7))
+    assert same_bits(run(x, 7), each)
+    assert same_bits(run(x, torch.tensor(7)), each)
+    assert same_bits(run(x, torch.full((3,), 7, dtype=torch.int32)), each)
+    mixed = run(x, torch.tensor([7, 900, 0]))
+    assert same_bits(mixed[0], each[0])
+    assert not same_bits(mixed[1], each[1])
+
+
+@pytest.mark.parametrize("dtype", [F16, F32, F64], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "sliced"])
+def test_images_of_any_layout_and_dtype(layout, dtype):
+    unet = small()
+    x, t = arguments(unet.config)
+    x = x.half().to(dtype)  # values that every dtype holds
+    given = x
+    if layout == "channels-last":
+        given = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        given = torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
+    got = engine(unet, x)(given, t)
+    assert got.dtype == dtype
+    assert same_bits(got, engine(unet, x)(x.float(), t).to(dtype))
+
+
+def test_nothing_is_left_over_from_earlier_calls():
+    unet = small()
+    x, t = arguments(unet.config)
+    run = engine(unet, x)
+    first = run(x, t)
+    kept = first.clone()
+    (slots,) = run._free
+    for slot, value in run._values.items():
+        slots[slot].fill_(255 if value.dtype == torch.uint8 else float("nan"))
+    assert same_bits(run(x, t), kept)
+    run(x * 2, t)
+    assert same_bits(first, kept)  # results are not overwritten
+
+
+def test_threads_have_memory_of_their_own():
+    unet = small()
+    x, t = arguments(unet.config)
+    run = engine(unet, x)
+    images = [x * scale for scale in (0.5, 1, 2, 3)]
+    expected = [run(image, t) for image in images]
+    failures = []
+
+    def work(image, want):
+        for _ in range(20):
+            if not same_bits(run(image, t), want):
+                failures.append(image)
+
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(images, expected, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(run._free) <= len(threads)
+
+
+def test_threads_that_come_for_the_last_free_memory():
+    """One gets it, the other makes its own."""
+    unet = small()
+    x, t = arguments(unet.config)
+    run = engine(unet, x)
+    expected = run(x, t)
+
+    class Contested(list):
+        def __bool__(self):
+            return True  # as another thread saw it a moment ago
+
+        def __len__(self):
+            return 1
+
+    run._free = Contested()
+    assert same_bits(run(x, t), expected)
+
+
+def test_kernels_that_split_sums_get_zeros_of_their_own(monkeypatch):
+    """Every call, and every kernel of a call: they count arrivals there."""
+    seen = []
+
+    class Splits:
+        name, tickets = "splits", 5
+
+        def __init__(self, variant):
+            self.variant = variant
+            self.workspace_bytes = variant.workspace_bytes
+
+        def __call__(self, *args, tickets):
+            assert tickets.dtype == torch.int32
+            assert tickets.tolist() == [0] * 5
+            seen.append((tickets.data_ptr(), tickets.data_ptr() + 20))
+            self.variant(*args)
+
+    original = steps.fastest
+    monkeypatch.setattr(steps, "fastest", lambda *args: Splits(original(*args)))
+    unet = small()
+    x, t = arguments(unet.config)
+    run = engine(unet, x)
+    run(x, t)
+    convolutions = sum(op.kind.startswith("conv") for op in run.plan().operations)
+    assert len(seen) == convolutions
+    ordered = sorted(seen)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(ordered))
+
+
+def test_inference_mode_and_grad_mode_share_memory():
+    unet = small()
+    x, t = arguments(unet.config)
+    run = engine(unet, x)
+    with torch.inference_mode():
+        inside = run(x.clone(), t)
+    assert same_bits(run(x.requires_grad_(), t), inside)
+    assert not run(x, t).requires_grad
+
+
+def test_the_weights_are_a_copy():
+    unet = small(num_class_embeds=5)
+    args = arguments(unet.config)
+    run = engine(unet, args[0])
+    before = run(*args)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.zero_()
+    assert same_bits(run(*args), before)
+    freed = weakref.ref(unet.conv_in.weight.untyped_storage())
+    del unet, parameter
+    gc.collect()
+    assert freed() is None  # and nothing of the network is kept beside it
+
+
+def test_nan_reaches_the_output_of_its_image_alone():
+    unet = small()
+    x, t = arguments(unet.config)
+    x[1, 0, 0, 0] = float("nan")
+    out = engine(unet, x)(x, t)
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
+
+
+def test_it_stands_in_for_the_network_in_a_sampler():
+    unet = small(in_channels=3, out_channels=3)
+    table = StepTable.ddim(SCHEDULE, 5)
+    run = UNetEngine(unet, 4, (4, 8), F32)
+    made = Sampler(run, table, (3, 4, 8), micro_batch=4)
+    assert (made.device, made.dtype) == (run.device, F32)
+    expected = Sampler(unet, table, (3, 4, 8), micro_batch=4).sample(6, progress=False)
+    assert relative_error(made.sample(6, progress=False), expected) < 1e-4
+    with pytest.raises(ValueError, match=r"x must be \[4, 3, 4, 8\], as the engine was planned"):
+        Sampler(run, table, (3, 4, 8), micro_batch=3).sample(1, progress=False)
+
+
+def test_the_plan_prints_every_operation():
+    with torch.device("meta"):
+        program, _ = lower(UNet(**CIFAR), 1, 32, 32, F16, norms_add=False)
+        large, _ = lower(UNet(**LARGE), 1, 256, 256, F16, norms_add=False)
+    assert program.flops / 1e9 == pytest.approx(12.44, abs=0.005)
+    assert large.flops / 1e9 == pytest.approx(497, abs=0.5)
+    assert len(program.operations) == 134
+    unet = small()
+    x, _ = arguments(unet.config)
+    run = engine(unet, x)
+    plan = run.plan()
+    lines = str(plan).splitlines()
+    assert len(lines) == len(plan.operations) + 2
+    for op, line in zip(plan.operations, lines[1:], strict=False):
+        assert op.name in line
+        assert "x".join(map(str, op.output)) in line
+        assert op.implementation in line
+    assert plan.flops == sum(op.flops for op in plan.operations) > 0
+    assert plan.arena_bytes < plan.values_bytes / 3
+    assert f"{plan.arena_bytes / 1e6:.1f} MB a call" in repr(run)
+
+
+def test_sums_wait_for_a_normalisation_only_where_one_comes_next():
+    unet = small()
+    program, _ = lower(unet, 1, 8, 8, F32, norms_add=True)
+    norms = [op for op in program.operations if isinstance(op, Normalization)]
+    assert any(op.residual is not None and op.total is not None for op in norms)
+    assert all(op.x2 is None for op in norms if op.residual is not None)
+    assert any(isinstance(op, Combine) for op in program.operations)
+    program, _ = lower(unet, 1, 8, 8, F32, norms_add=False)
+    assert not any(isinstance(op, Combine) for op in program.operations)
+
+
+def test_no_concatenation_is_written():
+    program, _ = lower(small(), 1, 8, 8, F32, norms_add=False)
+    joined = [op for op in program.operations if getattr(op, "x2", None) is not None]
+    # In every decoder block: the first norm and the shortcut read two tensors.
+    assert len(joined) == 2 * 4
+    written = {id(value) for op in program.operations for value in op.writes}
+    assert all(id(op.x) in written and id(op.x2) in written for op in joined)
+
+
+def test_identity_is_json_and_names_the_kernels():
+    unet = small()
+    x, _ = arguments(unet.config)
+    identity = engine(unet, x).identity()
+    assert json.loads(json.dumps(identity)) == identity
+    assert identity == engine(unet, x).identity()
+    kinds = {kind.split()[0]: by for _, kind, by in identity["operations"]}
+    assert kinds["attention"] == "cpu"
+    assert identity["environment"]["torch"] == torch.__version__
+
+
+def test_a_copy_is_itself_and_a_pickle_is_refused():
+    unet = small()
+    x, _ = arguments(unet.config)
+    run = engine(unet, x)
+    assert copy.deepcopy(run) is run
+    with pytest.raises(TypeError, match="cannot be pickled; pickle the UNet"):
+        pickle.dumps(run)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"batch": 0}, ValueError, r"batch must lie in \[1, .*got 0"),
+            ({"batch": 2.0}, TypeError, "batch must be an int; got float"),
+            ({"image_size": 7}, ValueError, "image_size must be multiples of 2; got 7"),
+            ({"image_size": (8, 8, 8)}, ValueError, r"image_size must be a side or \(height"),
+            ({"dtype": torch.int8}, TypeError, "dtype must be float16, .*; got int8"),
+            ({"dtype": F64}, TypeError, "float64 with backend 'reference'; got float64"),
+            ({"backend": "best"}, ValueError, "backend must be auto, reference, .*; got 'best'"),
+            ({"backend": "cuda"}, RuntimeError, "backend 'cuda' cannot run: it runs on CUDA"),
+            ({"num_timesteps": 0}, ValueError, r"num_timesteps must lie in \[1, .*got 0"),
+            ({"tuner": Tuner(torch.device("cuda"))}, ValueError, "tuner must be one for cpu.*cuda"),
+            ({"unet": torch.nn.Identity()}, TypeError, "unet must be a .*UNet; got Identity"),
+        ],
+    )
+    def test_construction(self, change, error, message):
+        options = {"unet": small(), "batch": 2, "image_size": 8, "dtype": F32} | change
+        with pytest.raises(error, match=message):
+            UNetEngine(**options)
+
+    @pytest.mark.parametrize(
+        ("args", "error", "message"),
+        [
+            ((torch.zeros(2, 2, 8, 8), 0), ValueError, r"x must be \[3, 2, 8, 8\].*got \[2, 2"),
+            ((torch.zeros(3, 2, 8, 8, dtype=torch.int64), 0), TypeError, "x must be a floating"),
+            (("x", 0), TypeError, "x must be a floating-point tensor; got str"),
+            ((torch.zeros(3, 2, 8, 8, device="meta"), 0), ValueError, "x must be on cpu"),
+            ((torch.zeros(3, 2, 8, 8), 1000), ValueError, r"t must lie in \[0, 1000\); got 1000"),
+            ((torch.zeros(3, 2, 8, 8), torch.tensor([0, -1, 5])), ValueError, "t must lie .*-1"),
+            ((torch.zeros(3, 2, 8, 8), 0.5), TypeError, "t must be an int"),
+            ((torch.zeros(3, 2, 8, 8), 0, torch.zeros(3)), ValueError, "class_labels: given to"),
+        ],
+    )
+    def test_calls(self, args, error, message):
+        run = engine(small(), torch.zeros(3, 2, 8, 8))
+        with pytest.raises(error, match=message):
+            run(*args)
+        assert run(torch.zeros(3, 2, 8, 8), 0).isfinite().all()
+
+    def test_timesteps_outside_of_the_embeddings(self):
+        """On a GPU, where they cannot be looked at: NaN, and nothing beyond the table is read."""
+        unet = small(num_class_embeds=5)
+        projections = lower(unet, 4, 8, 8, F32, norms_add=False)[1]
+        embed = LabelledEmbeddings(unet, projections, 10, torch.empty(0))
+        out = torch.empty(4, projections.width)
+        embed(out, torch.tensor([0, 10, -1, 9]), torch.zeros(4, unet.config.time_channels))
+        assert out[[0, 3]].isfinite().all()
+        assert out[[1, 2]].isnan().all()
+
+    def test_missing_labels(self):
+        unet = small(num_class_embeds=5)
+        x, t, _ = arguments(unet.config)
+        with pytest.raises(ValueError, match="class_labels: missing"):
+            engine(unet, x)(x, t)
+
+    def test_a_batch_that_does_not_fit(self, monkeypatch):
+        unet = small()
+        program, projections = lower(unet, 10, 8, 8, F32, norms_add=False)
+        need = budget.needed_bytes(program) + 4 * 1000 * projections.width
+        monkeypatch.setattr(budget, "free_bytes", lambda device: need)
+        UNetEngine(unet, 10, 8, F32)
+        with pytest.raises(MemoryError, match="a micro-batch of 10 would fit"):
+            UNetEngine(unet, 11, 8, F32)
+        with pytest.raises(MemoryError, match=r"batch 64 needs .* GB on cpu, .*-batch of 10 would"):
+            UNetEngine(unet, 64, 8, F32)
+        monkeypatch.setattr(budget, "free_bytes", lambda device: 1000)
+        with pytest.raises(MemoryError, match="not even one image would fit"):
+            UNetEngine(unet, 64, 8, F32)
+
+    def test_the_embeddings_count(self, monkeypatch):
+        unet = small()
+        program, projections = lower(unet, 2, 8, 8, F32, norms_add=False)
+        need = budget.needed_bytes(program) + 4 * 1000 * projections.width
+        monkeypatch.setattr(budget, "free_bytes", lambda device: need)
+        UNetEngine(unet, 2, 8, F32)
+        with pytest.raises(MemoryError, match="batch 2 needs"):
+            UNetEngine(unet, 2, 8, F32, num_timesteps=1001)
+
+    def test_free_memory_is_within_the_machine_and_its_control_group(self, monkeypatch):
+        cpu = torch.device("cpu")
+        assert 0 < budget.free_bytes(cpu) < 1 << 50
+        monkeypatch.setattr(budget, "_number", lambda path: 5000 if path.endswith("max") else 2000)
+        assert budget.free_bytes(cpu) == 3000
+
+    def test_where_nothing_is_known_nothing_is_refused(self, monkeypatch):
+        monkeypatch.setattr(budget, "free_bytes", lambda device: None)
+        UNetEngine(small(), 2, 8, F32)
+
+
+def test_num_timesteps_of_the_network():
+    unet = UNet(UNetConfig.from_dict(SMALL | {"num_train_timesteps": 10})).eval()
+    run = engine(unet, torch.zeros(1, 2, 8, 8))
+    assert run.num_timesteps == 10
+    with pytest.raises(ValueError, match=r"t must lie in \[0, 10\)"):
+        run(torch.zeros(1, 2, 8, 8), 10)

@@ -1,0 +1,54 @@
+"""The placement of values in one block of memory."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddpm_fast.engine.memory import ALIGNMENT, Lifetime, place
+from engine_cases import busiest
+
+LIFETIMES = st.lists(
+    st.builds(
+        lambda nbytes, first, length: Lifetime(nbytes, first, first + length),
+        st.integers(0, 5000),
+        st.integers(0, 20),
+        st.integers(0, 6),
+    ),
+    max_size=25,
+)
+
+
+@given(LIFETIMES)
+def test_what_is_needed_at_once_does_not_overlap(lives):
+    offsets, total = place(dict(enumerate(lives)))
+    assert set(offsets) == set(range(len(lives)))
+    for a, b in combinations(range(len(lives)), 2):
+        if lives[a].meets(lives[b]):
+            ends = offsets[a] + lives[a].nbytes, offsets[b] + lives[b].nbytes
+            assert ends[0] <= offsets[b] or ends[1] <= offsets[a]
+    for i, life in enumerate(lives):
+        assert offsets[i] % ALIGNMENT == 0
+        assert 0 <= offsets[i] <= offsets[i] + life.nbytes <= total
+
+
+@given(LIFETIMES)
+def test_the_total_lies_between_the_busiest_moment_and_no_reuse(lives):
+    _, total = place(dict(enumerate(lives)))
+    alone = sum(-(-life.nbytes // ALIGNMENT) * ALIGNMENT for life in lives)
+    assert busiest(lives) <= total <= alone
+
+
+@pytest.mark.parametrize("chain", [2, 7])
+def test_a_chain_takes_turns_in_two_places(chain):
+    """Each value is read by the next operation alone, as in a network without skips."""
+    lives = {i: Lifetime(1 << 20, i, i + 1) for i in range(chain)}
+    assert place(lives)[1] == 2 << 20
+
+
+def test_nothing_takes_no_memory():
+    assert place({}) == ({}, 0)
+    assert busiest([]) == 0

@@ -1,0 +1,365 @@
+"""The tuner and the choices that it keeps on disk."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_fast.engine import plan_cache
+from ddpm_fast.engine.plan_cache import Choice, PlanCache, default_folder, environment
+from ddpm_fast.engine.tuning import CpuTimer, Tuner
+
+CPU = torch.device("cpu")
+HERE = {"device": "a processor", "torch": "1"}
+
+
+def cache(folder, **changes):
+    return PlanCache(HERE | changes, folder)
+
+
+def tuner(folder=None, **options):
+    return Tuner(CPU, cache(folder), **options)
+
+
+class CountedTimer:
+    """Takes the seconds of each name from a table; counts what is measured."""
+
+    def __init__(self, table):
+        self.table = {name: list(values) for name, values in table.items()}
+        self.measured = []
+
+    def prepare(self, call):
+        return call
+
+    def seconds(self, prepared):
+        name = prepared()
+        self.measured.append(name)
+        values = self.table[name]
+        return values.pop(0) if len(values) > 1 else values[0]
+
+
+def named(*names):
+    return {name: (lambda name=name: name) for name in names}
+
+
+def failing():
+    raise RuntimeError("no such kernel\nand a long story")
+
+
+def never():
+    raise AssertionError("was run")
+
+
+def test_takes_the_faster_one_and_says_what_it_took():
+    slept = tuner()
+    calls = {"slow": lambda: time.sleep(4e-3), "fast": lambda: None}
+    assert slept.fastest("op", calls) == "fast"
+    seconds = slept.seconds("op")
+    assert seconds["slow"] >= 4e-3 > seconds["fast"] > 0
+    assert slept.choices == {"op": Choice("fast", seconds)}
+    assert slept.seconds("other") == {}
+
+
+def test_a_candidate_that_memory_was_missing_for_has_another_chance(tmp_path):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class Timer(CountedTimer):
+        def prepare(self, call):
+            if call is full:
+                call()
+            return call
+
+    times = {"slow": [2.0], "fast": [1.0]}
+    calls = named("slow", "fast")
+    first = tuner(tmp_path, timer=Timer(times))
+    assert first.fastest("op", calls | {"fast": full}) == "slow"
+    assert tuner(tmp_path, timer=Timer(times)).fastest("op", calls) == "fast"
+
+
+def test_compares_medians_of_interleaved_rounds():
+    # a is slower at first and in the mean
+    timer = CountedTimer({"a": [1.3, 9, 1, 1, 1], "b": [1.2]})
+    assert tuner(rounds=5, timer=timer).fastest("op", named("a", "b")) == "a"
+    assert timer.measured == ["a", "b"] * 5
+
+
+def test_measures_hopeless_ones_once():
+    timer = CountedTimer({"a": [1.0], "b": [1.4], "c": [1.6]})
+    assert tuner(rounds=3, timer=timer).fastest("op", named("c", "b", "a")) == "a"
+    assert timer.measured == ["c", "b", "a", "b", "a", "b", "a"]
+
+
+def test_leaves_out_what_raises(caplog):
+    with caplog.at_level(logging.INFO, "ddpm_fast"):
+        assert tuner(rounds=1).fastest("op", {"bad": failing, "good": lambda: None}) == "good"
+    assert "without bad, which failed: RuntimeError: no such kernel" in caplog.text
+    assert "long story" not in caplog.text
+
+
+def test_raises_where_all_do():
+    with pytest.raises(RuntimeError, match="no candidate for 'op' runs: RuntimeError: no such"):
+        tuner().fastest("op", {"bad": failing, "worse": failing})
+
+
+def test_a_recorded_choice_is_kept_without_running_anything(tmp_path):
+    timer = CountedTimer({"a": [2.0], "b": [1.0]})
+    first = tuner(tmp_path, timer=timer)
+    assert first.fastest("op", named("a", "b")) == "b"
+    later = tuner(tmp_path)
+    assert later.fastest("op", {"a": never, "b": never, "new": never}) == "b"
+    assert later.choices == first.choices
+
+
+def test_a_recorded_choice_that_is_gone_is_made_again(tmp_path):
+    tuner(tmp_path, rounds=1).fastest("op", {"old": lambda: None})
+    later = tuner(tmp_path, rounds=1)
+    assert later.fastest("op", {"new": lambda: None}) == "new"
+    assert cache(tmp_path).get("op").name == "new"
+    # and so within one tuner
+    assert later.fastest("op", {"newer": lambda: None}) == "newer"
+
+
+def test_off_takes_the_first_and_keeps_nothing(tmp_path):
+    off = tuner(tmp_path, mode="off")
+    assert off.fastest("op", {"first": never, "second": never}) == "first"
+    assert off.choices == {"op": Choice("first")}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "maybe"}, "mode must be on or off; got 'maybe'"),
+        ({"rounds": 0}, "rounds must be at least 1; got 0"),
+        ({"hopeless": 0.5}, "hopeless must be at least 1; got 0.5"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        tuner(**options)
+
+
+def test_no_candidates():
+    with pytest.raises(ValueError, match="candidates must not be empty for 'op'"):
+        tuner().fastest("op", {})
+
+
+def test_not_while_a_graph_is_being_captured(monkeypatch, tmp_path):
+    tuner(tmp_path, rounds=1).fastest("known", {"a": lambda: None})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_gpu = Tuner(torch.device("cuda"), cache(tmp_path), timer=CpuTimer())
+    with pytest.raises(RuntimeError, match=r"'op' is not chosen yet.*while a CUDA graph"):
+        on_gpu.fastest("op", {"a": never})
+    assert on_gpu.fastest("known", {"a": never}) == "a"
+
+
+def test_threads_take_turns():
+    class SlowTimer(CountedTimer):
+        def seconds(self, prepared):
+            time.sleep(5e-3)
+            return super().seconds(prepared)
+
+    timer = SlowTimer({"a": [1.0]})
+    shared = tuner(rounds=3, timer=timer)
+    threads = [threading.Thread(target=shared.fastest, args=("op", named("a"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert timer.measured == ["a"] * 3
+
+
+@pytest.mark.cuda
+def test_times_on_a_gpu():
+    device = torch.device("cuda", 0)
+    small, large = (torch.zeros(1 << n, device=device) for n in (10, 26))
+    on_gpu = Tuner(device, PlanCache({}, None))
+    calls = {"large": lambda: large.add_(1), "small": lambda: small.add_(1), "bad": failing}
+    assert on_gpu.fastest("op", calls) == "small"
+    # 2 x 256 MB take longer than 20 us on any GPU, and less than 0.1 s.
+    assert 2e-5 < on_gpu.seconds("op")["large"] < 0.1
+
+
+def test_round_trip(tmp_path):
+    choice = Choice("winner", {"winner": 1e-3, "other": 2e-3})
+    assert cache(tmp_path / "made" / "anew").record("op", choice, ["winner"]) == choice
+    assert cache(tmp_path / "made" / "anew").get("op") == choice
+    assert cache(tmp_path / "made" / "anew").get("none") is None
+    left = {path.suffix for path in (tmp_path / "made" / "anew").iterdir()}
+    assert left <= {".json", ".lock"}
+
+
+def test_in_memory_alone():
+    memory = cache(None)
+    memory.record("op", Choice("a"), ["a"])
+    assert memory.get("op") == Choice("a")
+    assert memory.path is None
+
+
+def test_environments_are_kept_apart(tmp_path):
+    cache(tmp_path).record("op", Choice("a"), ["a"])
+    other = cache(tmp_path, torch="2")
+    assert other.get("op") is None
+    other.record("op", Choice("b"), ["b"])
+    assert cache(tmp_path).get("op") == Choice("a")
+    assert cache(tmp_path, torch="2").get("op") == Choice("b")
+
+
+def test_a_file_of_another_environment_is_ignored(tmp_path, caplog):
+    mine, other = cache(tmp_path), cache(tmp_path, torch="2")
+    other.record("op", Choice("b"), ["b"])
+    other.path.rename(mine.path)
+    assert mine.get("op") is None
+    assert "belongs to another environment" in caplog.text
+
+
+def test_writers_keep_what_others_have_written(tmp_path):
+    first, second = cache(tmp_path), cache(tmp_path)
+    assert first.get("x") is None
+    assert second.get("x") is None
+    first.record("x", Choice("a"), ["a"])
+    second.record("y", Choice("b"), ["b"])
+    third = cache(tmp_path)
+    assert (third.get("x"), third.get("y")) == (Choice("a"), Choice("b"))
+
+
+def test_of_two_choices_the_one_recorded_first_stands(tmp_path):
+    first, second = cache(tmp_path), cache(tmp_path)
+    second.get("x")
+    first.record("x", Choice("a", {"a": 1.0}), ["a", "b"])
+    assert second.record("x", Choice("b"), ["a", "b"]) == Choice("a", {"a": 1.0})
+    assert second.get("x").name == "a"
+    # unless the second cannot run it
+    assert second.record("x", Choice("b"), ["b"]) == Choice("b")
+    assert cache(tmp_path).get("x").name == "b"
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from ddpm_fast.engine.plan_cache import Choice, PlanCache
+cache = PlanCache({"device": "a processor", "torch": "1"}, Path(sys.argv[1]))
+for i in range(30):
+    cache.record(f"{sys.argv[2]}{i}", Choice("a", {"a": 1.0}), ["a"])
+"""
+
+
+def test_two_processes_write_at_once(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    running = [subprocess.Popen([*command, name]) for name in ("x", "y")]
+    assert [process.wait(timeout=60) for process in running] == [0, 0]
+    both = cache(tmp_path)
+    assert all(
+        both.get(f"{name}{i}") == Choice("a", {"a": 1.0}) for name in "xy" for i in range(30)
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"null",
+        b'{"environment": {}}',
+        b'{"environment": ENV, "choices": []}',
+        b'{"environment": ENV, "choices": {"op": {"name": 3, "seconds": {}}}}',
+        b'{"environment": ENV, "choices": {"op": {"name": "a", "seconds": {"a": "x"}}}}',
+        b'{"environment": ENV, "choices": {"op": "a"}}',
+        b"[" * 100_000,
+    ],
+    ids=[
+        *("empty", "cut", "no-text", "list", "null", "no-choices", "list-of-choices"),
+        *("name", "seconds", "choice", "deep"),
+    ],
+)
+def test_a_damaged_file_is_reported_once_and_replaced(tmp_path, caplog, content):
+    damaged = cache(tmp_path)
+    damaged.path.write_bytes(content.replace(b"ENV", json.dumps(HERE).encode()))
+    assert damaged.get("op") is None
+    damaged.record("op", Choice("a"), ["a"])
+    assert len(caplog.records) == 1
+    assert str(damaged.path) in caplog.text
+    assert cache(tmp_path).get("op") == Choice("a")
+
+
+def refuse(*args, **kwargs):
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize("call", ["fcntl.flock", "os.replace", "os.fsync", "tempfile.mkstemp"])
+def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path, caplog, monkeypatch, call):
+    kept = cache(tmp_path)
+    module, name = call.split(".")
+    monkeypatch.setattr(getattr(plan_cache, module), name, refuse)
+    for key in ("x", "y"):
+        kept.record(key, Choice("a"), ["a"])
+        assert kept.get(key) == Choice("a")
+    assert len(caplog.records) == 1
+    assert "choices are not kept" in caplog.text
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(tmp_path, caplog):
+    tmp_path.chmod(0o500)
+    kept = cache(tmp_path)
+    kept.record("x", Choice("a"), ["a"])
+    assert kept.get("x") == Choice("a")
+    assert "choices are not kept" in caplog.text
+
+
+def test_a_folder_that_is_a_file(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    kept = cache(tmp_path / "file")
+    assert kept.get("x") is None
+    assert kept.record("x", Choice("a"), ["a"]) == Choice("a")
+    assert "choices are" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"DDPM_FAST_CACHE": "/a/b", "XDG_CACHE_HOME": "/c"}, "/a/b"),
+        ({"DDPM_FAST_CACHE": "~/plans", "HOME": "/h"}, "/h/plans"),
+        ({"XDG_CACHE_HOME": "/c", "HOME": "/h"}, "/c/ddpm_fast"),
+        ({"HOME": "/h"}, "/h/.cache/ddpm_fast"),
+        ({"DDPM_FAST_CACHE": "off"}, None),
+        ({"DDPM_FAST_CACHE": "OFF"}, None),
+    ],
+)
+def test_default_folder(monkeypatch, variables, folder):
+    for name in ("DDPM_FAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert default_folder() == (None if folder is None else Path(folder))
+
+
+def test_the_environment_names_what_a_choice_depends_on(two_threads):
+    found = environment(CPU)
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == "2"
+    assert found["device"]
+    assert found["capability"]
+    assert found["ddpm_fast"]
+    assert all(isinstance(value, str) for value in found.values())
+
+
+def test_by_default_a_tuner_keeps_its_choices_in_the_default_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path))
+    made = Tuner(CPU, rounds=1)
+    made.fastest("op", {"a": lambda: None})
+    assert made.environment == environment(CPU)
+    assert Tuner(CPU).fastest("op", {"b": never, "a": never}) == "a"
+    monkeypatch.setenv("DDPM_FAST_CACHE", "off")
+    assert Tuner(CPU, rounds=1).fastest("op", {"b": lambda: None, "a": failing}) == "b"
