@@ -1,0 +1,305 @@
+"""nn.GroupNorm and nn.Sequential that run the fused GroupNorm where it gives what torch gives.
+
+`optimize_module` turns modules into these by changing their class, so that objects, parameters,
+hooks and state dicts stay what they are.
+
+A norm that was seen to be followed by SiLU alone (`FusedGroupNormSiLU`) computes both at once and
+returns `Activated`: a tensor that holds silu(norm(x)) and still stands for norm(x). F.silu takes
+what it holds; any other operation first makes it norm(x) again. So a path of the model that nobody
+has seen is slow, or an error where the input is gone, but never wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_map_only
+
+from ddpm_fast.ops import implementation
+
+Kernel = Callable[..., None]
+_PAYS_FROM_ELEMENTS = 1 << 15
+_PAYS_BELOW_PIXELS = 1024
+_PAYS_BELOW_WIDTH = 16  # channels a group
+
+
+@cache
+def _kernel(backend: str, device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """The fused operator; None where torch's own is the one to run."""
+    if device.type not in ("cpu", "cuda"):
+        return None
+    try:
+        chosen = implementation(backend, device, dtype)
+    except (TypeError, RuntimeError):  # the model was moved to where the backend does not run
+        return None
+    if backend == "auto" and chosen.backend == "reference":
+        return None
+    return chosen.group_norm_
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches the calls of this module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+
+
+def _traced() -> bool:
+    """Whether something looks at the operations that run, and knows only torch's own."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def _as_image(x: Tensor) -> Tensor:
+    """A view [N, C, H, W] of a dense tensor [N, C, L] or [N, C, D, H, W]."""
+    return x.unsqueeze(3) if x.dim() == 3 else x.flatten(2, 3)
+
+
+def _keeps_its_layout(x: Tensor) -> bool:
+    """Whether torch's group_norm, too, returns the strides of ``x``."""
+    if x.is_contiguous():
+        return True
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def _pays_on_cpu(x: Tensor, groups: int) -> bool:
+    """Whether the operator of the backend cpu was measured to be faster than torch's own.
+
+    It was on one core in channels-last memory, for float32, float16 and bfloat16, for small maps
+    (torch has a faster kernel from 1024 pixels on) of narrow groups, once there is enough work to
+    hide the call. Elsewhere it was slower, or faster in some dtypes and only with SiLU.
+    """
+    pixels = x.numel() // (x.shape[0] * x.shape[1])
+    return (
+        x.numel() >= _PAYS_FROM_ELEMENTS
+        and pixels < _PAYS_BELOW_PIXELS
+        and x.shape[1] < _PAYS_BELOW_WIDTH * groups
+        and x.dtype != torch.float64
+        and not x.is_contiguous()
+    )
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """nn.GroupNorm that runs `ddpm_fast.group_norm` where torch's own has no advantage.
+
+    That is: a dense tensor [N, C, L], [N, C, H, W] or [N, C, D, H, W] of the dtype and device of
+    the parameters, which the backend takes, with no gradient to record and no autocast; and with
+    the backend "auto" on a CPU, where it was measured to be faster. Everything else, as in
+    training, under torch.compile, tracing or torch.func, is nn.GroupNorm's forward.
+    """
+
+    _backend = "auto"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """norm(input)."""
+        out = self._fused(input, silu=False)
+        return super().forward(input) if out is None else out
+
+    def activated(self, input: Tensor) -> Tensor:
+        """silu(norm(input))."""
+        out = self._fused(input, silu=True)
+        return F.silu(super().forward(input)) if out is None else out
+
+    def _fused(self, x: Any, silu: bool) -> Tensor | None:
+        """The output by the fused operator; None where torch's own is to be run."""
+        if type(x) is not Tensor or _traced():
+            return None
+        if x.layout is not torch.strided or x.is_nested or not 3 <= x.dim() <= 5:
+            return None
+        # One value a group is an error in torch, which its own function reports.
+        if x.shape[1] != self.num_channels or x.numel() <= self.num_groups:
+            return None
+        dtype, device = x.dtype, x.device
+        if (
+            self._backend == "auto"
+            and device.type == "cpu"
+            and not _pays_on_cpu(x, self.num_groups)
+        ):
+            return None
+        weight, bias = self.weight, self.bias
+        recording = torch.is_grad_enabled()
+        for given in (weight, bias):
+            if given is not None and (
+                given.dtype != dtype
+                or given.device != device
+                or (recording and given.requires_grad)
+                or not given.is_contiguous()
+            ):
+                return None
+        if (recording and x.requires_grad) or torch.is_autocast_enabled(device.type):
+            return None
+        kernel = _kernel(self._backend, device, dtype) if _keeps_its_layout(x) else None
+        if kernel is None:
+            return None
+        out = torch.empty_like(x)
+        if weight is None:
+            weight = x.new_ones(self.num_channels)
+        if bias is None:
+            bias = x.new_zeros(self.num_channels)
+        images = (out, x) if x.dim() == 4 else (_as_image(out), _as_image(x))
+        absent = (None,) * 5  # x2, vector, row, residual, total
+        kernel(*images, *absent, weight, bias, None, self.num_groups, self.eps, silu)
+        return out
+
+
+class FusedGroupNormSiLU(FusedGroupNorm):
+    """`FusedGroupNorm` that SiLU is known to follow, whose work it does: see `Activated`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """norm(input), as an `Activated` where the fused operator runs and no hook looks on."""
+        if self._forward_hooks:
+            return super().forward(input)
+        out = self._fused(input, silu=True)
+        return nn.GroupNorm.forward(self, input) if out is None else Activated.of(self, input, out)
+
+
+FUSED_NORMS = (FusedGroupNorm, FusedGroupNormSiLU)
+
+
+class FusedSequential(nn.Sequential):
+    """nn.Sequential that runs a GroupNorm and the SiLU behind it at once.
+
+    Only in its own forward: modules that are taken out of it and called are themselves.
+    """
+
+    def forward(self, input: Any) -> Any:
+        """The modules one after another."""
+        if torch.compiler.is_compiling():
+            return super().forward(input)
+        modules = list(self)
+        done = False
+        for module, following in zip(modules, [*modules[1:], None], strict=True):
+            if done:
+                done = False
+            elif isinstance(module, FusedGroupNorm) and is_pair(module, following):
+                input, done = module.activated(input), True
+            else:
+                input = module(input)
+        return input
+
+
+def is_pair(module: nn.Module, following: nn.Module | None) -> bool:
+    """Whether these are a GroupNorm and a SiLU whose calls nobody watches."""
+    return (
+        type(module) in (nn.GroupNorm, *FUSED_NORMS)
+        and type(following) is nn.SiLU
+        and not any(has_hooks(m) or "forward" in m.__dict__ for m in (module, following))
+    )
+
+
+_ABOUT = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "is_leaf")
+# Questions about a tensor that its values do not answer.
+QUESTIONS = {getattr(Tensor, name).__get__ for name in _ABOUT} | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.ndimension,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.stride,
+    Tensor.is_contiguous,
+    Tensor.is_floating_point,
+    Tensor.element_size,
+    Tensor.get_device,
+    Tensor.__len__,
+    torch.is_floating_point,
+    torch.numel,
+}
+
+
+class Activated(Tensor):
+    """silu(norm(x)) in memory, norm(x) to everybody but F.silu.
+
+    ``_source`` is the norm and its input until that has been settled.
+    """
+
+    _held: Tensor
+    _source: tuple[FusedGroupNorm, Tensor, int | None] | None
+    _taken: bool
+
+    @staticmethod
+    def of(norm: FusedGroupNorm, x: Tensor, held: Tensor) -> Activated:
+        """Stands for norm(x) and holds ``held``, its SiLU."""
+        made = held.as_subclass(Activated)
+        version = None if x.is_inference() else x._version
+        made._held, made._source, made._taken = held, (norm, x, version), False
+        return made
+
+    def _settle(self) -> None:
+        """Become norm(x), which nobody was expected to ask for."""
+        assert self._source is not None
+        norm, x, version = self._source
+        if version is None or x._version != version:
+            what = "cannot be told to be unchanged" if version is None else "has been changed"
+            raise RuntimeError(
+                f"the output of {norm} is used other than by SiLU, which example_inputs did not"
+                f" show to ddpm_fast.optimize_module, and its input {what} since; undo the"
+                " optimisation with report.restore(), or give example_inputs that take this path"
+            )
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            plain: Any = FusedGroupNorm.forward(norm, x)
+            self.set_(plain)
+        self._source = None
+
+    def _take(self, inplace: bool) -> Tensor:
+        """silu of what this stands for."""
+        if self._taken:
+            self._settle()
+            with torch._C.DisableTorchFunctionSubclass():
+                return F.silu(self, inplace)
+        self._taken = True
+        if inplace:
+            self._source = None  # from here on it is what it holds
+        return self._held
+
+    def _as_plain(self) -> Tensor:
+        if self._source is not None:
+            self._settle()
+        return self.as_subclass(Tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return deepcopy(self._as_plain(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._as_plain().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.silu:
+            x, inplace = _silu_arguments(*args, **kwargs)
+            if x._source is not None:
+                return x._take(inplace)
+        if func not in QUESTIONS:
+            plain = tree_map_only(cls, cls._as_plain, (args, kwargs))
+            if not all(kind in (cls, Tensor, nn.Parameter) for kind in types):
+                return func(*plain[0], **plain[1])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+def _silu_arguments(input: Any, inplace: bool = False) -> tuple[Any, bool]:
+    return input, inplace

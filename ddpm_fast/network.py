@@ -1,0 +1,317 @@
+"""The operators of the U-Net that are of use alone: GroupNorm with what surrounds it, attention.
+
+Each is one kernel in the backends cpu, triton and cuda (attention: torch's kernel in cpu and cuda),
+and plain PyTorch in reference. They are made for inference and have no gradient; arithmetic is in
+float32 (float64 for float64 inputs), whatever the dtype of the tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import checks
+from ddpm_fast.ops import implementation
+
+
+@overload
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    eps: float = ...,
+    *,
+    silu: bool = ...,
+    x2: Tensor | None = ...,
+    vector: Tensor | None = ...,
+    row: Tensor | int | None = ...,
+    residual: Tensor | None = ...,
+    return_sum: Literal[False] = ...,
+    modulation: Tensor | None = ...,
+    out: Tensor | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    eps: float = ...,
+    *,
+    silu: bool = ...,
+    x2: Tensor | None = ...,
+    vector: Tensor | None = ...,
+    row: Tensor | int | None = ...,
+    residual: Tensor | None = ...,
+    return_sum: Literal[True],
+    modulation: Tensor | None = ...,
+    out: Tensor | None = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    silu: bool = False,
+    x2: Tensor | None = None,
+    vector: Tensor | None = None,
+    row: Tensor | int | None = None,
+    residual: Tensor | None = None,
+    return_sum: bool = False,
+    modulation: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """GroupNorm (Wu and He 2018) of a sum, with what a U-Net does before and after it, in one pass.
+
+        h   = cat(x, x2) + vector[row] + residual
+        y   = (h - mean) / sqrt(variance + eps) * weight + bias      (over each group of channels)
+        y   = y * (1 + scale) + shift,  (scale, shift) = modulation[row]
+        out = y / (1 + exp(-y)) with ``silu``, else y
+
+    Every term only where it is given. The variance is the biased one; h is not rounded on its way.
+
+    x: [N, C1, H, W], float32, float16, bfloat16 (float64 in reference and cpu), any strides;
+    channels-last is the fast layout. x2: [N, C2, H, W], joined behind x, so that C = C1 + C2.
+    groups: divides C. weight, bias: [C], both of x's dtype or both float32; default 1 and 0.
+    vector: [R, C], modulation: [R, 2 C] (C scales, then C shifts), float32 (float64 with float64).
+    row: int or integers [N] in [0, R); None is row 0 for every sample. A row outside is a
+    ValueError on the CPU; on a GPU, where looking would make the host wait, it makes that
+    sample NaN. residual: the shape of x, and only without x2. return_sum: returns (out, h), h
+    rounded to x's dtype; only without x2. out: [N, C, H, W], written and returned; the default is a
+    new tensor in channels-last memory.
+
+    NaN and infinities come out as from torch's group_norm. There is no gradient: a tensor that
+    requires one is refused while gradients are recorded. Raises TypeError or ValueError naming the
+    argument, RuntimeError where the backend cannot run.
+    """
+    x = _image("x", x)
+    if x2 is not None:
+        x2 = _beside("x2", x2, x)
+        if residual is not None or return_sum:
+            name = "residual" if residual is not None else "return_sum"
+            raise ValueError(f"{name} goes with one source; got x2 as well")
+    channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
+    groups = checks.integer("groups", groups, 1, 1 << 31)
+    if channels == 0 or channels % groups:
+        raise ValueError(f"groups must divide the number of channels, {channels}; got {groups}")
+    eps = _number("eps", eps)
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative; got {eps}")
+    if residual is not None:
+        residual = checks.like("residual", residual, "x", x, (x.dtype,))
+    weight, bias = _affine(weight, bias, channels, x)
+    vector = _table("vector", vector, channels, x)
+    modulation = _table("modulation", modulation, 2 * channels, x)
+    chosen = _row(row, vector, modulation, x)
+    shape = (x.shape[0], channels, *x.shape[2:])
+    _no_gradient("group_norm", x=x, x2=x2, weight=weight, bias=bias, vector=vector)
+    _no_gradient("group_norm", residual=residual, modulation=modulation)
+    if out is None:
+        out = _channels_last(shape, x)
+    else:
+        out = _target(out, shape, x)
+        x, weight, bias = _away(x, out), _away(weight, out), _away(bias, out)
+        x2, residual = _away(x2, out), _away(residual, out)
+        vector, modulation = _away(vector, out), _away(modulation, out)
+    total = _channels_last(shape, x) if return_sum else None
+    run = implementation(backend, x.device, x.dtype)
+    run.group_norm_(
+        out,
+        x,
+        x2,
+        vector,
+        chosen,
+        residual,
+        total,
+        weight,
+        bias,
+        modulation,
+        groups,
+        eps,
+        bool(silu),
+    )
+    checks.note_written(out)
+    return out if total is None else (out, total)
+
+
+def attention(
+    qkv: Tensor,
+    heads: int,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Self-attention (Vaswani et al. 2017): softmax(scale q k^T) v in each head.
+
+    qkv: [N, T, 3 * heads * D], float32, float16, bfloat16 (float64 in reference and cpu): the
+    queries of all heads, then the keys, then the values, as one matrix product makes them. scale:
+    defaults to 1 / sqrt(D). out: [N, T, heads * D] with its last dimension dense, written and
+    returned; the default is a new tensor.
+
+    There is no gradient: a tensor that requires one is refused while gradients are recorded. Raises
+    TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    """
+    qkv = checks.batch("qkv", qkv)
+    heads = checks.integer("heads", heads, 1, 1 << 31)
+    if qkv.ndim != 3 or qkv.shape[2] == 0 or qkv.shape[2] % (3 * heads):
+        raise ValueError(
+            f"qkv must be [N, T, 3 * heads * D] with {heads} heads; got {checks.shape_text(qkv)}"
+        )
+    width = qkv.shape[2] // 3
+    scale = 1 / math.sqrt(width // heads) if scale is None else _number("scale", scale)
+    _no_gradient("attention", qkv=qkv)
+    shape = (*qkv.shape[:2], width)
+    if out is None:
+        out = qkv.new_empty(shape)
+    else:
+        out = _target(out, shape, qkv, "qkv")
+        if out.stride(2) != 1:
+            raise ValueError(f"out must be dense in its last dimension; got strides {out.stride()}")
+        qkv = _away(qkv, out)
+    run = implementation(backend, qkv.device, qkv.dtype)
+    if out.numel() > 0:
+        run.attention_(out, qkv if qkv.stride(2) == 1 else qkv.contiguous(), heads, scale)
+        checks.note_written(out)
+    return out
+
+
+def _image(name: str, value: Any) -> Tensor:
+    value = checks.batch(name, value)
+    if value.ndim != 4:
+        raise ValueError(f"{name} must be [N, C, H, W]; got {checks.shape_text(value)}")
+    return value
+
+
+def _beside(name: str, value: Any, x: Tensor) -> Tensor:
+    """``value`` as an image that can be joined with x along the channels."""
+    value = checks.batch(name, value, (x.dtype,))
+    n, _, height, width = x.shape
+    if value.ndim != 4 or (value.shape[0], *value.shape[2:]) != (n, height, width):
+        raise ValueError(
+            f"{name} must be [{n}, C2, {height}, {width}], as x; got {checks.shape_text(value)}"
+        )
+    return _on_device_of(name, value, x)
+
+
+def _on_device_of(name: str, value: Tensor, x: Tensor, of: str = "x") -> Tensor:
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of {of}, {x.device}; got {value.device}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}")
+    return float(value)
+
+
+def _affine(
+    weight: Tensor | None, bias: Tensor | None, channels: int, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both [C] and of one dtype; 1 and 0 where they are not given."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    given = {"weight": weight, "bias": bias}
+    checked = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        checks.batch(name, value, tuple(dict.fromkeys((x.dtype, wide))))
+        if tuple(value.shape) != (channels,):
+            raise ValueError(f"{name} must be [{channels}]; got {checks.shape_text(value)}")
+        checked[name] = _on_device_of(name, value, x).contiguous()
+    dtype = next((value.dtype for value in checked.values()), x.dtype)
+    ones, zeros = (
+        checked[name] if name in checked else x.new_full((channels,), fill, dtype=dtype)
+        for name, fill in (("weight", 1.0), ("bias", 0.0))
+    )
+    if zeros.dtype != ones.dtype:
+        raise TypeError(
+            f"bias must have the dtype of weight, {checks.dtype_name(ones.dtype)};"
+            f" got {checks.dtype_name(zeros.dtype)}"
+        )
+    return ones, zeros
+
+
+def _table(name: str, value: Any, columns: int, x: Tensor) -> Tensor | None:
+    """``value`` as a table [R, columns] in the dtype of the arithmetic, its rows dense."""
+    if value is None:
+        return None
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    value = checks.batch(name, value, (wide,))
+    if value.ndim != 2 or value.shape[1] != columns or value.shape[0] == 0:
+        raise ValueError(
+            f"{name} must be [R, {columns}] with at least one row; got {checks.shape_text(value)}"
+        )
+    value = _on_device_of(name, value, x)
+    return value if value.stride(1) == 1 else value.contiguous()
+
+
+def _row(row: Any, vector: Tensor | None, modulation: Tensor | None, x: Tensor) -> Tensor | None:
+    """The row of each sample, int64 [N]; None where all take row 0."""
+    table = vector if vector is not None else modulation
+    if vector is not None and modulation is not None and len(vector) != len(modulation):
+        raise ValueError(
+            f"modulation must have as many rows as vector, {len(vector)}; got {len(modulation)}"
+        )
+    if row is None:
+        return None
+    if table is None:
+        raise ValueError("row chooses from vector and modulation; got neither of them")
+    return checks.index("row", row, x, len(table)).contiguous()
+
+
+def _no_gradient(function: str, **tensors: Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, value in tensors.items():
+        if value is not None and value.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, and {function} has no gradient; call it under"
+                f" torch.no_grad() or pass {name}.detach()"
+            )
+
+
+def _channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def _target(out: Any, shape: tuple[int, ...], x: Tensor, of: str = "x") -> Tensor:
+    """``out`` as a tensor of this shape to write to."""
+    out = checks.written("out", checks.batch("out", out, (x.dtype,)))
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out must be {list(shape)}; got {checks.shape_text(out)}")
+    return _on_device_of("out", out, x, of)
+
+
+@overload
+def _away(value: Tensor, out: Tensor) -> Tensor: ...
+
+
+@overload
+def _away(value: None, out: Tensor) -> None: ...
+
+
+def _away(value: Tensor | None, out: Tensor) -> Tensor | None:
+    """``value``, or a copy where it shares memory with ``out``, which is written before the end."""
+    if value is None or torch.compiler.is_compiling() or value.numel() == 0:
+        return value
+    if value.device.type != "meta" and value.data_ptr() == out.data_ptr():
+        return value.clone()
+    return checks.apart(value, out)
