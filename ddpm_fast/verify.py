@@ -1,7 +1,8 @@
 """Every operator x backend x dtype x layout against the float64 reference.
 
 The bound on an error is not a fixed tolerance but what the arithmetic may cost: a few roundings
-in float32 of the terms of the sum, and one rounding to the output's dtype.
+in float32 of the terms of the sum, and one rounding to the output's dtype. The operators of the
+U-Net have bounds of their own (`ddpm_fast.verify_network`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ddpm_fast.ops.registry import per_sample
 from ddpm_fast.row import column
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.tables import StepTable
+from ddpm_fast.verify_network import NETWORK_LAYOUTS, network_checks
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded", "odd", "empty")
 # Roundings of the terms of a sum and of their coefficients, of the sum of their absolute values.
@@ -257,6 +259,11 @@ def _verify_backend(
                 twin = _Case(implementation("cpu", cpu, dtype), dtype, layout, cpu)
                 twins, _, _ = operate(twin, schedule)
             yield _check(op, run.backend, device, dtype, layout, outputs, oracles, sums, twins)
+    for check in network_checks(run, device, dtype):
+        where = run.backend, device.type, str(dtype).removeprefix("torch.")
+        yield Check(
+            check.op, *where, check.layout, check.error, check.ratio, None, check.ratio <= 1
+        )
 
 
 def _check(
@@ -311,5 +318,6 @@ def as_table(checks: list[Check], skipped: dict[str, str]) -> str:
         )
     lines += [f"{backend}: not run: {reason}" for backend, reason in skipped.items()]
     bad = sum(not c.ok for c in checks)
-    lines.append(f"{len(checks)} checks over layouts {', '.join(LAYOUTS)}; {bad} missed")
+    layouts = dict.fromkeys((*LAYOUTS, *NETWORK_LAYOUTS))
+    lines.append(f"{len(checks)} checks over layouts {', '.join(layouts)}; {bad} missed")
     return "\n".join(lines)

@@ -8,11 +8,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ddpm_fast import verify as verify_module
 from ddpm_fast.cli import app
 from ddpm_fast.ops import implementation
+from ddpm_fast.ops.network import NETWORK_OPS
 from ddpm_fast.ops.registry import OPS
 from ddpm_fast.row import column
 from ddpm_fast.verify import LAYOUTS, as_table, verify
+from ddpm_fast.verify_network import NETWORK_LAYOUTS
 
 CPU = implementation("cpu", torch.device("cpu"), torch.float32)
 COEFFICIENTS = {"q_sample": (3, 2), "q_sample_philox": (2, 2), "q_posterior": (3, 4)}
@@ -47,18 +50,29 @@ def test_every_operator_dtype_and_layout_is_checked_and_right():
     checks, not_run = verify(("cpu", "reference"))
     assert missed(checks) == set()
     assert not_run == {}
-    assert {check.op.split()[0] for check in checks} == {op.rstrip("_") for op in OPS}
-    assert {check.layout for check in checks} == set(LAYOUTS)
+    names = {check.op.replace(",", "").split()[0] for check in checks}
+    assert names == {op.rstrip("_") for op in (*OPS, *NETWORK_OPS)}
+    assert {check.layout for check in checks} == {*LAYOUTS, *NETWORK_LAYOUTS}
     dtypes = {"float32", "float16", "bfloat16", "float64"}
     assert {(check.backend, check.dtype) for check in checks} == {
         (backend, dtype) for backend in ("cpu", "reference") for dtype in dtypes
     }
 
 
-def test_triton_has_the_bits_of_cpu():
+def test_triton_has_the_bits_of_cpu(monkeypatch):
+    monkeypatch.setattr(verify_module, "network_checks", lambda *_: iter(()))
     checks, _ = verify(("triton",))
-    assert checks
+    assert {c.op.split()[0].rstrip("_") for c in checks} == {op.rstrip("_") for op in OPS}
     assert all(check.ok and check.same_bits_as_cpu for check in checks)
+
+
+@pytest.mark.slow
+def test_triton_runs_the_network():
+    checks, _ = verify(("triton",))
+    network = [check for check in checks if check.same_bits_as_cpu is None]
+    names = {check.op.replace(",", "").split()[0] for check in network}
+    assert names == {op.rstrip("_") for op in NETWORK_OPS}
+    assert all(check.ok for check in network)
 
 
 @pytest.mark.parametrize(("op", "position", "index"), list(mutants()))
@@ -66,6 +80,42 @@ def test_one_coefficient_off_is_a_miss(monkeypatch, op, position, index):
     monkeypatch.setattr(CPU, op, scaled(op, position, index))
     checks, _ = verify(("cpu",))
     assert missed(checks) == {op.rstrip("_")}
+
+
+def changed(op, position, change):
+    """The operator with one argument changed, where it is given."""
+    original = getattr(CPU, op)
+
+    def run(*args):
+        args = list(args)
+        if args[position] is not None:
+            args[position] = change(args[position])
+        original(*args)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("op", "position", "change"),
+    [
+        pytest.param("group_norm_", 3, lambda v: v.roll(1, 0), id="norm-row"),
+        pytest.param("group_norm_", 5, lambda r: r * 0.9, id="norm-residual"),
+        pytest.param("group_norm_", 7, lambda w: w * 1.01, id="norm-weight"),
+        pytest.param("group_norm_", 9, lambda m: m.roll(1, 1), id="norm-modulation"),
+        pytest.param("group_norm_", 11, lambda eps: 1e-3, id="norm-eps"),
+        pytest.param("group_norm_", 12, lambda silu: False, id="norm-silu"),
+        pytest.param("attention_", 3, lambda scale: scale * 1.01, id="attention-scale"),
+        pytest.param("conv_", 2, lambda x2: x2.roll(1, 1), id="conv-second-source"),
+        pytest.param("conv_", 4, lambda b: b * 1.01, id="conv-bias"),
+        pytest.param("conv_", 5, lambda r: r.roll(1, 3), id="conv-residual"),
+    ],
+)
+def test_one_argument_off_is_a_miss(monkeypatch, op, position, change):
+    monkeypatch.setattr(CPU, op, changed(op, position, change))
+    checks, _ = verify(("cpu",))
+    misses = {check.op.replace(",", "").split()[0] for check in checks if not check.ok}
+    assert misses == {op.rstrip("_")}
+    assert {c.dtype for c in checks if not c.ok} >= {"float32", "float64"}
 
 
 def test_other_noise_is_a_miss(monkeypatch):
