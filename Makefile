@@ -2,10 +2,14 @@
 # make test        the tests; test-full adds the long ones
 # make lint        ruff, mypy, clang-format
 # make bench       the CPU benchmarks, into benchmarks/results/
-# make gpu OUT=dir everything that needs a GPU, offline, with the python3 and torch already there
+# make quality     how many samples of the shipped model are triangles, beside diffusers'
+# make gpu OUT=dir [PART=base|cifar32|ddpm256] what needs a GPU, nine minutes each, offline, with the
+#                  python3 and torch already there
 PYTHON ?= python3
 TORCH ?= torch>=2.10
 OUT ?= out/gpu
+PART ?= base
+RESULTS := benchmarks/results
 VENV := .venv
 BIN := $(VENV)/bin
 # An empty CUDA_HOME would let torch guess; setup.py looks further where this finds nothing.
@@ -17,7 +21,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
 CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: sample test test-full lint bench gpu clean
+.PHONY: sample test test-full lint bench quality gpu clean
 
 sample: $(VENV)/.package
 	$(BIN)/ddpm-fast sample --num 64 --out out/triangles.png
@@ -36,10 +40,21 @@ lint: $(VENV)/.package $(VENV)/.lint
 
 bench: $(VENV)/.package $(VENV)/.test
 	$(BIN)/python benchmarks/updates.py --device cpu
+	$(BIN)/ddpm-fast bench kernels --device cpu --network triangles --batch 64 --rounds 9 \
+		--out $(RESULTS)/kernels_triangles_cpu.csv --plot docs/roofline_triangles_cpu.png
+	$(BIN)/ddpm-fast bench network --device cpu --network triangles --batch 1 --batch 64 --rounds 9 \
+		--out $(RESULTS)/network_triangles_cpu.csv --plot docs/network_triangles_cpu.png
+	$(BIN)/ddpm-fast bench network --device cpu --network cifar32 --batch 1 --rounds 9 --no-compile \
+		--out $(RESULTS)/network_cifar32_cpu.csv --plot docs/network_cifar32_cpu.png
+	$(BIN)/ddpm-fast bench sampling --device cpu --network triangles --batch 16 --steps 20 \
+		--out $(RESULTS)/sampling_triangles_cpu.csv --plot docs/sampling_triangles_cpu.png
+	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-columns=median,iqr
+
+quality: $(VENV)/.package $(VENV)/.test
 	$(BIN)/python benchmarks/triangle_quality.py --peer
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py --out $(OUT)
+	$(PYTHON) benchmarks/gpu.py --out $(OUT) --part $(PART)
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

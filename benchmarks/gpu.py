@@ -1,10 +1,15 @@
-"""Everything that needs a GPU, in one run: build, verify, tests, sanitizers, benchmarks.
+"""Everything that needs a GPU, in parts of nine minutes each.
 
-    python benchmarks/gpu.py --out DIR
+    python benchmarks/gpu.py --out DIR [--part base|cifar32|ddpm256]
+
+base: build, verify, sanitizers, tests, the benchmarks of the updates and of the loop. cifar32,
+ddpm256: the engine and its peers on that network, batch by batch, and its operations; whole
+sampling with cifar32 comes last in ddpm256, which has the time left.
 
 Runs offline with the Python and torch that call it, builds in place for this GPU alone, and stops
-each stage at its limit, so that the whole ends within nine minutes. DIR gets gpu.log and the CSVs
-of the benchmarks. The exit status is 0 where every stage passed.
+each stage at its limit, so that a part ends within nine minutes. DIR gets PART.log, the CSVs of
+the benchmarks and, where matplotlib is installed, their pictures (elsewhere `ddpm-fast bench plot`
+draws them later). The exit status is 0 where every stage passed.
 """
 
 from __future__ import annotations
@@ -24,7 +29,20 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET_S = 530
 # What needs no GPU: the build, the C++ tests, compiled code, parity of the U-Net.
-ELSEWHERE = {"build", "cpp", "cuda_build", "triton_code", "unet", "checkpoint", "triangle_quality"}
+ELSEWHERE = {
+    "bench",
+    "bench_parts",
+    "build",
+    "checkpoint",
+    "cpp",
+    "cuda_build",
+    "memory_plan",
+    "triangle_quality",
+    "triton_code",
+    "triton_network_code",
+    "unet",
+}
+PARTS = ("base", "cifar32", "ddpm256")
 DENIED = ("Device not supported", "not supported on this", "ERR_NVGPUCTRPERM")
 
 
@@ -35,6 +53,20 @@ class Stage:
     limit_s: int
     skip: str = ""  # why it is left out
     env: dict[str, str] = field(default_factory=dict)
+
+
+BUILD = Stage("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 200)
+
+
+def bench(name: str, out: Path, limit_s: int, *options: object) -> Stage:
+    """A command of ``ddpm-fast bench`` that stops building in time to time what it has."""
+    what, *rest = name.split()
+    file = out / f"{name.replace(' ', '_')}.csv"
+    command = [sys.executable, "-m", "ddpm_fast", "bench", what, "--network", rest[0]]
+    command += ["--batch", rest[1], "--limit", str(limit_s * 3 // 5), "--out", str(file)]
+    if _has("matplotlib"):
+        command += ["--plot", str(file.with_suffix(".png"))]
+    return Stage(name, command + [str(option) for option in options], limit_s)
 
 
 def sanitizer(tool: str, backend: str) -> Stage:
@@ -49,7 +81,27 @@ def sanitizer(tool: str, backend: str) -> Stage:
     return Stage(f"{tool} {backend}", command, 70, missing, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
-def stages(out: Path) -> list[Stage]:
+def stages(part: str, out: Path) -> list[Stage]:
+    if part == "cifar32":
+        return [
+            BUILD,
+            bench("network cifar32 512", out, 170),
+            bench("network cifar32 64", out, 130),
+            bench("network cifar32 1", out, 130),
+            bench("kernels cifar32 512", out, 100),
+        ]
+    if part == "ddpm256":
+        return [
+            BUILD,
+            bench("network ddpm256 8", out, 190),
+            bench("network ddpm256 1", out, 150),
+            bench("kernels ddpm256 8", out, 100),
+            bench("sampling cifar32 1", out, 120, "--rounds", 3),
+        ]
+    return base(out)
+
+
+def base(out: Path) -> list[Stage]:
     python = sys.executable
     parallel = ["-n", "8"] if _has("xdist") else []
     tests = [
@@ -62,7 +114,7 @@ def stages(out: Path) -> list[Stage]:
     loop = [python, "benchmarks/loop.py", "--device", "cuda", "--rounds", "9"]
     sheet = [python, "-m", "ddpm_fast", "sample", "--device", "cuda", "--no-progress"]
     return [
-        Stage("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 120),
+        BUILD,
         Stage("verify", [python, "-m", "ddpm_fast", "verify"], 90),
         sanitizer("memcheck", "cuda"),
         sanitizer("racecheck", "cuda"),
@@ -113,12 +165,14 @@ def run(stage: Stage, log: Path, left_s: float, env: dict[str, str]) -> tuple[st
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", required=True, type=Path)
-    out = parser.parse_args().out.resolve()
+    parser.add_argument("--part", choices=PARTS, default="base")
+    args = parser.parse_args()
+    out = args.out.resolve()
     if not torch.cuda.is_available():
         print("benchmarks/gpu.py needs an NVIDIA GPU; torch finds none", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
-    log = out / "gpu.log"
+    log = out / f"{args.part}.log"
     log.write_text("")
     major, minor = torch.cuda.get_device_capability()
     arch = f"{major}{minor}" + ("a" if major >= 9 else "")
@@ -129,10 +183,10 @@ def main() -> int:
     }
     start = time.perf_counter()
     failed = False
-    for stage in stages(out):
+    for stage in stages(args.part, out):
         verdict, seconds = run(stage, log, BUDGET_S - (time.perf_counter() - start), env)
         failed |= verdict.startswith("FAILED")
-        print(f"{stage.name:<18}{seconds:>7.1f} s  {verdict}", flush=True)
+        print(f"{stage.name:<22}{seconds:>7.1f} s  {verdict}", flush=True)
         if failed and stage.name == "build":
             break
     print(log.read_text()[-6000:])

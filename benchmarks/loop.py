@@ -11,33 +11,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from pathlib import Path
 
 import torch
 from torch import nn
 
-import ddpm_fast
-from _results import RESULTS, metadata, write_csv
-from _timing import Case, interleaved, quantiles
-from ddpm_fast import NoiseSchedule, Sampler, StepTable, UNet, UNetConfig
+from ddpm_fast import NoiseSchedule, Sampler, StepTable
+from ddpm_fast.bench.networks import build
+from ddpm_fast.bench.results import RESULTS, metadata, write_csv
+from ddpm_fast.bench.timing import Case, interleaved, quantiles
 from ddpm_fast.graph import GraphedStep
 
-TRIANGLES = Path(ddpm_fast.__file__).parent / "assets" / "triangles"
 CHAIN_S = 0.3
-CIFAR = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": (128, 256, 256, 256),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "attention_head_dim": None,
-    "downsample_padding": 0,
-    "norm_eps": 1e-6,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "sample_size": 32,
-}
 
 
 class Identity(nn.Module):
@@ -48,14 +32,13 @@ class Identity(nn.Module):
 def networks(device: torch.device) -> dict[str, tuple[nn.Module, tuple[int, ...], list[int]]]:
     """Name -> (model in the dtype it runs in, sample shape, batches)."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    triangles = ddpm_fast.load(TRIANGLES).unet.to(device, dtype)
+    triangles = build("triangles").to(device, dtype)
     found: dict[str, tuple[nn.Module, tuple[int, ...], list[int]]] = {
         "identity": (Identity(), (3, 32, 32), [1, 64]),
         "triangles": (triangles, (1, 32, 32), [64]),
     }
     if device.type == "cuda":
-        cifar = UNet(UNetConfig(**CIFAR)).eval().to(device, dtype)
-        found["cifar32"] = (cifar, (3, 32, 32), [1, 64, 512])
+        found["cifar32"] = (build("cifar32").to(device, dtype), (3, 32, 32), [1, 64, 512])
     return found
 
 

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage, stats
 
-from _results import RESULTS, ROOT, metadata, write_csv
+from ddpm_fast.bench.results import RESULTS, ROOT, metadata, write_csv
 from triangles.enclosing import convex_hull, smallest_triangle
 
 CHECKPOINT = ROOT / "ddpm_fast" / "assets" / "triangles"

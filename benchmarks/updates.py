@@ -17,9 +17,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from _results import RESULTS, metadata, write_csv
-from _timing import Case, interleaved, quantiles
 from ddpm_fast import NoiseSchedule, Sampler, StepTable, philox_rng
+from ddpm_fast.bench.results import RESULTS, metadata, write_csv
+from ddpm_fast.bench.timing import Case, interleaved, quantiles
 from ddpm_fast.ops import implementation
 from ddpm_fast.row import column
 

@@ -5,8 +5,11 @@ backends that can be checked against plain PyTorch.
 """
 
 from ddpm_fast.checkpoint import Checkpoint, load, save
+from ddpm_fast.engine import AcceleratedUNet, Tuner, UNetEngine, accelerate
+from ddpm_fast.network import attention, group_norm
 from ddpm_fast.noise import philox_normal, philox_rng
 from ddpm_fast.ops import BACKENDS
+from ddpm_fast.optimize import OptimizeReport, optimize_module
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedules import NoiseSchedule, ScheduleWarning
 from ddpm_fast.tables import StepTable
@@ -17,14 +20,22 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BACKENDS",
+    "AcceleratedUNet",
     "Checkpoint",
     "NoiseSchedule",
+    "OptimizeReport",
     "Sampler",
     "ScheduleWarning",
     "StepTable",
+    "Tuner",
     "UNet",
     "UNetConfig",
+    "UNetEngine",
+    "accelerate",
+    "attention",
+    "group_norm",
     "load",
+    "optimize_module",
     "philox_normal",
     "philox_rng",
     "q_posterior",

@@ -58,7 +58,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def sample(model: Path, *args: object, status: int = 0) -> Any:
-    options = ("--device", "cpu", "--no-progress")
+    options = ("--device", "cpu", "--no-progress", "--no-engine")
     return run("sample", "--model", model, *options, *args, status=status)
 
 

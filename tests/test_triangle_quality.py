@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 quality = importlib.import_module("triangle_quality")
 enclosing = importlib.import_module("triangles.enclosing")
-results = importlib.import_module("_results")
+results = importlib.import_module("ddpm_fast.bench.results")
 
 Array = NDArray[np.float64]
 CANVAS = 720

@@ -1,4 +1,4 @@
-"""The command line ``ddpm-fast``: sample, noise, verify, info."""
+"""The command line ``ddpm-fast``: sample, noise, verify, info, bench."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ddpm_fast import __version__
+from ddpm_fast.cli.bench import bench as bench_app
 from ddpm_fast.cli.group import Commands
 from ddpm_fast.cli.info import info as info_command
 from ddpm_fast.cli.noise import noise as noise_command
@@ -49,6 +50,7 @@ def options(
 
 for command in (sample_command, noise_command, verify_command, info_command):
     app.command()(command)
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ class Commands(TyperGroup):
                 return super().invoke(ctx)
             except (typer.Exit, typer.Abort, BrokenPipeError):
                 raise
-            except (ValueError, TypeError, OSError, RuntimeError) as error:
+            except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
                 if ctx.params.get("debug"):
                     raise
                 typer.echo(f"error: {_one_line(error)}", err=True)

@@ -12,9 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_fast.checkpoint import Checkpoint, load
+from ddpm_fast.cli.devices import device_of, device_text
 from ddpm_fast.cli.output import FORMATS, Output
+from ddpm_fast.engine import accelerate
 from ddpm_fast.images import prepare_folder, save_png, sheet
 from ddpm_fast.sampler import Sampler
+from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.tables import StepTable
 
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "triangles"
@@ -67,6 +70,10 @@ def sample(
     backend: Annotated[
         str, typer.Option(help="Of the updates: auto, reference, cpu, triton or cuda.")
     ] = "auto",
+    engine: Annotated[
+        bool,
+        typer.Option(help="Run the network as a fused plan where that is faster; a CPU times it."),
+    ] = True,
     out: Annotated[
         str | None,
         typer.Option(
@@ -99,15 +106,24 @@ def sample(
     """
     output = Output.parse(out or f"out/{model.resolve().name}.{form or 'png'}", form)
     _check_strip(trajectory, output)
-    place = _device(device)
+    place = device_of(device)
     chosen_dtype = dtype or ("float16" if place.type == "cuda" else "float32")
     if chosen_dtype not in DTYPES:
         raise ValueError(f"--dtype must be {', '.join(DTYPES)}; got {dtype!r}")
 
-    checkpoint = _supported(load(model, DTYPES[chosen_dtype], place), model)
+    # The engine rounds the weights itself, once; sums of them before.
+    kept = torch.float32 if engine else DTYPES[chosen_dtype]
+    checkpoint = _supported(load(model, kept, place), model)
+    network: Any = checkpoint.unet
+    if engine:
+        network = accelerate(
+            checkpoint.unet,
+            dtype=DTYPES[chosen_dtype],
+            num_timesteps=cast(NoiseSchedule, checkpoint.schedule).T,
+        )
     table, which = _table(checkpoint, steps, _start(start), variance, place)
     sample_shape = cast(tuple[int, int, int], checkpoint.sample_shape)
-    sampler = Sampler(checkpoint.unet, table, sample_shape, batch, place, backend=backend)
+    sampler = Sampler(network, table, sample_shape, batch, place, backend=backend)
     if sample_shape[0] not in (1, 3) and (output.form == "png" or trajectory is not None):
         raise ValueError(
             f"--format png draws 1 or 3 channels, {model} has {sample_shape[0]}; take --format npy"
@@ -118,7 +134,8 @@ def sample(
 
     shape = " x ".join(map(str, sample_shape))
     _say("model", f"{'triangles (shipped)' if model == SHIPPED else model}, {shape}")
-    _say("backend", f"{sampler.backend} on {_device_text(place)}, network in {chosen_dtype}")
+    where = f"{sampler.backend} on {device_text(place)}"
+    _say("backend", where if engine else f"{where}, network in {chosen_dtype}")
     _say("steps", which)
     _say("images", f"{first_sample} .. {first_sample + num - 1} of seed {seed}, {batch} at a time")
     _note_padding(num, first_sample, batch)
@@ -126,6 +143,8 @@ def sample(
     strip_num = min(trajectory_num, num) if trajectory is not None else 0
     samples, states, counts = _run(sampler, num, seed, first_sample, strip_num, progress)
     _say("time", f"{time.perf_counter() - begun:.1f} s")
+    if engine:
+        _say("engine", network.report().splitlines()[-1])
     _say("wrote", output.write(samples, first_sample, scale))
     if trajectory is not None:
         save_png(_strip(states, counts, table, first_sample, scale), trajectory)
@@ -143,32 +162,6 @@ def _check_strip(trajectory: Path | None, output: Output) -> None:
         raise ValueError(f"--trajectory must be a .png file; got {str(trajectory)!r}")
     if trajectory.resolve() == output.path.resolve():
         raise ValueError(f"--trajectory and --out must differ; got {str(trajectory)!r} for both")
-
-
-def _device(name: str | None) -> torch.device:
-    """The device of that name; by default the GPU where there is one."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu, cuda or cuda:N; got {name!r}")
-    if device.type == "cuda":
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if not found:
-            raise RuntimeError(f"--device {name}: torch finds no NVIDIA GPU (see nvidia-smi)")
-        if (device.index or 0) >= found:
-            raise ValueError(f"--device must be below cuda:{found}; got {name!r}")
-    return device
-
-
-def _device_text(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    threads = torch.get_num_threads()
-    return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
 
 
 def _start(text: str | None) -> int | Literal["random"] | None:

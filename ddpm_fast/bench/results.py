@@ -9,12 +9,13 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata as packages
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+# A checkout has the benchmarks beside the package; an installed package has not.
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -35,8 +36,8 @@ def _cores() -> int:
 
 def _version(package: str) -> str:
     try:
-        return packages.version(package)
-    except packages.PackageNotFoundError:
+        return version(package)
+    except PackageNotFoundError:
         return ""
 
 
@@ -47,6 +48,8 @@ def _git(*args: str) -> str:
 
 
 def _revision() -> str:
+    if not RESULTS.is_dir():
+        return ""
     try:
         commit = _git("rev-parse", "--short", "HEAD")
         # The results themselves do not make a later benchmark's code dirty.
@@ -56,11 +59,14 @@ def _revision() -> str:
     return commit + ("+dirty" if changed else "")
 
 
-def metadata() -> dict[str, str | int]:
+def metadata(*packages: str) -> dict[str, str | int]:
     """Date (UTC, ISO 8601), processor, cores this process may use, GPU, versions, revision.
 
-    gpu, triton and revision are "" where there is none. The revision is git's short hash, with
-    "+dirty" where anything but benchmarks/results differs from it. No host name, user or path.
+    packages: further ones whose versions are wanted, each in a column of its name.
+
+    gpu, revision and the version of a package are "" where there is none. The revision is git's
+    short hash of the checkout, with "+dirty" where anything but benchmarks/results differs from it.
+    No host name, user or path.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -71,6 +77,7 @@ def metadata() -> dict[str, str | int]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "numpy": _version("numpy"),
+        **{package: _version(package) for package in packages},
         "revision": _revision(),
     }
 
@@ -102,3 +109,12 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]
     except BaseException:
         os.unlink(name)
         raise
+
+
+def read_csv(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """The rows of a CSV with a header. ValueError where there are none, OSError from the disk."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return rows

@@ -1,0 +1,91 @@
+"""The networks that are measured, by name: known architectures with even random weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import ddpm_fast
+from ddpm_fast.unet import UNet, UNetConfig
+
+TRIANGLES = Path(ddpm_fast.__file__).parent / "assets" / "triangles"
+_COMMON: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 2,
+    "attention_head_dim": None,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
+# Those of google/ddpm-cifar10-32 and google/ddpm-celebahq-256.
+ARCHITECTURES: Mapping[str, dict[str, Any]] = {
+    "cifar32": _COMMON
+    | {
+        "sample_size": 32,
+        "block_out_channels": (128, 256, 256, 256),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
+    "ddpm256": _COMMON
+    | {
+        "sample_size": 256,
+        "block_out_channels": (128, 128, 256, 256, 512, 512),
+        "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+    },
+}
+NETWORKS = (*ARCHITECTURES, "triangles")
+
+
+def build(name: str) -> UNet:
+    """A network in float32 on the CPU, in eval mode: the same weights in every run.
+
+    cifar32 and ddpm256 get random weights (`even`), triangles is the model that is shipped. Raises
+    ValueError for another name.
+    """
+    if name == "triangles":
+        return ddpm_fast.load(TRIANGLES).unet
+    if name not in ARCHITECTURES:
+        raise ValueError(f"network must be {', '.join(NETWORKS)}; got {name!r}")
+    with torch.device("meta"):
+        unet = UNet(UNetConfig(**ARCHITECTURES[name]))
+    return even(unet.to_empty(device="cpu"))
+
+
+def even(module: UNet, seed: int = 0) -> UNet:
+    """Fill a network with weights that keep activations near an rms of 1, and set it to eval mode.
+
+    Convolutions and linear layers: normal, of variance 1 / fan-in; biases 0.1 of a normal one,
+    normalisations 1 and 0 with 0.1 of a normal one added.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(parameter: Any, mean: float, deviation: float) -> None:
+        # Made contiguous: normal_ on channels_last memory is several times slower.
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation + mean)
+
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                fill(layer.weight, 0, 1 / math.sqrt(layer.weight[0].numel()))
+                fill(layer.bias, 0, 0.1)
+            elif isinstance(layer, nn.GroupNorm):
+                fill(layer.weight, 1, 0.1)
+                fill(layer.bias, 0, 0.1)
+    return module.eval()
+
+
+def image_size(unet: UNet) -> tuple[int, int]:
+    """Height and width of the images that a network is made for."""
+    size = unet.config.sample_size
+    if size is None:
+        raise ValueError("the network must have a sample_size; its config has none")
+    return size if isinstance(size, tuple) else (size, size)

@@ -1,0 +1,180 @@
+"""Whole jobs: a batch of images from noise to the end, ours and the peers', with as many steps."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import checks
+from ddpm_fast.bench import networks, peers
+from ddpm_fast.bench.network import TIMESTEP, Run, Say, graphed
+from ddpm_fast.bench.timing import interleaved, quantiles
+from ddpm_fast.engine import accelerate
+from ddpm_fast.sampler import Sampler
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.tables import StepTable
+from ddpm_fast.unet import UNet
+
+
+@dataclass(frozen=True)
+class Job:
+    """A whole job, and the forward pass of its network as the job runs it.
+
+    forward: None where the loop's own cost is not asked for.
+    """
+
+    run: Callable[[], object]
+    forward: Run | None
+    dtype: torch.dtype
+    note: str = ""
+
+
+Make = Callable[[], Job]
+
+
+class SamplingBench:
+    """Jobs of one network: ``batch`` images in ``steps`` ancestral steps each.
+
+    dtype: of our networks and of diffusers' on a GPU; on a CPU diffusers' is float32. left_out:
+    jobs that were not run, with the reasons. Raises ValueError for a batch or steps below 1.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        unet: UNet,
+        batch: int,
+        steps: int,
+        dtype: torch.dtype,
+        *,
+        with_peers: bool = True,
+        size: tuple[int, int] | None = None,
+        say: Say = lambda text: None,
+    ) -> None:
+        self.name, self.unet, self.dtype = name, unet, dtype
+        self.batch = checks.integer("batch", batch, 1, 1 << 20)
+        self.steps = checks.integer("steps", steps, 1, 1000)
+        self.device, self._say = unet.device, say
+        self.left_out: dict[str, str] = {}
+        self._with_peers = with_peers
+        self._shape = (unet.config.in_channels, *(size or networks.image_size(unet)))
+        self._table = StepTable.ddpm(NoiseSchedule.linear(), steps=steps)
+        self._t = torch.full((batch,), TIMESTEP, device=self.device)
+
+    def jobs(self) -> dict[str, Make]:
+        """What makes each job, by name, ours first."""
+        found: dict[str, Make] = {"Sampler, accelerate": self._accelerated}
+        found["Sampler, UNet"] = self._plain
+        if self._with_peers:
+            found["diffusers' DDPMPipeline"] = self._pipeline
+            found["lucidrains' GaussianDiffusion"] = self._lucidrains
+        return found
+
+    def measure(self, rounds: int, limit: float) -> list[dict[str, Any]]:
+        """One row for each job that runs.
+
+        of_network: the job's time over that of as many forward passes, measured in the same rounds.
+        No job is made after ``limit`` seconds.
+        """
+        begin = time.perf_counter()
+        jobs: dict[str, Job] = {}
+        cases: dict[str, Callable[[], object]] = {}
+        with torch.no_grad():
+            for name, make in self.jobs().items():
+                if jobs and time.perf_counter() - begin > limit:
+                    self.left_out[name] = "no time left"
+                    continue
+                self._say(f"preparing {name}")
+                try:
+                    job = make()
+                except peers.MissingError as error:
+                    self.left_out[name] = str(error)
+                    continue
+                jobs[name] = job
+                cases[name] = job.run
+                if job.forward is not None:
+                    cases[f"{name}: network"] = job.forward
+            self._say("timing")
+            left = max(1.0, limit - (time.perf_counter() - begin))
+            times = interleaved(cases, self.device, rounds, limit=left)
+        median = {name: statistics.median(seconds) for name, seconds in times.items()}
+        rival = median.get("diffusers' DDPMPipeline")
+        rows: list[dict[str, Any]] = []
+        for name, job in jobs.items():
+            network = median.get(f"{name}: network")
+            of_network = median[name] / (self.steps * network) if network else None
+            rows.append(
+                {
+                    "network": self.name,
+                    "batch": self.batch,
+                    "steps": self.steps,
+                    "device": self.device.type,
+                    "dtype": checks.dtype_name(job.dtype),
+                    "case": name,
+                    "role": "ours" if name.startswith("Sampler") else "peer",
+                    "rounds": len(times[name]),
+                    **{k: round(us, 1) for k, us in quantiles(times[name]).items()},
+                    "ms_per_step": round(median[name] / self.steps * 1e3, 4),
+                    "images_per_s": round(self.batch / median[name], 4),
+                    "of_network": "" if of_network is None else round(of_network, 4),
+                    "speedup": "" if rival is None else round(rival / median[name], 3),
+                    "note": job.note,
+                }
+            )
+        return rows
+
+    def _sampler(self, model: Any, dtype: torch.dtype, note: str) -> Job:
+        sampler = Sampler(
+            model, self._table, self._shape, self.batch, device=self.device, dtype=dtype
+        )
+        x = torch.randn((self.batch, *self._shape), device=self.device).to(
+            dtype, memory_format=torch.channels_last
+        )
+        forward = _network(lambda: model(x, self._t), self.device)
+        return Job(lambda: sampler.sample(self.batch, progress=False), forward, dtype, note)
+
+    def _accelerated(self) -> Job:
+        model = accelerate(self.unet, dtype=self.dtype)
+        job = self._sampler(model, self.dtype, "")
+        job.run()
+        chosen = next(reversed(model.chosen.values()))
+        return Job(job.run, job.forward, job.dtype, f"took {chosen.name}")
+
+    def _plain(self) -> Job:
+        return self._sampler(copy.deepcopy(self.unet).to(self.dtype), self.dtype, "eager")
+
+    def _pipeline(self) -> Job:
+        dtype = self.dtype if self.device.type == "cuda" else torch.float32
+        if self._shape[1:] != networks.image_size(self.unet):
+            raise peers.MissingError("the pipeline draws images of the network's own size alone")
+        pipeline = peers.diffusers_pipeline(self.unet, self.device, dtype)
+        x = torch.randn((self.batch, *self._shape), device=self.device).to(dtype)
+
+        def run() -> object:
+            return pipeline(batch_size=self.batch, num_inference_steps=self.steps, output_type="np")
+
+        def forward() -> Tensor:
+            return pipeline.unet(x, self._t, return_dict=False)[0]
+
+        return Job(run, forward, dtype)
+
+    def _lucidrains(self) -> Job:
+        channels, height, width = self._shape
+        if height != width:
+            raise peers.MissingError("it draws square images alone")
+        diffusion = peers.lucidrains(channels, height, self.steps, self.device)
+        parameters = sum(p.numel() for p in diffusion.model.parameters())
+        note = f"another network, {parameters / 1e6:.1f} M parameters"
+        return Job(lambda: diffusion.sample(self.batch), None, torch.float32, note)
+
+
+def _network(run: Run, device: torch.device) -> Run:
+    """A forward pass as the sampler runs it: on a GPU the replay of a graph."""
+    return graphed(run, device) if device.type == "cuda" else run
