@@ -212,15 +212,16 @@ def test_chains_of_other_lengths(wanted):
         model(x, 4000)
 
 
-def test_the_engine_computes_in_its_dtype_inside_autocast():
-    unet = small()
-    x, t = arguments(unet.config)
+@pytest.mark.parametrize("options", [{}, {"class_embed_type": "timestep"}], ids=str)
+def test_the_engine_computes_in_its_dtype_inside_autocast(options):
+    unet = small(**options)
+    args = arguments(unet.config)
     model = accelerate(unet, tuner=Prefers("engine float32"))
-    outside = model(x, t)
+    outside = model(*args)
     with torch.autocast("cpu", torch.bfloat16):
-        assert same_bits(model(x, t), outside)
+        assert same_bits(model(*args), outside)
         fresh = accelerate(unet, tuner=Prefers("engine float32"))
-        assert same_bits(fresh(x, t), outside)
+        assert same_bits(fresh(*args), outside)
 
 
 def test_what_was_written_behind_autograd_is_seen_after_refresh():

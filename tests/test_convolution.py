@@ -286,3 +286,23 @@ def test_aten_computes_in_the_dtype_that_it_is_given():
     with torch.autocast("cpu", torch.bfloat16):
         torch.ops.ddpm_fast.conv_(inside, x, None, weight, None, None, 1, [1] * 4)
     assert torch.equal(plain, inside)
+
+
+def test_variants_that_split_sums_are_timed_with_zeros_of_their_own(monkeypatch):
+    """As the engine runs them: made once, and not in every call."""
+    case = spec(8, 8, size=4, batch=1)
+    weight, bias = conv_cases.weights(case)
+    aten = variants_of("aten", case)[0]
+    seen = []
+
+    class Splits:
+        name, workspace_bytes, tickets = "splits", 0, 3
+
+        def __call__(self, *args, tickets):
+            seen.append((tickets.data_ptr(), tickets.tolist()))
+            aten(*args)
+
+    monkeypatch.setattr(convolution, "candidates", lambda *_: [aten, Splits()])
+    convolution.fastest(case, weight, bias, Tuner(case.device, PlanCache({}, None), rounds=2))
+    assert len(seen) > 2
+    assert set(map(str, seen)) == {str((seen[0][0], [0, 0, 0]))}

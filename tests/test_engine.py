@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import json
+import math
 import pickle
 import threading
 import weakref
@@ -101,6 +102,32 @@ def test_images_of_any_layout_and_dtype(layout, dtype):
     got = engine(unet, x)(given, t)
     assert got.dtype == dtype
     assert same_bits(got, engine(unet, x)(x.float(), t).to(dtype))
+
+
+def test_kernels_get_dense_aligned_images(monkeypatch):
+    """Some read by address and shape alone, whatever the strides say."""
+    unet = small()
+    x, t = arguments(unet.config)
+    run = engine(unet, x)
+    expected = run(x, t)
+    got = []
+    first = run._steps[0]
+
+    def step(slots):
+        image = slots[run._x_slot]
+        assert image.is_contiguous(memory_format=torch.channels_last)
+        assert image.data_ptr() % 16 == 0
+        got.append(image)
+        first.run(slots)
+
+    monkeypatch.setattr(run, "_steps", [first._replace(run=step), *run._steps[1:]])
+    n, c, h, w = x.shape
+    for shape, offset in (((n, h, w, c + 3), 0), ((n, h + 2, w + 1, c), 0), ((n, h, w, c), 1)):
+        memory = torch.zeros(offset + math.prod(shape))
+        view = memory[offset:].view(shape).permute(0, 3, 1, 2)[:, :c, :h, :w]
+        view.copy_(x)
+        assert same_bits(run(view, t), expected)
+    assert len(got) == 3
 
 
 def test_nothing_is_left_over_from_earlier_calls():

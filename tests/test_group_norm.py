@@ -160,6 +160,7 @@ BAD = [
     ({10: 5}, "groups must divide the 32 channels"),
     ({10: 0}, "groups must divide"),
     ({3: torch.zeros(3, 31)}, "vector must be"),
+    ({3: torch.zeros(0, 32)}, "vector must be .* at least one row"),
     ({3: torch.zeros(3, 32, dtype=F64)}, "vector must be float32"),
     ({9: torch.zeros(3, 32)}, "modulation must be"),
     ({4: torch.zeros(3, dtype=torch.int64)}, "row must be int64"),

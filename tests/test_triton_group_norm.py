@@ -179,3 +179,11 @@ def test_a_graph_replays_what_ran():
     args[OUT].fill_(torch.nan)
     graph.replay()
     assert torch.equal(args[OUT], expected)
+
+
+def test_a_table_without_rows_is_refused():
+    x = torch.zeros(1, 4, 2, 2, device=DEVICE)
+    affine = torch.zeros(4, device=DEVICE)
+    empty = affine[None][:0]
+    with pytest.raises(ValueError, match="at least one row; got none"):
+        OP(x, x.clone(), None, empty, None, None, None, affine, affine, None, 2, 1e-5, False)

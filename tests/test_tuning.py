@@ -1,5 +1,6 @@
 """The tuner and the choices that it keeps on disk."""
 
+import gc
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 
 from ddpm_fast.engine import plan_cache
 from ddpm_fast.engine.plan_cache import Choice, PlanCache, default_folder, environment
-from ddpm_fast.engine.tuning import CpuTimer, Tuner
+from ddpm_fast.engine.tuning import CpuTimer, CudaTimer, Tuner
 
 CPU = torch.device("cpu")
 HERE = {"device": "a processor", "torch": "1"}
@@ -95,6 +97,61 @@ def test_measures_hopeless_ones_once():
     timer = CountedTimer({"a": [1.0], "b": [1.4], "c": [1.6]})
     assert tuner(rounds=3, timer=timer).fastest("op", named("c", "b", "a")) == "a"
     assert timer.measured == ["c", "b", "a", "b", "a", "b", "a"]
+
+
+def test_what_a_failed_trial_held_is_freed_at_once():
+    class Memory:
+        pass
+
+    held = Memory()
+    freed = weakref.ref(held)
+    calls = {"good": lambda held=held: None, "bad": lambda held=held: failing()}
+    gc.disable()
+    try:
+        assert tuner(rounds=1).fastest("op", calls) == "good"
+        del held, calls
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def test_a_failed_capture_leaves_the_stream_and_the_next_one_alone(monkeypatch):
+    """torch's own context manager stays on its stream when ending a capture fails."""
+    now = ["outside"]
+
+    class Stream:
+        def __init__(self, *_):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+        synchronize = __enter__ = lambda self: self
+
+        def __exit__(self, *_):
+            pass
+
+    class Capture:
+        def __init__(self, graph, pool=None, stream=None, capture_error_mode=None):
+            assert pool is None  # one in which a capture failed takes no other
+
+        def __enter__(self):
+            now[0] = "timer"
+
+        def __exit__(self, *_):
+            raise RuntimeError("the capture was invalidated")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: Stream())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: now.__setitem__(0, stream))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Stream)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    timer = CudaTimer(torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="invalidated"):
+        timer.prepare(lambda: None)
+    assert now == ["outside"]
 
 
 def test_leaves_out_what_raises(caplog):

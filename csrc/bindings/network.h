@@ -28,9 +28,10 @@ inline SampleTable table_of(const std::optional<Tensor>& table, const Tensor& ou
                             const char* name) {
   if (!table) return {};
   const bool wide = out.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(table->dim() == 2 && table->size(1) == width && table->stride(1) == 1 &&
-                      same_device(*table, out),
-                  name, " must be [rows, ", width, "] with stride 1 in its rows, on out's device");
+  STD_TORCH_CHECK(table->dim() == 2 && table->size(0) > 0 && table->size(1) == width &&
+                      table->stride(1) == 1 && same_device(*table, out),
+                  name, " must be [rows, ", width,
+                  "] with at least one row, stride 1 in its rows, on out's device");
   STD_TORCH_CHECK(table->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), name,
                   " must be ", wide ? "float64" : "float32");
   return {table->data_ptr(), table->stride(0), table->size(0)};

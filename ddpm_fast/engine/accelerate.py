@@ -194,20 +194,31 @@ class AcceleratedUNet:
         with ONE_CAPTURE if self.device.type == "cuda" else nullcontext(), self._lock:
             weights = _versions(self.given)
             if weights != self._weights:
-                self._runners.clear()
+                self._let_go(list(self._runners))
                 self._pinned.clear()
                 self._unet = _as_unet(self.given)
                 self._weights = weights
             found = self._runners.pop(shape, None)
             if found is None:
                 found = self._choose(shape)
-                while len(self._runners) >= _RUNNERS_KEPT:
-                    self._runners.pop(next(iter(self._runners)))
+                self._let_go(list(self._runners)[: 1 - _RUNNERS_KEPT])
             self._runners[shape] = found
             on_gpu = self.device.type == "cuda"
             if on_gpu and becomes_a_graph() and not keep_for_graph(found):
-                self._pinned.append(found)  # a graph of the caller's own, which may live on
+                self._pin(found)
         return found
+
+    def _pin(self, runner: _Runner) -> None:
+        """Keep what a graph of the caller's own reads: it may live on."""
+        if not any(other is runner for other in self._pinned):
+            self._pinned.append(runner)
+
+    def _let_go(self, shapes: list[tuple[int, ...]]) -> None:
+        """Drop the runners of these shapes, once no stream reads their weights any more."""
+        if shapes and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        for shape in shapes:
+            del self._runners[shape]
 
     def _choose(self, shape: tuple[int, ...]) -> _Runner:
         batch, _, height, width = shape

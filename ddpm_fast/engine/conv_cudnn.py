@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import math
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -58,8 +59,10 @@ class Launch:
 
 @dataclass
 class CudnnVariant:
-    """A convolution of one or two sources: of two, the second adds to what the first wrote.
+    """A convolution of one or two sources: of two, the second adds the first one's result.
 
+    That result lies in the workspace, rounded to the activations' dtype: one rounding more than a
+    convolution of one source has.
     doubled: the spec of an upsampling convolution whose input is enlarged in the workspace first.
     """
 
@@ -67,19 +70,21 @@ class CudnnVariant:
     launches: list[Launch]
     plans: list[str]
     doubled: ConvSpec | None = None
+    first_bytes: int = 0  # of the first one's result
 
     @property
     def workspace_bytes(self) -> int:
-        """The larger of the plans' own; the enlarged input lies before it."""
+        """The larger of the plans' own; the enlarged input or the first result lies before it."""
         sizes = [
             launch.graph.workspace_bytes(plan)
             for launch, plan in zip(self.launches, self.plans, strict=True)
         ]
-        return max(sizes) + self._enlarged
+        return max(sizes) + self._before
 
     @property
-    def _enlarged(self) -> int:
-        return -(-doubled_bytes(self.doubled) // 256) * 256 if self.doubled else 0
+    def _before(self) -> int:
+        nbytes = doubled_bytes(self.doubled) if self.doubled else self.first_bytes
+        return -(-nbytes // 256) * 256
 
     def __call__(
         self,
@@ -90,13 +95,18 @@ class CudnnVariant:
         workspace: Tensor | None,
     ) -> None:
         """Write the convolution to `out`."""
+        first = out
         if self.doubled:
             x = double_into(workspace, x, self.doubled)
+        elif self.first_bytes:
             assert workspace is not None
-            workspace = workspace.flatten()[self._enlarged :]
-        self.launches[0](self.plans[0], out, x, residual, workspace)
+            memory = workspace.flatten()[: self.first_bytes].view(out.dtype)
+            first = memory.as_strided(out.shape, out.stride())
+        if workspace is not None:
+            workspace = workspace.flatten()[self._before :]
+        self.launches[0](self.plans[0], first, x, residual, workspace)
         if x2 is not None:
-            self.launches[1](self.plans[1], out, x2, out, workspace)
+            self.launches[1](self.plans[1], out, x2, first, workspace)
 
 
 @dataclass
@@ -228,10 +238,12 @@ def variants(
             biases = [None, own]
         launches = [launch(*each) for each in zip(kernels(spec), parts, biases, strict=True)]
         doubled = spec if spec.upsample else None
+        size = spec.batch * spec.out_channels * math.prod(spec.out_size) * spec.dtype.itemsize
+        first_bytes = size if spec.in_channels2 else 0
         prefix = "cudnn.nearest" if spec.upsample else "cudnn"
         pairs = zip(*(each.graph.plans for each in launches), strict=False)
         return [
-            CudnnVariant(f"{prefix}.{'+'.join(plans)}", launches, list(plans), doubled)
+            CudnnVariant(f"{prefix}.{'+'.join(plans)}", launches, list(plans), doubled, first_bytes)
             for plans in islice(pairs, MOST_PLANS)
         ]
 

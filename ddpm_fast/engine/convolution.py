@@ -163,19 +163,23 @@ class _Trial:
     def of(self, variant: Variant) -> Callable[[], None]:
         """A call of the variant, whose first result is compared with the oracle's."""
         workspace: Tensor | None = None
+        extra: dict[str, Tensor] = {}
         ready = False
 
         def call() -> None:
-            nonlocal workspace, ready
+            nonlocal workspace, extra, ready
             tensors = self._prepare()
             if not ready:
                 workspace = scratch(variant, self.spec.device)
+                if count := getattr(variant, "tickets", 0):
+                    zeros = torch.zeros(count, dtype=torch.int32, device=self.spec.device)
+                    extra = {"tickets": zeros}
                 tensors[0].fill_(float("nan"))
-                variant(*tensors, workspace)
+                variant(*tensors, workspace, **extra)
                 self._compare(variant, tensors[0])
                 ready = True
             else:
-                variant(*tensors, workspace)
+                variant(*tensors, workspace, **extra)
 
         return call
 

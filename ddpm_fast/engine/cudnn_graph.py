@@ -147,7 +147,7 @@ class Graph:
         if workspace is None:
             workspace = torch.empty(0, dtype=torch.uint8, device=out.device)
         bound = {uid: value for uid, value in tensors.items() if value is not None}
-        with _running:
+        with _running, torch.cuda.device_of(out):
             cudnn.set_stream(handle=handle, stream=stream)
             self._graph.execute_plan_at_index(bound, workspace, self._index[plan], handle=handle)
 

@@ -167,9 +167,11 @@ class UNetEngine:
             return self._run(x, row, self._labels(x, class_labels)).to(x.dtype)
 
     def _run(self, x: Tensor, row: Tensor, labels: Tensor | None) -> Tensor:
+        # `to` lets views of wider pixels pass; some kernels read by address and shape alone.
         channels_last = x.to(self.dtype, memory_format=torch.channels_last)
-        if channels_last.data_ptr() % _ALIGNED:
-            channels_last = channels_last.clone()
+        dense = channels_last.is_contiguous(memory_format=torch.channels_last)
+        if not dense or channels_last.data_ptr() % _ALIGNED:
+            channels_last = channels_last.clone(memory_format=torch.channels_last)
         out = torch.empty(
             self._program.out.shape,
             dtype=self.dtype,
@@ -205,7 +207,7 @@ class UNetEngine:
     def _bind(self) -> None:
         """Choose implementations, then plan the memory that they need."""
         program = self._program
-        binder = Binder(program.values, self.backend, self.tuner, self._embed)
+        binder = Binder(program.values, self.backend, self.tuner, self._embed, self._table)
         self._steps = []
         for operation in program.operations:
             self._steps.append(binder.step(operation))

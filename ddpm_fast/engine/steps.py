@@ -51,10 +51,18 @@ class Binder:
 
     ROW, TABLE, LABELS, NOTHING, TICKETS, FIRST_VALUE = range(6)
 
-    def __init__(self, values: list[Value], backend: str, tuner: Tuner, embed: Any) -> None:
+    def __init__(
+        self,
+        values: list[Value],
+        backend: str,
+        tuner: Tuner,
+        embed: Any,
+        table: Tensor | None,
+    ) -> None:
         self.values = list(values)
         self._slots = {id(value): i + self.FIRST_VALUE for i, value in enumerate(values)}
-        self._backend, self._tuner, self._embed = backend, tuner, embed
+        self._backend, self._tuner = backend, tuner
+        self._embed, self._table = embed, table
         self.tickets = 0
 
     @property
@@ -102,7 +110,7 @@ class Binder:
         scratch = self._scratch(chosen.workspace_bytes)
         memory = self.slot(scratch)
         first, count = self.tickets, getattr(chosen, "tickets", 0)
-        self.tickets += count
+        self.tickets += -(-count // 4) * 4  # 16 bytes: Triton compiles for the alignment it sees
 
         def run(slots: Slots) -> None:
             workspace = slots[memory].flatten() if scratch is not None else None
@@ -173,15 +181,15 @@ class Binder:
         return Step(op, name, found[name], weight.nbytes + bias.nbytes)
 
     def _slots_for(self, op: Normalization) -> Slots:
-        """Slots for timing: an operation's tensors, and a table of one row that serves all."""
-        wide = torch.float64 if op.spec.dtype == torch.float64 else torch.float32
+        """Slots for timing: an operation's tensors, and the embeddings as a call has them."""
         slots: Slots = [None] * self.slots
         for name, tensor in self._tensors(op).items():
             if tensor is not None:
                 slots[self.slot(getattr(op, name))] = tensor
-        ends = [c.start + c.width for c in (op.vector, op.modulation) if c is not None]
-        table = torch.zeros(op.spec.batch, max(ends, default=0), dtype=wide, device=op.spec.device)
-        slots[self.TABLE if op.embeddings is None else self.slot(op.embeddings)] = table
+        slots[self.TABLE] = self._table
+        if (made := op.embeddings) is not None:
+            zeros = torch.zeros(made.shape, dtype=made.dtype, device=op.spec.device)
+            slots[self.slot(made)] = zeros
         slots[self.ROW] = torch.zeros(op.spec.batch, dtype=torch.int64, device=op.spec.device)
         return slots
 

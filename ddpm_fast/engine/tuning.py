@@ -68,23 +68,25 @@ class CudaTimer:
         self.device = device
         self.calls = calls
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
 
     def prepare(self, call: Call) -> Call:
         """Two eager calls and the capture."""
         with torch.cuda.device(self.device):
-            self.stream.wait_stream(torch.cuda.current_stream())
+            outside = torch.cuda.current_stream()
+            self.stream.wait_stream(outside)
             with torch.cuda.stream(self.stream):
                 call()
                 call()
             self.stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            capture = torch.cuda.graph(
-                graph, self.pool, self.stream, capture_error_mode="thread_local"
-            )
-            with ONE_CAPTURE, capture:
-                for _ in range(self.calls):
-                    call()
+            # A pool of its own: one in which a capture failed takes no other.
+            capture = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
+            try:
+                with ONE_CAPTURE, capture:
+                    for _ in range(self.calls):
+                        call()
+            finally:
+                torch.cuda.set_stream(outside)  # torch does not where the capture failed
             graph.replay()
             torch.cuda.synchronize()
         return graph.replay
@@ -207,7 +209,8 @@ class Tuner:
             try:
                 prepared[name] = timer.prepare(call)
             except Exception as error:
-                failure = failure or error
+                # Its traceback would keep the candidates, and with them their memory.
+                failure = failure or error.with_traceback(None)
                 short_of_memory |= isinstance(error, torch.OutOfMemoryError)
                 _log.info("%s: without %s, which failed: %s", key, name, _short(error))
         if not prepared:

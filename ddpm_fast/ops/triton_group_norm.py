@@ -313,6 +313,8 @@ def _apply_kernel(
 
 
 def _table(table: Tensor | None) -> Table | None:
+    if table is not None and table.shape[0] == 0:
+        raise ValueError("vector and modulation must have at least one row; got none")
     return None if table is None else Table(table, table.stride(0), table.shape[0])
 
 
