@@ -130,6 +130,11 @@ def test_new_weights_are_seen(twin):
     assert (model(x, t) - before - 1).abs().max() < 1e-5
     theirs.conv_out.bias = torch.nn.Parameter(theirs.conv_out.bias.detach() + 1)
     assert (model(x, t) - before - 2).abs().max() < 1e-5
+    theirs.conv_out = copy.deepcopy(theirs.conv_out)
+    theirs.conv_out.bias.data.add_(1)  # of another module
+    assert (model(x, t) - before - 3).abs().max() < 1e-5
+    theirs.conv_out.bias.data = theirs.conv_out.bias.data + 1
+    assert (model(x, t) - before - 4).abs().max() < 1e-5
 
 
 def test_shapes_have_runners_of_their_own_up_to_a_bound():

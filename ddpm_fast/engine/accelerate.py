@@ -18,6 +18,7 @@ from ddpm_fast import checks
 from ddpm_fast.engine.engine import UNetEngine
 from ddpm_fast.engine.graphed import GraphedModel
 from ddpm_fast.engine.tuning import Tuner
+from ddpm_fast.engine.weights import Watched
 from ddpm_fast.graph import ONE_CAPTURE, becomes_a_graph, keep_for_graph
 from ddpm_fast.unet import UNet, UNetConfig
 
@@ -113,7 +114,7 @@ class AcceleratedUNet:
         self._lock = threading.Lock()
         self._runners: dict[tuple[int, ...], _Runner] = {}
         self._pinned: list[_Runner] = []
-        self._weights: object = _versions(unet)
+        self._weights: Watched | None = Watched(unet)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AcceleratedUNet, (self.given, *self._options, None)
@@ -170,7 +171,7 @@ class AcceleratedUNet:
     def captured_state(self) -> object:
         """Changes when a CUDA graph that holds a call must be captured anew."""
         with self._lock:
-            return self._weights is not None and _versions(self.given)
+            return self._weights is not None and self._weights.state()
 
     def _checked(self, x: Any) -> Tensor:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -192,12 +193,11 @@ class AcceleratedUNet:
         """What runs images of this shape; made at first use, and again where weights changed."""
         # A capture's warm-up comes with ONE_CAPTURE, and then wants this lock: so does everybody.
         with ONE_CAPTURE if self.device.type == "cuda" else nullcontext(), self._lock:
-            weights = _versions(self.given)
-            if weights != self._weights:
+            if self._weights is None or self._weights.changed():
                 self._let_go(list(self._runners))
                 self._pinned.clear()
                 self._unet = _as_unet(self.given)
-                self._weights = weights
+                self._weights = Watched(self.given)
             found = self._runners.pop(shape, None)
             if found is None:
                 found = self._choose(shape)
@@ -319,9 +319,3 @@ def _key(unet: UNet, shape: tuple[int, ...], names: list[str]) -> str:
 
 def _thunk(run: Run, *args: Any) -> Callable[[], Any]:
     return lambda: run(*args)
-
-
-def _versions(module: nn.Module) -> object:
-    """Changes whenever a weight is replaced or written to."""
-    tensors = (*module.parameters(), *module.buffers())
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
