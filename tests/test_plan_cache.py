@@ -1,0 +1,206 @@
+"""Recorded choices on disk: kept, shared, damaged, refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_fast.engine import plan_cache
+from ddpm_fast.engine.plan_cache import Choice, PlanCache, default_folder, environment
+from ddpm_fast.engine.tuning import Tuner
+
+CPU = torch.device("cpu")
+HERE = {"device": "a processor", "torch": "1"}
+
+
+def cache(folder, **changes):
+    return PlanCache(HERE | changes, folder)
+
+
+def failing():
+    raise RuntimeError("no such kernel\nand a long story")
+
+
+def never():
+    raise AssertionError("was run")
+
+
+def test_round_trip(tmp_path):
+    choice = Choice("winner", {"winner": 1e-3, "other": 2e-3})
+    assert cache(tmp_path / "made" / "anew").record("op", choice, ["winner"]) == choice
+    assert cache(tmp_path / "made" / "anew").get("op") == choice
+    assert cache(tmp_path / "made" / "anew").get("none") is None
+    left = {path.suffix for path in (tmp_path / "made" / "anew").iterdir()}
+    assert left <= {".json", ".lock"}
+
+
+def test_in_memory_alone():
+    memory = cache(None)
+    memory.record("op", Choice("a"), ["a"])
+    assert memory.get("op") == Choice("a")
+    assert memory.path is None
+
+
+def test_environments_are_kept_apart(tmp_path):
+    cache(tmp_path).record("op", Choice("a"), ["a"])
+    other = cache(tmp_path, torch="2")
+    assert other.get("op") is None
+    other.record("op", Choice("b"), ["b"])
+    assert cache(tmp_path).get("op") == Choice("a")
+    assert cache(tmp_path, torch="2").get("op") == Choice("b")
+
+
+def test_a_file_of_another_environment_is_ignored(tmp_path, caplog):
+    mine, other = cache(tmp_path), cache(tmp_path, torch="2")
+    other.record("op", Choice("b"), ["b"])
+    other.path.rename(mine.path)
+    assert mine.get("op") is None
+    assert "belongs to another environment" in caplog.text
+
+
+def test_writers_keep_what_others_have_written(tmp_path):
+    first, second = cache(tmp_path), cache(tmp_path)
+    assert first.get("x") is None
+    assert second.get("x") is None
+    first.record("x", Choice("a"), ["a"])
+    second.record("y", Choice("b"), ["b"])
+    third = cache(tmp_path)
+    assert (third.get("x"), third.get("y")) == (Choice("a"), Choice("b"))
+
+
+def test_of_two_choices_the_one_recorded_first_stands(tmp_path):
+    first, second = cache(tmp_path), cache(tmp_path)
+    second.get("x")
+    first.record("x", Choice("a", {"a": 1.0}), ["a", "b"])
+    assert second.record("x", Choice("b"), ["a", "b"]) == Choice("a", {"a": 1.0})
+    assert second.get("x").name == "a"
+    # unless the second cannot run it
+    assert second.record("x", Choice("b"), ["b"]) == Choice("b")
+    assert cache(tmp_path).get("x").name == "b"
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from ddpm_fast.engine.plan_cache import Choice, PlanCache
+cache = PlanCache({"device": "a processor", "torch": "1"}, Path(sys.argv[1]))
+for i in range(30):
+    cache.record(f"{sys.argv[2]}{i}", Choice("a", {"a": 1.0}), ["a"])
+"""
+
+
+def test_two_processes_write_at_once(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    running = [subprocess.Popen([*command, name]) for name in ("x", "y")]
+    assert [process.wait(timeout=60) for process in running] == [0, 0]
+    both = cache(tmp_path)
+    assert all(
+        both.get(f"{name}{i}") == Choice("a", {"a": 1.0}) for name in "xy" for i in range(30)
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"null",
+        b'{"environment": {}}',
+        b'{"environment": ENV, "choices": []}',
+        b'{"environment": ENV, "choices": {"op": {"name": 3, "seconds": {}}}}',
+        b'{"environment": ENV, "choices": {"op": {"name": "a", "seconds": {"a": "x"}}}}',
+        b'{"environment": ENV, "choices": {"op": "a"}}',
+        b"[" * 100_000,
+    ],
+    ids=[
+        *("empty", "cut", "no-text", "list", "null", "no-choices", "list-of-choices"),
+        *("name", "seconds", "choice", "deep"),
+    ],
+)
+def test_a_damaged_file_is_reported_once_and_replaced(tmp_path, caplog, content):
+    damaged = cache(tmp_path)
+    damaged.path.write_bytes(content.replace(b"ENV", json.dumps(HERE).encode()))
+    assert damaged.get("op") is None
+    damaged.record("op", Choice("a"), ["a"])
+    assert len(caplog.records) == 1
+    assert str(damaged.path) in caplog.text
+    assert cache(tmp_path).get("op") == Choice("a")
+
+
+def refuse(*args, **kwargs):
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize("call", ["fcntl.flock", "os.replace", "os.fsync", "tempfile.mkstemp"])
+def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path, caplog, monkeypatch, call):
+    kept = cache(tmp_path)
+    module, name = call.split(".")
+    monkeypatch.setattr(getattr(plan_cache, module), name, refuse)
+    for key in ("x", "y"):
+        kept.record(key, Choice("a"), ["a"])
+        assert kept.get(key) == Choice("a")
+    assert len(caplog.records) == 1
+    assert "choices are not kept" in caplog.text
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(tmp_path, caplog):
+    tmp_path.chmod(0o500)
+    kept = cache(tmp_path)
+    kept.record("x", Choice("a"), ["a"])
+    assert kept.get("x") == Choice("a")
+    assert "choices are not kept" in caplog.text
+
+
+def test_a_folder_that_is_a_file(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    kept = cache(tmp_path / "file")
+    assert kept.get("x") is None
+    assert kept.record("x", Choice("a"), ["a"]) == Choice("a")
+    assert "choices are" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"DDPM_FAST_CACHE": "/a/b", "XDG_CACHE_HOME": "/c"}, "/a/b"),
+        ({"DDPM_FAST_CACHE": "~/plans", "HOME": "/h"}, "/h/plans"),
+        ({"XDG_CACHE_HOME": "/c", "HOME": "/h"}, "/c/ddpm_fast"),
+        ({"HOME": "/h"}, "/h/.cache/ddpm_fast"),
+        ({"DDPM_FAST_CACHE": "off"}, None),
+        ({"DDPM_FAST_CACHE": "OFF"}, None),
+    ],
+)
+def test_default_folder(monkeypatch, variables, folder):
+    for name in ("DDPM_FAST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert default_folder() == (None if folder is None else Path(folder))
+
+
+def test_the_environment_names_what_a_choice_depends_on(two_threads):
+    found = environment(CPU)
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == "2"
+    assert found["device"]
+    assert found["capability"]
+    assert found["ddpm_fast"]
+    assert all(isinstance(value, str) for value in found.values())
+
+
+def test_by_default_a_tuner_keeps_its_choices_in_the_default_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path))
+    made = Tuner(CPU, rounds=1)
+    made.fastest("op", {"a": lambda: None})
+    assert made.environment == environment(CPU)
+    assert Tuner(CPU).fastest("op", {"b": never, "a": never}) == "a"
+    monkeypatch.setenv("DDPM_FAST_CACHE", "off")
+    assert Tuner(CPU, rounds=1).fastest("op", {"b": lambda: None, "a": failing}) == "b"
