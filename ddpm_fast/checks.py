@@ -44,6 +44,14 @@ def batch(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Te
     return value
 
 
+def floating(name: str, value: Any) -> Tensor:
+    """``value`` as a floating-point tensor of any shape."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = dtype_name(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor; got {got}")
+    return value
+
+
 def like(
     name: str, value: Any, other_name: str, other: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> Tensor:

@@ -339,8 +339,6 @@ def _placement(
 
 
 def _check_given(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = checks.dtype_name(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point tensor; got {got}")
+    checks.floating(name, value)
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)}; got {checks.shape_text(value)}")

@@ -181,6 +181,7 @@ def test_it_stands_in_for_the_network_in_a_sampler():
         (torch.nn.Linear(1, 1), {}, TypeError, "unet must be .*UNet2DModel; got Linear.*optimize_"),
         ("unet", {}, TypeError, "unet must be .* got str"),
         (None, {"dtype": torch.int8}, TypeError, "dtype must be float16, .*; got int8"),
+        (None, {"num_timesteps": 0}, ValueError, r"num_timesteps must lie in \[1, .*got 0"),
         (None, {"dtype": "float16"}, TypeError, "dtype must be float16, .*; got 'float16'"),
     ],
 )
@@ -294,6 +295,20 @@ def test_identity_is_json_and_names_what_runs():
     identity = json.loads(json.dumps(model.identity()))
     assert identity["3x2x4x8"]["chosen"] == "engine float32"
     assert len(identity["3x2x4x8"]["engine"]["operations"]) > 50
+
+
+def test_an_engine_that_fails_is_said(monkeypatch, caplog):
+    def broken(self, *args):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(ddpm_fast.UNetEngine, "__call__", broken)
+    unet = small()
+    x, t = arguments(unet.config)
+    model = accelerate(unet)
+    with caplog.at_level(logging.WARNING, "ddpm_fast"):
+        assert same_bits(model(x, t), unet(x, t).detach())
+    assert "accelerate: without ('engine float32',), which failed" in caplog.text
+    assert model.report().endswith("; engine float32 failed")
 
 
 def test_float64_is_refused_at_once():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import triton_dot
 from cases import BF16, F16, F32, F64
 from ddpm_fast.ops import reference_network
 
@@ -14,7 +13,6 @@ pytest.importorskip("triton")
 
 from ddpm_fast.ops import triton_attention as kernels
 
-triton_dot.install()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OP = torch.ops.ddpm_fast.triton_attention_
 DTYPES = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["f32", "f16", "bf16"])

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import triton_dot
 from cases import BF16, F16, F32, F64
 from ddpm_fast.ops import reference_network
 from ddpm_fast.ops.reference_network import doubling_weight
@@ -19,7 +18,6 @@ pytest.importorskip("triton")
 
 from ddpm_fast.ops.triton_conv import Config, Spec, configurations, conv, spec_of
 
-triton_dot.install()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OP = torch.ops.ddpm_fast.triton_conv_
 OUT, X, RESIDUAL = 0, 1, 5  # among the arguments of the schema

@@ -1,13 +1,12 @@
 // What the threads of the CUDA kernels do, run on the host one after another, against the CPU
 // kernels: the same bytes in every tensor, the gaps between the elements included.
-#include <sys/mman.h>
-
 #include <algorithm>
 
 #include "cuda/bodies.cuh"
 #include "tests/check.h"
 #include "tests/nan_problem.h"
 #include "tests/run_cpu.h"
+#include "tests/sparse.h"
 
 namespace ddpm::test {
 namespace {
@@ -168,26 +167,6 @@ void every_four_has_one_thread() {
   const Place far = Flat::place(tiny, {0x7FFFFFFF, 0, 0, 1}, 127);
   CHECK(far.sample == (int64_t{1} << 37) - 1 && far.first == 1, far.sample, far.first);
 }
-
-// Memory that is there only where it is touched.
-class Sparse {
- public:
-  explicit Sparse(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {
-    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  }
-  ~Sparse() {
-    if (exists()) munmap(memory_, bytes_);
-  }
-  Sparse(const Sparse&) = delete;
-  Sparse& operator=(const Sparse&) = delete;
-  bool exists() const { return memory_ != MAP_FAILED; }
-  float* floats() const { return static_cast<float*>(memory_); }
-
- private:
-  size_t bytes_;
-  void* memory_;
-};
 
 View float_view(float* data, int64_t sample_stride, std::initializer_list<int64_t> sizes,
                 std::initializer_list<int64_t> strides) {

@@ -1,7 +1,5 @@
 // group_norm_ against float64: the CPU kernels of every instruction set, and the phases of the CUDA
 // kernels, run on the host for every block of a launch.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <set>
 #include <string>
@@ -9,6 +7,7 @@
 #include "cpu/kernels.h"
 #include "tests/group_norm_problem.h"
 #include "tests/host_exec.h"
+#include "tests/sparse.h"
 
 namespace ddpm::test {
 namespace {
@@ -175,26 +174,6 @@ void plans_of_an_h100() {
   a.x.row += 8;  // a cropped map
   CHECK(!choose_group_norm(a, {132, 3}).in_pieces);
 }
-
-// Memory that is there only where it is touched.
-class Sparse {
- public:
-  explicit Sparse(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {
-    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  }
-  ~Sparse() {
-    if (exists()) munmap(memory_, bytes_);
-  }
-  Sparse(const Sparse&) = delete;
-  Sparse& operator=(const Sparse&) = delete;
-  bool exists() const { return memory_ != MAP_FAILED; }
-  float* floats() const { return static_cast<float*>(memory_); }
-
- private:
-  size_t bytes_;
-  void* memory_;
-};
 
 // Samples, pixels and channels that lie more than 2^31 elements apart.
 void offsets_beyond_2_31() {

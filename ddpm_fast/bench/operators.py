@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_fast.engine.convolution import Variant, candidates, scratch
+from ddpm_fast.engine.convolution import Variant, candidates, equipped
 from ddpm_fast.engine.program import Convolution, Normalization, SelfAttention
 from ddpm_fast.engine.spec import AttentionSpec, ConvSpec, NormSpec
 from ddpm_fast.ops import implementation, reference_network, why_not
@@ -186,14 +186,10 @@ def _convolution(operation: Convolution) -> Trial:
     out = _normal(spec, spec.out_channels, 3, spec.out_size)
 
     def ours(variant: Variant) -> Callable[[], Tensor]:
-        workspace: Tensor | None = None
-        ready = False
+        call = equipped(variant, spec.device)
 
         def run() -> Tensor:
-            nonlocal workspace, ready
-            if not ready:
-                workspace, ready = scratch(variant, spec.device), True
-            variant(out, x, x2, residual, workspace)
+            call(out, x, x2, residual)
             return out
 
         return run

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast import checks
-from ddpm_fast.engine.engine import UNetEngine
+from ddpm_fast.engine.engine import UNetEngine, chain_length
 from ddpm_fast.engine.graphed import GraphedModel
 from ddpm_fast.engine.tuning import Tuner
 from ddpm_fast.engine.weights import Watched
@@ -33,12 +33,13 @@ class Chosen:
     """What runs one shape: its name, what else was timed, and how far it is from the network.
 
     drift: the largest difference from the network as given, relative to its largest output, on
-    random images; None where they were not compared.
+    random images; None where they were not compared. failed: what raised when it was timed.
     """
 
     name: str
     seconds: Mapping[str, float]
     drift: float | None
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def accelerate(
     Raises:
         TypeError: unet is something else, or in float64, or dtype is not float16, bfloat16 or
             float32.
-        ValueError: an option of the network that `UNet` does not have.
+        ValueError: an option of the network that `UNet` does not have, or num_timesteps below 1.
     """
     if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32):
         got = checks.dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
@@ -104,8 +105,7 @@ class AcceleratedUNet:
         if self._unet.dtype == torch.float64:
             raise TypeError("unet must be float16, bfloat16 or float32; got float64")
         self.config, self.device = self._unet.config, self._unet.device
-        self.num_timesteps = num_timesteps or self.config.num_train_timesteps or 1000
-        checks.integer("num_timesteps", self.num_timesteps, 1, 1 << 24)
+        self.num_timesteps = chain_length(self._unet, num_timesteps)
         on_gpu = self.device.type == "cuda"
         self._engine_dtype = dtype or (torch.float16 if on_gpu else self._unet.dtype)
         # On a CPU what runs may be the network itself, which then reads all of the digits.
@@ -147,6 +147,7 @@ class AcceleratedUNet:
                 f"{'x'.join(map(str, shape))}: {choice.name}"
                 + (f" ({times})" if times else "")
                 + drift
+                + "".join(f"; {name} failed" for name in choice.failed)
             )
         return "\n".join(lines if len(lines) > 1 else [*lines, "nothing has run yet"])
 
@@ -174,9 +175,7 @@ class AcceleratedUNet:
             return self._weights is not None and self._weights.state()
 
     def _checked(self, x: Any) -> Tensor:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = checks.dtype_name(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a floating-point tensor; got {got}")
+        checks.floating("x", x)
         channels, multiple = self.config.in_channels, self.config.size_multiple
         if x.dim() != 4 or x.shape[1] != channels or min(x.shape[2:]) < 1:
             raise ValueError(f"x must be [N, {channels}, H, W]; got {checks.shape_text(x)}")
@@ -251,7 +250,11 @@ class AcceleratedUNet:
         want, got = runs["module"](x, t, labels).double(), runs[name](x, t, labels).double()
         drift = float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
         _log.info("accelerate: %s for %s", name, list(shape))
-        chosen = Chosen(name, self._tuner.seconds(key), drift)
+        seconds = self._tuner.seconds(key)
+        failed = tuple(other for other in runs if seconds and other not in seconds)
+        if failed:
+            _log.warning("accelerate: without %s, which failed; the log says why", failed)
+        chosen = Chosen(name, seconds, drift, failed)
         return _Runner(runs[name], chosen, made.get(name))
 
 

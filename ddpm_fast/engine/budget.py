@@ -50,13 +50,14 @@ def needed_bytes(program: Program) -> int:
 
 
 def check(
-    lowered: Callable[[int], Program], batch: int, device: torch.device, more: int = 0
+    program: Program, lowered: Callable[[int], Program], device: torch.device, more: int
 ) -> None:
-    """Raise MemoryError where the plan of ``batch`` images does not fit.
+    """Raise MemoryError where a program does not fit.
 
-    lowered: the program of a batch size. more: bytes needed beside it, whatever the batch.
+    lowered: the same for another batch size. more: bytes needed beside it, whatever the batch.
     """
-    need, free = needed_bytes(lowered(batch)) + more, free_bytes(device)
+    batch = program.batch
+    need, free = needed_bytes(program) + more, free_bytes(device)
     if free is None or need <= free:
         return
     fits = _largest(lambda size: needed_bytes(lowered(size)) + more <= free, batch)

@@ -156,30 +156,24 @@ class _Trial:
             residual = normal(spec.out_channels, *spec.out_size) if spec.residual else None
             out = torch.empty_like(normal(spec.out_channels, *spec.out_size))
             self.tensors = (out, x, x2, residual)
-            self.oracle(*self.tensors, scratch(self.oracle, spec.device))
+            equipped(self.oracle, spec.device)(*self.tensors)
             self.expected = out.clone()
         return self.tensors
 
     def of(self, variant: Variant) -> Callable[[], None]:
         """A call of the variant, whose first result is compared with the oracle's."""
-        workspace: Tensor | None = None
-        extra: dict[str, Tensor] = {}
-        ready = False
+        run, compared = equipped(variant, self.spec.device), False
 
         def call() -> None:
-            nonlocal workspace, extra, ready
+            nonlocal compared
             tensors = self._prepare()
-            if not ready:
-                workspace = scratch(variant, self.spec.device)
-                if count := getattr(variant, "tickets", 0):
-                    zeros = torch.zeros(count, dtype=torch.int32, device=self.spec.device)
-                    extra = {"tickets": zeros}
-                tensors[0].fill_(float("nan"))
-                variant(*tensors, workspace, **extra)
-                self._compare(variant, tensors[0])
-                ready = True
-            else:
-                variant(*tensors, workspace, **extra)
+            if compared:
+                run(*tensors)
+                return
+            tensors[0].fill_(float("nan"))
+            run(*tensors)
+            self._compare(variant, tensors[0])
+            compared = True
 
         return call
 
@@ -203,6 +197,28 @@ def scratch(variant: Variant, device: torch.device) -> Tensor | None:
     """A workspace for a variant; None where it needs none."""
     size = variant.workspace_bytes
     return torch.empty(size, dtype=torch.uint8, device=device) if size else None
+
+
+def equipped(variant: Variant, device: torch.device) -> Callable[..., None]:
+    """The variant as a call of (out, x, x2, residual), to be timed as the engine runs it.
+
+    Workspace and tickets are made by the first call and serve all of them.
+    """
+    workspace: Tensor | None = None
+    tickets: dict[str, Tensor] = {}
+    ready = False
+    run: Callable[..., None] = variant
+
+    def call(*tensors: Tensor | None) -> None:
+        nonlocal workspace, tickets, ready
+        if not ready:
+            workspace = scratch(variant, device)
+            if count := getattr(variant, "tickets", 0):
+                tickets = {"tickets": torch.zeros(count, dtype=torch.int32, device=device)}
+            ready = True
+        run(*tensors, workspace, **tickets)
+
+    return call
 
 
 def _check(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,9 +1,9 @@
 """cuDNN's graphs of a convolution, through NVIDIA's package nvidia-cudnn-frontend.
 
 A graph here is one kernel: convolution, plus residual, plus bias, rounded once. The order matters:
-residual before bias is the pattern of cuDNN's precompiled convolutions (more than thirty plans on
-compute capability 9.0, built in milliseconds); with the bias first cuDNN falls back on kernels that
-it compiles at run time, seconds each. The bias must be in the activations' dtype for that.
+residual before bias is the pattern of cuDNN's precompiled convolutions; with the bias first cuDNN
+falls back on kernels that it compiles at run time. The bias must be in the activations' dtype for
+that.
 """
 
 from __future__ import annotations

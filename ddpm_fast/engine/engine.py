@@ -74,9 +74,7 @@ class UNetEngine:
         self._batch = checks.integer("batch", batch, 1, 1 << 20)
         self.device, self.dtype, self.backend = unet.device, dtype, backend
         self.config = unet.config
-        if num_timesteps is None:
-            num_timesteps = unet.config.num_train_timesteps or 1000
-        self.num_timesteps = checks.integer("num_timesteps", num_timesteps, 1, 1 << 24)
+        self.num_timesteps = chain_length(unet, num_timesteps)
         self.tuner = tuner if tuner is not None else Tuner(self.device)
         if self.tuner.device.type != self.device.type:
             raise ValueError(
@@ -93,7 +91,7 @@ class UNetEngine:
             unet, self._batch, height, width, dtype, norms_add=norms_add
         )
         table_bytes = 4 * self.num_timesteps * projections.width
-        budget.check(lowered, self._batch, self.device, table_bytes)
+        budget.check(self._program, lowered, self.device, table_bytes)
         with torch.no_grad(), self._here():
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             like = torch.empty(0, dtype=wide, device=self.device)
@@ -250,9 +248,7 @@ class UNetEngine:
 
     def _checked(self, x: Tensor, t: Tensor | int) -> Tensor:
         """The arguments, checked; the row of the embeddings of each image."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = checks.dtype_name(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a floating-point tensor; got {got}")
+        checks.floating("x", x)
         if tuple(x.shape) != self._shape:
             raise ValueError(
                 f"x must be {list(self._shape)}, as the engine was planned;"
@@ -261,6 +257,13 @@ class UNetEngine:
         if x.device != self.device:
             raise ValueError(f"x must be on {self.device}, as the engine; got {x.device}")
         return checks.index("t", t, x, self.num_timesteps)
+
+
+def chain_length(unet: UNet, num_timesteps: int | None) -> int:
+    """The number of timesteps asked for, else the network's own, else 1000."""
+    if num_timesteps is None:
+        num_timesteps = unet.config.num_train_timesteps or 1000
+    return checks.integer("num_timesteps", num_timesteps, 1, 1 << 24)
 
 
 class _Labels:

@@ -65,9 +65,8 @@ class GraphedModel:
 
 def _alike(inputs: list[Tensor | None], others: list[Tensor | None]) -> bool:
     """Whether tensors have the same shapes, types and devices."""
-    kinds = (
+    kinds, others_kinds = (
         [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
         for tensors in (inputs, others)
     )
-    first, second = kinds
-    return first == second
+    return kinds == others_kinds

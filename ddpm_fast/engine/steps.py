@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -86,19 +87,6 @@ class Binder:
         }[type(operation)]
         return make(operation)  # type: ignore[operator]
 
-    def _tensors(self, operation: Operation) -> dict[str, Tensor | None]:
-        """Tensors with an operation's shapes, to time its implementations on."""
-        found: dict[str, Tensor | None] = {}
-        for name in ("out", "x", "x2", "residual", "total"):
-            value = getattr(operation, name, None)
-            found[name] = None
-            if value is not None:
-                device = operation.spec.device  # type: ignore[attr-defined]
-                tensor = torch.empty(value.shape, dtype=value.dtype, device=device)
-                tensor = tensor.to(memory_format=torch.channels_last)
-                found[name] = tensor.normal_() if name != "out" else tensor
-        return found
-
     def _convolution(self, op: Convolution) -> Step:
         names = ("out", "x", "x2", "residual")
         where = [self.slot(getattr(op, name)) for name in names]
@@ -172,25 +160,26 @@ class Binder:
             return run
 
         found = {name: runs(operators) for name, operators in self._implementations(spec).items()}
-        name = next(iter(found))
-        if len(found) > 1:
-            slots = self._slots_for(op)
-            name = self._tuner.fastest(
-                str(spec), {k: _thunk(run, slots) for k, run in found.items()}
-            )
+        name = self._fastest(op, found)
         return Step(op, name, found[name], weight.nbytes + bias.nbytes)
 
-    def _slots_for(self, op: Normalization) -> Slots:
+    def _fastest(self, op: Normalization | SelfAttention, found: Mapping[str, Run]) -> str:
+        """The name of the run that the tuner chooses; nothing is made where it knows already."""
+        if len(found) == 1:
+            return next(iter(found))
+        slots = cache(partial(self._slots_for, op))
+        thunks = {name: (lambda run=run: run(slots())) for name, run in found.items()}
+        return self._tuner.fastest(str(op.spec), thunks)
+
+    def _slots_for(self, op: Normalization | SelfAttention) -> Slots:
         """Slots for timing: an operation's tensors, and the embeddings as a call has them."""
         slots: Slots = [None] * self.slots
-        for name, tensor in self._tensors(op).items():
-            if tensor is not None:
-                slots[self.slot(getattr(op, name))] = tensor
+        device = op.spec.device
+        for value in [*op.writes, *op.reads]:
+            tensor = torch.randn(value.shape, dtype=value.dtype, device=device)
+            slots[self.slot(value)] = tensor.to(memory_format=torch.channels_last)
         slots[self.TABLE] = self._table
-        if (made := op.embeddings) is not None:
-            zeros = torch.zeros(made.shape, dtype=made.dtype, device=op.spec.device)
-            slots[self.slot(made)] = zeros
-        slots[self.ROW] = torch.zeros(op.spec.batch, dtype=torch.int64, device=op.spec.device)
+        slots[self.ROW] = torch.zeros(op.spec.batch, dtype=torch.int64, device=device)
         return slots
 
     def _attention(self, op: SelfAttention) -> Step:
@@ -207,14 +196,7 @@ class Binder:
         found = {k: runs(ops.attention_) for k, ops in self._implementations(spec).items()}
         if self._backend == "auto" and spec.device.type == "cuda":
             found |= {f"sdpa.{name}": runs(sdpa(name)) for name in SDPA}
-        name = next(iter(found))
-        if len(found) > 1:
-            slots: Slots = [None] * self.slots
-            tensors = self._tensors(op)
-            slots[out], slots[x] = tensors["out"], tensors["x"]
-            name = self._tuner.fastest(
-                str(spec), {k: _thunk(run, slots) for k, run in found.items()}
-            )
+        name = self._fastest(op, found)
         return Step(op, name, found[name])
 
     def _resample(self, op: Resample) -> Step:
@@ -253,10 +235,6 @@ class Binder:
             embed(slots[out].flatten(1), slots[self.ROW], slots[self.LABELS])
 
         return Step(op, "aten", run, embed.nbytes)
-
-
-def _thunk(call: Callable[..., None], *args: Any) -> Callable[[], None]:
-    return lambda: call(*args)
 
 
 def _columns(table: Tensor, columns: Columns) -> Tensor:
