@@ -44,9 +44,9 @@ bench: $(VENV)/.package $(VENV)/.test
 		--out $(RESULTS)/kernels_triangles_cpu.csv --plot docs/roofline_triangles_cpu.png
 	$(BIN)/ddpm-fast bench network --device cpu --network triangles --batch 1 --batch 64 --rounds 9 \
 		--out $(RESULTS)/network_triangles_cpu.csv --plot docs/network_triangles_cpu.png
-	$(BIN)/ddpm-fast bench network --device cpu --network cifar32 --batch 1 --rounds 9 --no-compile \
+	$(BIN)/ddpm-fast bench network --device cpu --network cifar32 --batch 1 --batch 8 --rounds 9 \
 		--out $(RESULTS)/network_cifar32_cpu.csv --plot docs/network_cifar32_cpu.png
-	$(BIN)/ddpm-fast bench sampling --device cpu --network triangles --batch 16 --steps 20 \
+	$(BIN)/ddpm-fast bench sampling --device cpu --network triangles --batch 16 --steps 50 \
 		--out $(RESULTS)/sampling_triangles_cpu.csv --plot docs/sampling_triangles_cpu.png
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-columns=median,iqr
 
