@@ -186,7 +186,14 @@ struct Ops {
                             const Tensor step, const std::optional<Tensor> noise,
                             const std::optional<Tensor> rng,
                             const std::optional<Tensor> model_input,
-                            const std::optional<Tensor> pred_x0, int64_t flags) {
+                            const std::optional<Tensor> pred_x0, int64_t flags,
+                            const std::optional<Tensor> model_output2,
+                            const std::optional<Tensor> log_variance,
+                            const std::optional<Tensor> threshold,
+                            const std::optional<Tensor> second,
+                            const std::optional<Tensor> history) {
+    STD_TORCH_CHECK(!(model_output2 || log_variance || threshold || second || history),
+                    "this build has no kernel for these terms");
     STD_TORCH_CHECK(!(noise && rng), "noise is either given or made, not both");
     STD_TORCH_CHECK((flags & ~int64_t{kKnownFlags}) == 0, "flags ", flags,
                     " has a term that this build has no kernel for");

@@ -55,8 +55,16 @@ def reverse_step_(
     model_input: Tensor | None,
     pred_x0: Tensor | None,
     flags: int,
+    model_output2: Tensor | None = None,
+    log_variance: Tensor | None = None,
+    threshold: Tensor | None = None,
+    second: Tensor | None = None,
+    history: Tensor | None = None,
 ) -> None:
-    """One row of a step table on the state; the equation is in ``ddpm_fast.row``."""
+    """One row of a step table on the state; the equation is in ``ddpm_fast.row``.
+
+    Beside the shape [N, ...] of x: threshold [N], history [depth, N, ...].
+    """
     active = per_sample((step >= 0) & (step < rows.shape[0]), x)
     index = step.clamp(0, rows.shape[0] - 1)
     row = rows.index_select(0, index)
@@ -65,23 +73,66 @@ def reverse_step_(
         return per_sample(row[:, column(name)], x)
 
     out = model_output.to(x.dtype)
+    if model_output2 is not None:
+        out = coef("G0") * out + coef("G1") * model_output2.to(x.dtype)
     x0 = coef("P") * x + coef("Q") * out
-    if flags & RowFlag.CLIP:
+    if threshold is not None:
+        bound = per_sample(threshold, x)
+        x0 = torch.clamp(x0, -bound, bound) / bound
+    elif flags & RowFlag.CLIP:
         x0 = torch.clamp(x0, -coef("clip"), coef("clip"))
+
+    past = _past_values(history, row, x, flags)
     mean = coef("Xx") * x + coef("Xx0") * x0
     if flags & RowFlag.RAW_OUT:
         mean = mean + coef("Xo") * out
+    if second is not None:
+        mean = mean + coef("Xy") * second
+    for k, value in past.items():
+        mean = mean + coef(f"Xh{k}") * value
     if rng is not None:
         seed, stream, first = rng.unbind()
         noise = normals(x, seed, stream + index, first)
     if noise is not None:
+        if log_variance is not None:
+            v = log_variance.to(x.dtype)
+            noise = torch.exp((coef("Lmin") + v * (coef("Lmax") - coef("Lmin"))) / 2) * noise
         mean = mean + coef("S") * noise
+
+    if second is not None:
+        next_second = coef("Yx") * x + coef("Yx0") * x0 + coef("Yy") * second
+        for k, value in past.items():
+            next_second = next_second + coef(f"Yh{k}") * value
+        second.copy_(torch.where(active, next_second, second))
+    if history is not None:
+        pushed = coef("Hx") * x + coef("Hv") * x0
+        if flags & RowFlag.PUSH_OUT:
+            pushed = pushed + coef("Ho") * out
+        slot = row[:, column("slot")]
+        for i, target in enumerate(history.unbind()):
+            chosen = active & per_sample(slot == i, x) & (coef("push") != 0)
+            target.copy_(torch.where(chosen, pushed, target))
     x.copy_(torch.where(active, mean, x))
     if pred_x0 is not None:
         pred_x0.copy_(torch.where(active, x0, pred_x0))
     if model_input is not None:
         scaled = coef("Cin") * x if flags & RowFlag.SCALE_IN else x
         model_input.copy_(torch.where(active, scaled.to(model_input.dtype), model_input))
+
+
+def _past_values(
+    history: Tensor | None, row: Tensor, like: Tensor, flags: int
+) -> dict[int, Tensor]:
+    """Each h_k that a table reads, from the slot that it has for the row of each sample."""
+    if history is None:
+        return {}
+    depth, samples = history.shape[0], torch.arange(like.shape[0], device=like.device)
+    slot = row[:, column("slot")].long()
+    return {
+        k: history[(slot - k) % depth, samples]
+        for k in range(1, depth + 1)
+        if flags & RowFlag[f"H{k}"]
+    }
 
 
 def philox_normal_(out: Tensor, rng: Tensor) -> None:

@@ -24,7 +24,9 @@ SCHEMAS = {
     "q_posterior": "(Tensor x0, Tensor x_t, Tensor t, Tensor coefs) -> (Tensor, Tensor, Tensor)",
     "reverse_step_": (
         "(Tensor(a!) x, Tensor model_output, Tensor rows, Tensor step, Tensor? noise, Tensor? rng,"
-        " Tensor(b!)? model_input, Tensor(c!)? pred_x0, int flags) -> ()"
+        " Tensor(b!)? model_input, Tensor(c!)? pred_x0, int flags, Tensor? model_output2=None,"
+        " Tensor? log_variance=None, Tensor? threshold=None, Tensor(d!)? second=None,"
+        " Tensor(e!)? history=None) -> ()"
     ),
     "philox_normal_": "(Tensor(a!) out, Tensor rng) -> ()",
 }

@@ -370,6 +370,11 @@ def reverse_step_(
     model_input: Tensor | None,
     pred_x0: Tensor | None,
     flags: int,
+    model_output2: Tensor | None = None,
+    log_variance: Tensor | None = None,
+    threshold: Tensor | None = None,
+    second: Tensor | None = None,
+    history: Tensor | None = None,
 ) -> None:
     """One step of any solver, in place on x; ddpm_fast/row.py has the equation.
 
