@@ -13,7 +13,8 @@ A solver is a table of rows, one per step, and one fused update evaluates any ro
 x is the state, out the network's output, z standard normal noise. x0 is clipped to [-clip, clip];
 a row that does not clip holds +inf there. With a threshold s for each sample (dynamic thresholding)
 x0 is clipped to [-s, s] and divided by s instead. y is a second state, and v the second half of the
-channels of a network that returns its variance too.
+channels of a network that returns its variance too. Where P is not 0, P*x + Q*o is evaluated as
+P*(x + R*o) with R = Q/P: where alphas_cumprod is small the two terms are large and cancel.
 
 h1 is the value pushed last, h3 the third last. They lie in a ring of ``history_depth`` slots: with
 ``slot`` the number of earlier pushes modulo the depth, h_k is in slot (slot - k) mod depth, and h0
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 from enum import IntFlag
 
+import torch
 from torch import Tensor
 
 ROW_FIELDS = (
@@ -37,7 +39,7 @@ ROW_FIELDS = (
     *("Hx", "Hv", "Ho"),
     *("Yx", "Yy", "Yx0", "Yo", "Yh1", "Yh2", "Yh3"),
     *("Xx", "Xy", "Xx0", "Xo", "Xh1", "Xh2", "Xh3"),
-    *("M", "S", "Cin", "Lmin", "Lmax", "push", "slot"),
+    *("M", "S", "Cin", "Lmin", "Lmax", "push", "slot", "R"),
 )
 ROW_WIDTH = 32
 
@@ -96,8 +98,8 @@ def flags_for(rows: Tensor, thresholds: bool = False) -> RowFlag:
 
     Raises TypeError if rows is not a floating-point tensor; ValueError for another shape, a NaN or
     an infinity, a clip that is not as above, a push that is neither 0 nor 1, past values that
-    nothing pushes, a non-zero value in the padding or in a column that has no specialisation yet (named
-    in the message).
+    nothing pushes, a non-zero value in the padding or in a column that has no specialisation yet
+    (named in the message).
     """
     if not isinstance(rows, Tensor) or not rows.is_floating_point():
         got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
@@ -141,6 +143,10 @@ def _clips(clip: Tensor) -> bool:
     return bool(clip.isfinite().any() and clip.any())
 
 
-def ring_slots(push: Tensor, depth: int) -> Tensor:
-    """The column ``slot`` that goes with a column ``push`` [steps]: earlier pushes modulo depth."""
-    return (push.cumsum(0) - push) % max(depth, 1)
+def complete(rows: Tensor, depth: int) -> Tensor:
+    """The rows with the columns that follow from others: slot, for a ring of that depth, and R."""
+    rows = rows.clone()
+    push, P, Q = (rows[:, _COLUMNS[name]] for name in ("push", "P", "Q"))
+    rows[:, _COLUMNS["slot"]] = (push.cumsum(0) - push) % max(depth, 1)
+    rows[:, _COLUMNS["R"]] = torch.where(P != 0, Q / P, 0)
+    return rows

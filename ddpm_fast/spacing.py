@@ -47,8 +47,17 @@ def check_real(name: str, value: object, low: float, high: float, closed: str) -
     return number
 
 
+def check_name(argument: str, value: object, accepted: tuple[str, ...]) -> None:
+    """Raise ValueError naming the argument unless value is one of the accepted names."""
+    if value not in accepted:
+        raise ValueError(f"{argument} must be one of {', '.join(accepted)}; got {value!r}")
+
+
 def timesteps(
-    T: int, steps: int | None = None, spacing: str | Sequence[int] = "linspace"
+    T: int,
+    steps: int | None = None,
+    spacing: str | Sequence[int] = "linspace",
+    to_data: bool = False,
 ) -> list[int]:
     """Timesteps of a chain, descending, each in 0..T-1 (index t is step t+1 of the papers).
 
@@ -59,6 +68,8 @@ def timesteps(
     Lin et al. 2023, rounded as diffusers rounds them; "quad" (squares up to 0.8 T, Song et al.
     2020, Appendix D.2, rounded down); or the timesteps themselves, strictly ascending or
     descending.
+    to_data: the named spacings place one timestep more and leave out the lowest, for solvers whose
+    last step leads to x_0 itself (diffusers' multistep schedulers); "trailing" is the same.
 
     Raises TypeError for a T, steps or listed timestep that is no integer; ValueError for one out
     of range, an unknown name, a listed timestep that is repeated or out of order, a steps that is
@@ -75,6 +86,14 @@ def timesteps(
         )
     if steps is None:
         return list(range(T - 1, -1, -1))
+    if to_data and spacing != "trailing":
+        # Of T steps all are kept: there is no further one to leave out.
+        return _placed(T, min(steps + 1, T), spacing)[:steps]
+    return _placed(T, steps, spacing)
+
+
+def _placed(T: int, steps: int, spacing: str) -> list[int]:
+    """The timesteps of a named spacing, descending."""
     chosen: np.ndarray
     if spacing == "linspace":
         chosen = np.linspace(0, T - 1, steps).round()[::-1]

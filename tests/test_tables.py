@@ -99,8 +99,13 @@ def test_listed_timesteps_come_out_descending(listed):
 def test_row_layout_is_fixed():
     assert [column(n) for n in ("G0", "P", "clip", "Hx", "Yx", "Xx")] == [0, 2, 4, 5, 8, 15]
     assert [column(n) for n in ("Xx0", "Xo", "M", "S", "Cin", "push")] == [17, 18, 22, 23, 24, 27]
-    assert (len(ROW_FIELDS), ROW_WIDTH) == (28, 32)
-    assert [int(f) for f in (RowFlag.CLIP, RowFlag.RAW_OUT, RowFlag.SCALE_IN)] == [1, 2, 4]
+    assert [column(n) for n in ("slot", "R")] == [28, 29]
+    assert (len(ROW_FIELDS), ROW_WIDTH) == (30, 32)
+    assert [int(flag) for flag in RowFlag] == [1 << bit for bit in range(12)]
+    assert [flag.name for flag in RowFlag] == [
+        *("CLIP", "RAW_OUT", "SCALE_IN", "GUIDE", "LEARNED", "THRESHOLD"),
+        *("H1", "H2", "H3", "PUSH", "PUSH_OUT", "SECOND"),
+    ]
     with pytest.raises(ValueError, match="name must be one of G0"):
         column("X")
 
@@ -122,16 +127,57 @@ def rows_with(clip=(0.0, 0.0), **second):
         pytest.param(rows_with(clip=(math.inf, 2.0)), RowFlag.CLIP, id="one-row-clips"),
         pytest.param(rows_with(Xo=0.1), RowFlag.RAW_OUT, id="raw-out"),
         pytest.param(rows_with(Cin=0.5), RowFlag.SCALE_IN, id="scale-in"),
-        pytest.param(rows_with(clip=(1.0, 1.0), Xo=1, Cin=2).half(), RowFlag(7), id="all"),
+        pytest.param(rows_with(clip=(1.0, 1.0), Xo=1, Cin=2).half(), RowFlag(7), id="several"),
+        pytest.param(rows_with(G1=0.5), RowFlag.GUIDE, id="second-output"),
+        pytest.param(rows_with(G0=0.5), RowFlag.GUIDE, id="scaled-output"),
+        pytest.param(rows_with(Lmax=1.0), RowFlag.LEARNED, id="learned-variance"),
+        pytest.param(rows_with(Lmin=-1.0), RowFlag.LEARNED, id="learned-variance-from"),
+        pytest.param(rows_with(push=1, Hv=1), RowFlag(0), id="nobody-reads-what-is-pushed"),
+        pytest.param(rows_with(push=1, Xh1=1), RowFlag.PUSH | RowFlag.H1, id="past"),
+        pytest.param(
+            rows_with(push=1, Ho=1, Yh3=1),
+            RowFlag.PUSH | RowFlag.PUSH_OUT | RowFlag.H3 | RowFlag.SECOND,
+            id="third-last-in-the-second-state",
+        ),
+        pytest.param(rows_with(Xy=1), RowFlag.SECOND, id="second-state"),
     ],
 )
 def test_flags_say_what_rows_use(rows, flags):
     assert flags_for(rows) == flags
 
 
+def test_a_threshold_stands_in_for_the_clip():
+    assert flags_for(rows_with(clip=(1.0, 1.0)), thresholds=True) == RowFlag.THRESHOLD
+
+
 @pytest.mark.parametrize(
-    "name", sorted({*ROW_FIELDS} - {"G0", "P", "Q", "clip", "Xx", "Xx0", "Xo", "S", "Cin"})
+    ("push", "depth", "slots"),
+    [
+        ([1, 1, 1, 1, 1], 1, [0, 0, 0, 0, 0]),
+        ([1, 1, 1, 1, 1], 2, [0, 1, 0, 1, 0]),
+        ([1, 0, 1, 1, 1], 3, [0, 1, 1, 2, 0]),
+    ],
+    ids=["one", "two", "a-row-that-does-not-push"],
 )
+def test_a_table_fills_in_the_slots_of_the_ring(push, depth, slots):
+    rows = torch.zeros(5, ROW_WIDTH, dtype=torch.float64)
+    rows[:, column("push")] = torch.tensor(push, dtype=torch.float64)
+    rows[-1, column(f"Xh{depth}")] = 1
+    table = StepTable(rows, range(5))
+    assert table.depth == depth
+    assert table.rows[:, column("slot")].tolist() == slots
+    assert StepTable(table.rows, range(5)) == table
+
+
+def test_a_table_fills_in_the_ratio_of_x0s_factors():
+    rows = StepTable.ddpm(NoiseSchedule.cosine(), 10).rows
+    P, Q, R = (rows[:, column(name)] for name in "PQR")
+    assert torch.equal(R, Q / P)
+    of_x0 = StepTable.ddpm(NoiseSchedule.cosine(), 10, prediction="x0").rows
+    assert not of_x0[:, column("R")].any()
+
+
+@pytest.mark.parametrize("name", ["Yo", "M"])
 def test_flags_refuse_a_column_without_a_specialisation(name):
     with pytest.raises(ValueError, match=f"column {name} has no specialisation"):
         flags_for(rows_with(**{name: 1e-9}))
@@ -361,7 +407,6 @@ def refused(case, error, message, make, *args, **kwargs):
         refused("list-negative", ValueError, r"spacing\[1\]", timesteps, 10, None, [5, -1]),
         refused("list-float", TypeError, r"spacing\[0\]", timesteps, 10, None, [5.0]),
         refused("list-length", ValueError, "steps must", timesteps, 10, 3, [5, 1]),
-        refused("G0", ValueError, "column G0", flags_for, rows_with(G0=0.5)),
         refused("nan", ValueError, "column P", flags_for, rows_with(P=math.nan)),
         refused("inf", ValueError, "column S", flags_for, rows_with(S=math.inf)),
         refused("clip-0-beside-1", ValueError, "clip", flags_for, rows_with(clip=(1.0, 0.0))),
@@ -390,6 +435,21 @@ def refused(case, error, message, make, *args, **kwargs):
         refused("too-short", ValueError, "one per row", StepTable, rows_with(), [1]),
         refused("negative", ValueError, r"timesteps\[1\]", StepTable, rows_with(), [1, -1]),
         refused("beyond-float32", ValueError, "P is 1e\\+39", StepTable, rows_with(P=1e39), [1, 0]),
+        refused("past-of-nothing", ValueError, "push is 0", flags_for, rows_with(Xh1=1)),
+        refused("push", ValueError, "push must be 0 or 1", flags_for, rows_with(push=2)),
+        refused(
+            "random-past",
+            ValueError,
+            "'random'",
+            StepTable,
+            rows_with(push=1, Xh1=1),
+            [1, 0],
+            start="random",
+        ),
+        refused(
+            "threshold", TypeError, "threshold must", StepTable, rows_with(), [1, 0], threshold=1
+        ),
+        refused("scale-0", ValueError, "init_scale", StepTable, rows_with(), [1, 0], init_scale=0),
         refused("no-specialisation", ValueError, "column M", StepTable, rows_with(M=1), [1, 0]),
         refused("dtype", ValueError, "dtype must", StepTable.ddpm(LINEAR, 2).to, "cpu", torch.half),
     ],

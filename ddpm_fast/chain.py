@@ -1,0 +1,182 @@
+"""The kept timesteps of a schedule, and what every solver reads of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from math import inf
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.row import ROW_WIDTH, column
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.spacing import check_int, check_name, check_real, timesteps
+
+Prediction = Literal["epsilon", "x0", "v", "score"]
+Start = int | Literal["random"] | None
+PREDICTIONS = ("epsilon", "x0", "v", "score")
+
+
+@dataclass(frozen=True)
+class DynamicThreshold:
+    """Dynamic thresholding of x0 (Saharia et al. 2022, Section 2.3), by the sample.
+
+    s is the given quantile of |x0| over a sample, in (0, 1], interpolated between neighbours and
+    limited to [1, cap]; x0 is clipped to [-s, s] and divided by s. cap >= 1; 1 is plain clipping.
+
+    Raises TypeError, ValueError for other numbers.
+    """
+
+    quantile: float = 0.995
+    cap: float = inf
+
+    def __post_init__(self) -> None:
+        check_real("quantile", self.quantile, 0, 1, "(]")
+        if self.cap != inf:
+            check_real("cap", self.cap, 1, inf, "[)")
+
+
+Clip = float | DynamicThreshold | None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The kept timesteps of a schedule, each with the next one kept (prev), 1 and 0 after the last.
+
+    Float64 [steps], descending in t: abar and rest = 1 - abar at t and at prev, and alpha and beta
+    = 1 - alpha of the step from prev to t.
+    """
+
+    timesteps: list[int]
+    prediction: str
+    abar: Tensor
+    rest: Tensor
+    abar_prev: Tensor
+    rest_prev: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        schedule: NoiseSchedule,
+        steps: int | None,
+        spacing: str | Sequence[int],
+        start: Start,
+        prediction: str,
+        to_data: bool = False,
+    ) -> Chain:
+        """Check a solver's arguments and look up its steps in the schedule.
+
+        to_data: see `spacing.timesteps`.
+        """
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+        check_name("prediction", prediction, PREDICTIONS)
+        abar = schedule.alphas_cumprod
+        if abar[-1] == 0 and prediction in ("epsilon", "score"):
+            raise ValueError(
+                "prediction must be 'x0' or 'v' for a schedule of zero terminal SNR, where "
+                f"alphas_cumprod ends at 0; got {prediction!r}"
+            )
+        begin = checked_start(start, schedule.T)
+        length = begin if isinstance(begin, int) else schedule.T
+        kept = timesteps(length, steps, spacing, to_data)
+        return cls._from(kept, prediction, abar[kept], schedule.one_minus_alphas_cumprod[kept])
+
+    @classmethod
+    def _from(cls, kept: list[int], prediction: str, abar: Tensor, rest: Tensor) -> Chain:
+        abar_prev = torch.cat([abar[1:], abar.new_ones(1)])
+        rest_prev = torch.cat([rest[1:], rest.new_zeros(1)])
+        # The logarithm of alpha keeps the digits that 1 - abar / abar_prev loses.
+        log_abar = torch.where(abar < 0.5, abar.log(), torch.log1p(-rest))
+        log_alpha = log_abar - torch.cat([log_abar[1:], log_abar.new_zeros(1)])
+        beta = -torch.expm1(log_alpha)
+        beta[-1] = rest[-1]
+        return cls(kept, prediction, abar, rest, abar_prev, rest_prev, log_alpha.exp(), beta)
+
+    def at(self, rows: list[int]) -> Chain:
+        """The chain with these steps, in this order; each still leads to its own prev."""
+        tensors = {
+            field.name: getattr(self, field.name)[rows]
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return replace(self, timesteps=[self.timesteps[i] for i in rows], **tensors)
+
+    @property
+    def posterior_variance(self) -> Tensor:
+        """Variance of q(x_prev | x_t, x_0), 0 after the last (Eq. 7, Ho et al. 2020)."""
+        return self.rest_prev / self.rest * self.beta
+
+    def x0(self) -> tuple[Tensor, Tensor]:
+        """P and Q of x0 = P x_t + Q out (Eq. 15, Ho et al. 2020, for epsilon)."""
+        signal, noise, none = self.abar.sqrt(), self.rest.sqrt(), torch.zeros_like(self.abar)
+        if self.prediction == "epsilon":
+            return 1 / signal, -noise / signal
+        if self.prediction == "score":
+            return 1 / signal, self.rest / signal
+        return (none, none + 1) if self.prediction == "x0" else (signal, -noise)
+
+    def epsilon(self) -> tuple[Tensor, Tensor]:
+        """Factors of x_t and out in the epsilon that the network's output stands for."""
+        signal, noise, none = self.abar.sqrt(), self.rest.sqrt(), torch.zeros_like(self.abar)
+        if self.prediction == "epsilon":
+            return none, none + 1
+        if self.prediction == "score":
+            return none, -noise
+        return (1 / noise, -signal / noise) if self.prediction == "x0" else (noise, signal)
+
+    def epsilon_of_x0(self) -> tuple[Tensor, Tensor]:
+        """Factors of x_t and x0 in the epsilon that a (clipped) x0 stands for."""
+        return 1 / self.rest.sqrt(), -self.abar.sqrt() / self.rest.sqrt()
+
+    def rows(self, clip: Clip, **columns: Tensor) -> Tensor:
+        """Rows with the given columns, x0 of the prediction unless given, and G0 = Cin = 1."""
+        P, Q = self.x0()
+        one = torch.ones_like(P)
+        columns = {"G0": one, "P": P, "Q": Q, "clip": clip_bound(clip) * one, "Cin": one} | columns
+        rows = one.new_zeros(len(one), ROW_WIDTH)
+        for name, values in columns.items():
+            rows[:, column(name)] = values
+        return rows
+
+
+def clip_bound(clip: Clip) -> float:
+    """The column clip: infinite where x0 is not clipped, or is thresholded."""
+    if clip is None or isinstance(clip, DynamicThreshold):
+        return inf
+    return check_real("clip", clip, 0, inf, "()")
+
+
+def threshold_of(clip: Clip) -> DynamicThreshold | None:
+    """The thresholding that a solver's argument clip asks for."""
+    return clip if isinstance(clip, DynamicThreshold) else None
+
+
+def checked_start(start: Any, T: int | None = None) -> Start:
+    """A solver's argument start: None, a step in 1..T, or "random"."""
+    if isinstance(start, str):
+        check_name("start", start, ("random",))
+        return "random"
+    return None if start is None else check_int("start", start, 1, T)
+
+
+def refuse_no_signal(c: Chain, solver: str) -> None:
+    """A solver that divides by alphas_cumprod needs some of x_0 at every timestep."""
+    if (c.abar == 0).any():
+        raise ValueError(
+            f"schedule: alphas_cumprod must be above 0 for {solver}; it is 0 at t ="
+            f" {c.timesteps[0]}"
+        )
+
+
+def refuse_random(start: Any, solver: str) -> None:
+    """A chain that looks back cannot begin at any row."""
+    if start == "random":
+        raise ValueError(
+            f"start must be None or a step for {solver}, whose steps read earlier ones; got "
+            "'random', which ddpm and ddim take"
+        )

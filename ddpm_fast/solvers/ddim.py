@@ -1,0 +1,167 @@
+"""DDIM (Song et al. 2020), its inverse, and the same ODE in its variance-exploding form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ddpm_fast.chain import (
+    Chain,
+    Clip,
+    Prediction,
+    Start,
+    refuse_no_signal,
+    refuse_random,
+    threshold_of,
+)
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.spacing import check_name, check_real
+
+if TYPE_CHECKING:
+    from ddpm_fast.tables import StepTable
+
+
+def ddim(
+    cls: type[StepTable],
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    eta: float = 0.0,
+    prediction: Prediction = "epsilon",
+    clip: Clip = 1.0,
+    spacing: str | Sequence[int] = "leading",
+    rederive_epsilon: bool = True,
+    start: Start = None,
+) -> StepTable:
+    """DDIM (Eq. 12 with the sigma of Eq. 16, Song et al. 2020).
+
+    eta: 0 is deterministic, 1 has the variance of ddpm's posterior; above 1 as long as
+    1 - abar_prev - sigma^2 stays at or above 0. rederive_epsilon: the epsilon of Eq. 12 is
+    (x_t - sqrt(abar) x0) / sqrt(1 - abar) with the clipped x0 (OpenAI, lucidrains; diffusers'
+    use_clipped_model_output), otherwise the network's own (diffusers' default). The other arguments
+    and errors are those of ddpm.
+    """
+    eta = check_real("eta", eta, 0, inf, "[)")
+    _check_bool("rederive_epsilon", rederive_epsilon)
+    c = Chain.of(schedule, steps, spacing, start, prediction)
+    sigma = eta * c.posterior_variance.sqrt()
+    # 1 - abar_prev - sigma^2, with rest - beta written as alpha * rest_prev.
+    squared = c.rest_prev / c.rest * (c.alpha * c.rest_prev + (1 - eta**2) * c.beta)
+    if (squared < 0).any():
+        raise ValueError(f"eta must leave sigma^2 <= 1 - alphas_cumprod_prev, got {eta}")
+    direction = squared.sqrt()
+    if rederive_epsilon:
+        Xx, Xo = direction / c.rest.sqrt(), torch.zeros_like(direction)
+        Xx0 = c.abar_prev.sqrt() - Xx * c.abar.sqrt()
+    else:
+        of_x, of_out = c.epsilon()
+        Xx, Xo, Xx0 = direction * of_x, direction * of_out, c.abar_prev.sqrt()
+    rows = c.rows(clip, Xx=Xx, Xx0=Xx0, Xo=Xo, S=sigma)
+    return cls(
+        rows,
+        c.timesteps,
+        prediction,
+        start,
+        f"ddim(eta={eta:g})",
+        draws_always=True,
+        threshold=threshold_of(clip),
+    )
+
+
+def ddim_inverse(
+    cls: type[StepTable],
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    prediction: Prediction = "epsilon",
+    clip: Clip = None,
+    spacing: str | Sequence[int] = "leading",
+    rederive_epsilon: bool = True,
+    evaluate_at: Literal["current", "next"] = "current",
+    start: int | None = None,
+) -> StepTable:
+    """The chain of ddim with eta = 0 run from x_0 to noise, to encode an image.
+
+    The state begins as x_0 and passes the noise levels of ``ddim(schedule, steps, spacing=spacing,
+    start=start)`` from the lowest to the highest: x' = sqrt(abar') x0 + sqrt(1 - abar') epsilon,
+    the ODE of Eq. 14, Song et al. 2020, run forward. Decoding comes back to x_0 up to the error of
+    the steps; what a clip (off unless given) cuts is lost for good.
+
+    evaluate_at: the timestep that the network is told: "current", of the state that it sees, as in
+    Song et al. (the first row, whose state has no noise, is told the lowest timestep); or "next",
+    of the state that the step leads to, as diffusers' DDIMInverseScheduler does. The table begins
+    at data (its start is "data"): a `Sampler` is given them as x_T. The other arguments and the
+    errors are those of ddpm.
+    """
+    check_name("evaluate_at", evaluate_at, ("current", "next"))
+    _check_bool("rederive_epsilon", rederive_epsilon)
+    rederived = rederive_epsilon and clip is not None
+    if start == "random":
+        raise ValueError("start must be None or a step for ddim_inverse; got 'random'")
+    c = Chain.of(schedule, steps, spacing, start, prediction)
+    up = c.timesteps[::-1]
+    told = up if evaluate_at == "next" else [up[0], *up[:-1]]
+    abar, rest = c.abar.flip(0), c.rest.flip(0)  # where a step leads
+    here = replace(c, abar=c.abar_prev.flip(0), rest=c.rest_prev.flip(0))
+    if prediction == "x0" or rederived:
+        # At x_0 itself an x0 says nothing of epsilon: the output is read at the level it is told.
+        here.abar[0], here.rest[0] = abar[0], rest[0]
+    P, Q = here.x0()
+    columns = {"P": P, "Q": Q, "Xx0": abar.sqrt()}
+    if rederived:
+        of_x, of_x0 = here.epsilon_of_x0()
+        columns["Xx0"] = abar.sqrt() + rest.sqrt() * of_x0
+    else:
+        of_x, of_out = here.epsilon()
+        columns["Xo"] = rest.sqrt() * of_out
+    rows = c.rows(clip, Xx=rest.sqrt() * of_x, **columns)
+    return cls(rows, told, prediction, "data", "ddim_inverse", threshold=threshold_of(clip))
+
+
+def ve_ode(
+    cls: type[StepTable],
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    prediction: Prediction = "epsilon",
+    clip: Clip = 1.0,
+    spacing: str | Sequence[int] = "leading",
+    start: int | None = None,
+) -> StepTable:
+    """DDIM with eta = 0 in the variance-exploding form of its ODE (Eq. 11 of Khungurn 2022).
+
+    The state is x_t / sqrt(abar_t) = x_0 + sigma(t) epsilon with sigma(t) = sqrt(1/abar_t - 1), the
+    schedule's ``sigmas``; the network reads the state over sqrt(1 + sigma^2). A step is Euler's,
+    x' = x + (sigma' - sigma) epsilon, with the epsilon of the (clipped) x0; it begins at
+    sqrt(1 + sigma^2) N(0, I) and ends at x_0, and equals ddim up to rounding. The arguments and
+    errors are those of ddim; alphas_cumprod must be above 0 at every timestep kept.
+    """
+    refuse_random(start, "ve_ode")
+    c = Chain.of(schedule, steps, spacing, start, prediction)
+    refuse_no_signal(c, "ve_ode")
+    of_x, of_out = c.x0()
+    sigma, sigma_prev = (c.rest / c.abar).sqrt(), (c.rest_prev / c.abar_prev).sqrt()
+    ratio = sigma_prev / sigma
+    rows = c.rows(
+        clip,
+        P=of_x * c.abar.sqrt(),
+        Q=of_out,
+        Xx=ratio,
+        Xx0=1 - ratio,
+        Cin=c.abar_prev.sqrt(),
+    )
+    return cls(
+        rows,
+        c.timesteps,
+        prediction,
+        start,
+        "ve_ode",
+        threshold=threshold_of(clip),
+        init_scale=float(1 / c.abar[0].sqrt()),
+    )
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")

@@ -1,0 +1,116 @@
+"""DPM-Solver++ of second order, multistep (Lu et al. 2022, "DPM-Solver++"), and its SDE form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.chain import Chain, Clip, Prediction, refuse_random, threshold_of
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.spacing import check_name
+
+if TYPE_CHECKING:
+    from ddpm_fast.tables import StepTable
+
+Correction = Literal["midpoint", "heun"]
+
+
+def dpmpp_2m(
+    cls: type[StepTable],
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    prediction: Prediction = "epsilon",
+    clip: Clip = 1.0,
+    spacing: str | Sequence[int] = "linspace",
+    solver_type: Correction = "midpoint",
+    start: int | None = None,
+) -> StepTable:
+    """DPM-Solver++(2M) (Algorithm 2, Lu et al. 2022): second order, one evaluation a step.
+
+    x' = (sigma'/sigma) x + alpha' (1 - exp(-h)) D with D = x0 + (x0 - x0 of the step before)/(2 r),
+    h the step in lambda = log(alpha/sigma) and r the step before it over h; alpha^2 = abar. The
+    first step and the last, which leads to x_0 itself, are of first order. solver_type: "midpoint"
+    as above, or "heun", whose factor of the difference is alpha' ((exp(-h) - 1)/h + 1).
+
+    spacing: named ones place the timesteps as for a chain that goes on to x_0 (to_data of
+    `spacing.timesteps`). start: None or 1..T. The other arguments and errors are those of ddpm.
+    """
+    c, h, ratio = _half_logsnr(schedule, steps, spacing, start, prediction, solver_type, "dpmpp_2m")
+    gain = c.abar_prev.sqrt() * -torch.expm1(-h)
+    rise = gain / 2
+    if solver_type == "heun":
+        rise = c.abar_prev.sqrt() * (torch.expm1(-h) / h + 1)
+    rows = _rows(c, clip, (c.rest_prev / c.rest).sqrt(), gain, rise * ratio)
+    return cls(rows, c.timesteps, prediction, start, "dpmpp_2m", threshold=threshold_of(clip))
+
+
+def dpmpp_2m_sde(
+    cls: type[StepTable],
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    prediction: Prediction = "epsilon",
+    clip: Clip = 1.0,
+    spacing: str | Sequence[int] = "linspace",
+    solver_type: Correction = "midpoint",
+    start: int | None = None,
+) -> StepTable:
+    """SDE-DPM-Solver++(2M) (Appendix B, Lu et al. 2022).
+
+    x' = (sigma'/sigma) exp(-h) x + alpha' (1 - exp(-2h)) D + sigma' sqrt(1 - exp(-2h)) z, with the
+    D and the arguments of dpmpp_2m. Of first order it is ancestral sampling with the posterior
+    variance.
+    """
+    name = "dpmpp_2m_sde"
+    c, h, ratio = _half_logsnr(schedule, steps, spacing, start, prediction, solver_type, name)
+    share = -torch.expm1(-2 * h)
+    gain = c.abar_prev.sqrt() * share
+    rise = gain / 2
+    if solver_type == "heun":
+        rise = c.abar_prev.sqrt() * (1 - share / (2 * h))
+    decay = (c.rest_prev / c.rest).sqrt() * (-h).exp()
+    rows = _rows(c, clip, decay, gain, rise * ratio, S=(c.rest_prev * share).sqrt())
+    return cls(
+        rows,
+        c.timesteps,
+        prediction,
+        start,
+        name,
+        draws_always=True,
+        threshold=threshold_of(clip),
+    )
+
+
+def half_logsnr_steps(c: Chain) -> Tensor:
+    """The step of each row in lambda = log(alpha/sigma), infinite out of noise and into x_0."""
+    half_logsnr = (c.abar.log() - c.rest.log()) / 2
+    return torch.cat([half_logsnr[1:], half_logsnr.new_tensor([torch.inf])]) - half_logsnr
+
+
+def _half_logsnr(
+    schedule: NoiseSchedule,
+    steps: int | None,
+    spacing: str | Sequence[int],
+    start: int | None,
+    prediction: str,
+    solver_type: str,
+    name: str,
+) -> tuple[Chain, Tensor, Tensor]:
+    """The chain, h of each step, and h over the step before it: 0 where the order is first."""
+    check_name("solver_type", solver_type, ("midpoint", "heun"))
+    refuse_random(start, name)
+    c = Chain.of(schedule, steps, spacing, start, prediction, to_data=True)
+    h = half_logsnr_steps(c)
+    ratio = torch.zeros_like(h)
+    ratio[1:-1] = h[1:-1] / h[:-2]
+    return c, h, ratio
+
+
+def _rows(
+    c: Chain, clip: Clip, decay: Tensor, gain: Tensor, rise: Tensor, **columns: Tensor
+) -> Tensor:
+    """x' = decay x + gain x0 + rise (x0 - h1), each x0 pushed."""
+    one = torch.ones_like(gain)
+    return c.rows(clip, Xx=decay, Xx0=gain + rise, Xh1=-rise, Hv=one, push=one, **columns)
