@@ -62,6 +62,11 @@ def like(
             f"{name} must have the shape of {other_name}, {shape_text(other)};"
             f" got {shape_text(value)}"
         )
+    return same_device(name, value, other_name, other)
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
+    """``value``, if it is on the device of ``other``."""
     if value.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {other_name}, {other.device}; got {value.device}"

@@ -11,18 +11,24 @@ from torch import Tensor
 from ddpm_fast import checks
 from ddpm_fast.noise import STREAM_STEPS, STREAM_X_T, empty_samples, philox_rng
 from ddpm_fast.ops import Implementation
+from ddpm_fast.outputs import halves, thresholds
+from ddpm_fast.row import RowFlag
 from ddpm_fast.tables import StepTable
 
-Model = Callable[[Tensor, Tensor], Any]
+Model = Callable[..., Any]
 
 
 class StepLoop:
     """The state of ``batch`` samples and one step of their chains.
 
     Every tensor is allocated here and keeps its address, so that a step can be captured in a CUDA
-    graph: the state x [batch, ...], the network's input (x itself where the dtypes agree), the row
-    of each sample in ``step``, and the noise, either a buffer that the caller fills or made in the
-    kernel from ``rng``. A step allocates nothing that outlives it and does not wait for the GPU.
+    graph: the state x [batch, ...] and what a multistep solver keeps beside it, the network's input
+    (x itself where the dtypes agree), labels, the row of each sample in ``step``, and the noise,
+    either a buffer that the caller fills or made in the kernel from ``rng``. Under guidance the
+    input holds the batch twice, and so does each call of the network: with its labels, then with
+    the null label. A step allocates nothing that outlives it and does not wait for the GPU.
+
+    labels: those of a batch, for their shape, dtype and device; None for a model without.
     """
 
     def __init__(
@@ -35,11 +41,19 @@ class StepLoop:
         device: torch.device,
         dtype: torch.dtype,
         makes_noise: bool,
+        labels: Tensor | None = None,
     ) -> None:
         self._model, self._run, self._flags = model, run, int(table.flags)
         state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.x = empty_samples(batch, sample_shape, state_dtype, device).zero_()
-        self._half = None if dtype == state_dtype else torch.empty_like(self.x, dtype=dtype)
+        times = 2 if table.guided else 1
+        self._input = empty_samples(times * batch, sample_shape, dtype, device).zero_()
+        shared = dtype == state_dtype and not table.flags & RowFlag.SCALE_IN
+        if shared:
+            self.x = self._input[:batch]
+        else:
+            self.x = empty_samples(batch, sample_shape, state_dtype, device).zero_()
+        self._target = None if shared else self._input[:batch]
+        self._memory = table.memory(self.x)
         self.step_index = torch.zeros(batch, dtype=torch.int64, device=device)
         self._table = table
         rows, timesteps = self._tables(table)
@@ -47,11 +61,15 @@ class StepLoop:
         noisy = table.uses_noise
         self.noise = torch.zeros_like(self.x) if noisy and not makes_noise else None
         self._rng = philox_rng(0, device=device) if noisy and makes_noise else None
+        self._labels = (
+            labels.new_zeros(times * batch, *labels.shape[1:]) if labels is not None else None
+        )
 
     @staticmethod
     def kind(table: StepTable) -> Hashable:
         """What a loop is made for: tables of one kind may be loaded into it one after another."""
-        return table.steps, int(table.flags), table.uses_noise, table.start == "random"
+        flags = int(table.flags)
+        return table.steps, flags, table.uses_noise, table.start == "random", table.threshold
 
     def load(self, table: StepTable) -> None:
         """Go by another table of the same kind from here on."""
@@ -74,12 +92,24 @@ class StepLoop:
         """
         device = self.x.device
         self._run.philox_normal_(self.x, philox_rng(seed, STREAM_X_T, first_sample, device))
+        if self._table.init_scale != 1:
+            self.x.mul_(self._table.init_scale)
         if self._rng is not None:
             self._rng.copy_(philox_rng(seed, STREAM_STEPS, first_sample), non_blocking=True)
+        for kept in self._memory:
+            if kept is not None:
+                kept.zero_()  # a coefficient of 0 meets finite numbers in the first rows
         self.rewind()
         if start_rows is not None:
             self.step_index.copy_(start_rows)
         self.refresh_input()
+
+    def label(self, labels: Tensor, null: Tensor | None) -> None:
+        """The labels of the batch [batch, ...], and under guidance the null label."""
+        if self._labels is not None:
+            self._labels[: len(labels)].copy_(labels)
+            if null is not None:
+                self._labels[len(labels) :].copy_(null)
 
     def rewind(self) -> None:
         """Back to row 0 in every sample."""
@@ -87,14 +117,26 @@ class StepLoop:
 
     def refresh_input(self) -> None:
         """Bring the network's input up to date after x was written from outside."""
-        if self._half is not None:
-            self._half.copy_(self.x)
+        if self._target is not None:
+            scale = self._table.init_scale
+            self._target.copy_(self.x if scale == 1 else self.x / scale)
+        self._repeat_input()
+
+    def _repeat_input(self) -> None:
+        batch = len(self.x)
+        if len(self._input) > batch:
+            self._input[batch:].copy_(self._input[:batch])
 
     def step(self) -> None:
         """One step: the network, the fused update, the counter."""
-        model_input = self.x if self._half is None else self._half
         t = self._timesteps.index_select(0, self.step_index)
-        out = self._checked(self._model(model_input, t))
+        if len(self._input) > len(self.x):
+            t = t.repeat(2)
+        arguments = () if self._labels is None else (self._labels,)
+        out, v, out2 = self._outputs(self._model(self._input, t, *arguments))
+        how, s = self._table.threshold, None
+        if how is not None:
+            s = thresholds(how, self.x, out, out2, self._rows, self.step_index)
         self._run.reverse_step_(
             self.x,
             out,
@@ -102,10 +144,15 @@ class StepLoop:
             self.step_index,
             self.noise,
             self._rng,
-            self._half,
+            self._target,
             None,
             self._flags,
+            out2,
+            v,
+            s,
+            *self._memory,
         )
+        self._repeat_input()
         self.step_index.add_(1)
 
     def advance(self, steps: int) -> None:
@@ -113,7 +160,8 @@ class StepLoop:
         for _ in range(steps):
             self.step()
 
-    def _checked(self, out: Any) -> Tensor:
+    def _outputs(self, out: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The prediction, the learned v and the unconditional prediction of a call, checked."""
         if not isinstance(out, Tensor):
             out = getattr(out, "sample", out)  # the output objects of diffusers
         if not isinstance(out, Tensor):
@@ -121,11 +169,10 @@ class StepLoop:
                 "model must return a tensor, or an object whose .sample is one;"
                 f" it returned {type(out).__name__}"
             )
-        if out.shape != self.x.shape or out.device != self.x.device:
+        if out.device != self.x.device:
             raise ValueError(
-                f"model must return the shape and device of its input,"
-                f" {checks.shape_text(self.x)} on {self.x.device};"
-                f" it returned {checks.shape_text(out)} on {out.device}"
+                f"model must return a tensor on {self.x.device}, the device of its input;"
+                f" it returned one on {out.device}"
             )
         accepted = checks.FLOATS[:3] if self.x.dtype == torch.float32 else checks.FLOATS[3:]
         if out.dtype not in accepted:
@@ -134,4 +181,10 @@ class StepLoop:
                 f" {checks.dtype_name(self.x.dtype)} state; it returned"
                 f" {checks.dtype_name(out.dtype)}"
             )
-        return checks.apart(out, self.x, self._half)
+        batch = len(self.x)
+        both, v = halves("the model's output", out, self.x, self._table.learned, len(self._input))
+        out2 = None if len(both) == batch else self._apart(both[batch:])
+        return self._apart(both[:batch]), None if v is None else self._apart(v[:batch]), out2
+
+    def _apart(self, out: Tensor) -> Tensor:
+        return checks.apart(out, self.x, self._target)

@@ -35,11 +35,15 @@ class _Chunk:
 class Sampler:
     """Runs a step table with a model.
 
-    model: any callable ``model(x, t)``: x [B, *sample_shape] in ``dtype``, channels-last in memory
-    for images, t int64 [B]; returns the prediction that the table was made for, of x's shape
-    (float32, float16 or bfloat16; or an object whose ``.sample`` is that tensor). It must not
-    write to x. Switching it to eval mode is the caller's.
+    model: any callable ``model(x, t)``, or ``model(x, t, labels)`` where `sample` gets labels: x
+    [B, *sample_shape] in ``dtype``, channels-last in memory for images, t int64 [B], labels
+    [B, ...]; returns the prediction that the table was made for, of x's shape, or with twice the
+    channels, the second half a learned variance (float32, float16 or bfloat16; or an object whose
+    ``.sample`` is that tensor). Under guidance B is twice the micro-batch: one call for both. It
+    must not write to x. Switching it to eval mode is the caller's.
     sample_shape: the shape of one sample, such as (3, 32, 32).
+    null_label: the label of the unconditional model, for tables with guidance: an int, or a tensor
+    of the shape of one sample's label.
     micro_batch: how many samples go through the model together. It is part of a sample's identity:
     sample k always sits in slot k % micro_batch, beside the samples that belong there, because the
     slot and the batch size change the last bits of a convolution.
@@ -74,6 +78,7 @@ class Sampler:
         graph: Graph = "auto",
         pad: bool = True,
         loops_kept: int = 2,
+        null_label: int | Tensor | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t); got {type(model).__name__}")
@@ -87,6 +92,7 @@ class Sampler:
                 f" got {noise!r}"
             )
         self._model, self._table, self._noise, self.pad = model, table, noise, bool(pad)
+        self._null_label = null_label
         self.sample_shape = checks.sample_shape("sample_shape", sample_shape)
         self.micro_batch = checks.integer("micro_batch", micro_batch, 1, 1 << 31)
         self.device, self.dtype = _placement(model, device, dtype)
@@ -142,6 +148,7 @@ class Sampler:
         x_T: Tensor | None = ...,
         progress: bool = ...,
         return_steps: None = ...,
+        labels: Tensor | int | None = ...,
     ) -> Tensor: ...
 
     @overload
@@ -154,6 +161,7 @@ class Sampler:
         progress: bool = ...,
         *,
         return_steps: Sequence[int],
+        labels: Tensor | int | None = ...,
     ) -> tuple[Tensor, Tensor]: ...
 
     @torch.inference_mode(False)  # the buffers serve calls inside and outside of it
@@ -166,6 +174,7 @@ class Sampler:
         x_T: Tensor | None = None,
         progress: bool = True,
         return_steps: Sequence[int] | None = None,
+        labels: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Samples first_sample .. first_sample + num - 1 of a seed, float32 [num, *sample_shape].
 
@@ -173,8 +182,10 @@ class Sampler:
         bits, and so is any other cut of the same samples. Values are as the chain leaves them,
         about [-1, 1] for images; nothing is clamped afterwards. A NaN that the model makes stays.
 
-        x_T: the starting points, float32 [num, *sample_shape]; by default made from the seed (or
-        drawn from the generator). progress: shows a bar, which never waits for the GPU.
+        x_T: the starting states, float32 [num, *sample_shape]; by default made from the seed (or
+        drawn from the generator), times the table's init_scale. A table that begins at data needs
+        them. labels: for a conditional model, [num, ...], or an int for all. progress: shows a bar,
+        which never waits for the GPU.
         return_steps: numbers of steps in 0 .. table.steps; returns also the states after so many
         steps, float32 [len(return_steps), num, *sample_shape], 0 being x_T.
 
@@ -189,6 +200,9 @@ class Sampler:
         shape = (num, *self.sample_shape)
         if x_T is not None:
             _check_given("x_T", x_T, shape)
+        elif self.table.start == "data":
+            raise ValueError("x_T: this table begins at data, which x_T must give; got None")
+        classes = self._check_labels(labels, num)
         if isinstance(self.noise, Tensor):
             _check_given("noise", self.noise, (self.table.steps, *shape))
         result = empty_samples(num, self.sample_shape, self.state_dtype, self.device)
@@ -205,7 +219,11 @@ class Sampler:
         ):
             self._loops.take_over()
             for chunk in chunks:
-                result[chunk.place] = self._run_chunk(chunk, seed, x_T, wanted or {}, states, bar)
+                loop = self._loop(chunk.batch, classes)
+                self._label(loop.loop, chunk, classes)
+                result[chunk.place] = self._run_chunk(
+                    loop, chunk, seed, x_T, wanted or {}, states, bar
+                )
             self._loops.hand_over()
         return result if states is None else (result, states)
 
@@ -224,6 +242,7 @@ class Sampler:
 
     def _run_chunk(
         self,
+        kept: KeptLoop,
         chunk: _Chunk,
         seed: int,
         x_T: Tensor | None,
@@ -231,14 +250,14 @@ class Sampler:
         states: Tensor | None,
         bar: tqdm,
     ) -> Tensor:
-        loop, advance, stride = self._loop(chunk.batch)
+        loop, advance, stride = kept
         rows = self._start_rows(chunk, seed)
         loop.start(seed, chunk.first, rows)
         x = loop.x[chunk.slots]
         source = self._source()
         given = x_T[chunk.place] if x_T is not None else None
-        if given is None and source is not None:
-            given = source.x_T(x)
+        if given is None and isinstance(source, GeneratorNoise):
+            given = source.x_T(x) * self.table.init_scale
         if given is not None:
             x.copy_(given)
             loop.refresh_input()
@@ -271,7 +290,7 @@ class Sampler:
             return GeneratorNoise(self.noise, self.table)
         return TensorNoise(self.noise, self.table) if isinstance(self.noise, Tensor) else None
 
-    def _loop(self, batch: int) -> KeptLoop:
+    def _loop(self, batch: int, labels: Tensor | None) -> KeptLoop:
         """The buffers of a batch size and what advances them, set to the table of this sampler."""
         makes_noise = self._source() is None
 
@@ -285,11 +304,40 @@ class Sampler:
                 self.device,
                 self.dtype,
                 makes_noise=makes_noise,
+                labels=labels,
             )
 
-        kept = self._loops.loop((batch, makes_noise, StepLoop.kind(self.table)), make)
+        of_labels = None if labels is None else (labels.dtype, tuple(labels.shape[1:]))
+        key = batch, makes_noise, of_labels, StepLoop.kind(self.table)
+        kept = self._loops.loop(key, make)
         kept.loop.load(self.table)
         return kept
+
+    def _check_labels(self, labels: Tensor | int | None, num: int) -> Tensor | None:
+        """The label of each sample [num, ...] on the sampler's device."""
+        if self.table.guided and (labels is None or self._null_label is None):
+            missing = "labels" if labels is None else "null_label"
+            raise ValueError(f"{missing} must be given for a table with guidance; got None")
+        if labels is None:
+            return None
+        if not isinstance(labels, Tensor):
+            label = checks.integer("labels", labels, 0, 1 << 62)
+            return torch.full((num,), label, dtype=torch.int64, device=self.device)
+        if labels.ndim == 0 or labels.shape[0] != num:
+            raise ValueError(
+                f"labels must be an int or a tensor [{num}, ...]; got {checks.shape_text(labels)}"
+            )
+        return labels.to(self.device)
+
+    def _label(self, loop: StepLoop, chunk: _Chunk, labels: Tensor | None) -> None:
+        """Give the slots of a micro-batch their labels; the slots not wanted repeat one of them."""
+        if labels is None:
+            return
+        of_chunk = labels[chunk.place]
+        slots = torch.arange(chunk.batch) - chunk.slots.start
+        of_slots = of_chunk[slots.clamp(0, len(of_chunk) - 1).to(labels.device)]
+        null = torch.as_tensor(self._null_label).to(labels) if self.table.guided else None
+        loop.label(of_slots, null)
 
     def _start_rows(self, chunk: _Chunk, seed: int) -> Tensor | None:
         """Each sample's first row for a chain of random length, uniform over the table."""

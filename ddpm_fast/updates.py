@@ -15,8 +15,10 @@ from torch import Tensor
 from ddpm_fast import checks
 from ddpm_fast.noise import STREAM_TRAINING, philox_rng
 from ddpm_fast.ops import implementation
+from ddpm_fast.outputs import halves, thresholds
+from ddpm_fast.row import RowFlag
 from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.tables import StepTable
+from ddpm_fast.tables import StepMemory, StepTable
 
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -102,17 +104,22 @@ def reverse_step_(
     rng: Tensor | None = None,
     model_input: Tensor | None = None,
     pred_x0: Tensor | None = None,
+    model_output2: Tensor | None = None,
+    memory: StepMemory | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One reverse step in place: row ``step`` of a table applied to the state x; returns x.
 
-    x: [N, ...] float32 (float64 in reference and cpu). model_output: the shape of x, float32,
-    float16 or bfloat16 (float64 where x is). step: int64 [N] or an int, the row of each sample; a
-    sample whose row lies outside the table is left alone, so that chains of unequal length share a
-    batch. Noise, where the table has any: `noise` of the shape and dtype of x, or `rng` from
-    `philox_rng`, to make it in the kernel (row i uses stream rng[1] + i); it is not read where the
-    table has none. model_input: written with x' in its own dtype (float32, float16, bfloat16), the
-    tensor that the network reads next. pred_x0: dtype of x, written with the clipped x_0.
+    x: [N, ...] float32 (float64 in reference and cpu). model_output: the shape of x, or twice its
+    channels for a network with a learned variance, float32, float16 or bfloat16 (float64 where x
+    is); model_output2: the unconditional one beside it, for a table with guidance. memory: what a
+    multistep solver keeps, `StepTable.memory` of x, made once and handed to every step. step: int64
+    [N] or an int, the row of each sample; a sample whose row lies outside the table is left alone,
+    so that chains of unequal length share a batch. Noise, where the table has any: `noise` of the
+    shape and dtype of x, or `rng` from `philox_rng`, to make it in the kernel (row i uses stream
+    rng[1] + i); it is not read where the table has none. model_input: written with x' in its own
+    dtype (float32, float16, bfloat16), the tensor that the network reads next. pred_x0: dtype of x,
+    written with the clipped x_0.
 
     The equation of a row is in `ddpm_fast.row`. Raises TypeError or ValueError naming the argument,
     RuntimeError where the backend cannot run.
@@ -120,9 +127,10 @@ def reverse_step_(
     wide = (torch.float64,)
     x = checks.written("x", checks.batch("x", x, (torch.float32, torch.float64)))
     outputs = wide if x.dtype == torch.float64 else checks.FLOATS[:3]
-    model_output = checks.like("model_output", model_output, "x", x, outputs)
     if not isinstance(table, StepTable):
         raise TypeError(f"table must be a StepTable; got {type(table).__name__}")
+    out, v, out2 = _outputs(x, model_output, model_output2, table, outputs)
+    second, history = _memory(memory, x, table)
     if not table.uses_noise:
         noise = rng = None
     elif (noise is None) == (rng is None):
@@ -141,13 +149,62 @@ def reverse_step_(
     step = checks.index("step", step, x, None)
     run = implementation(backend, x.device, x.dtype)
     rows, _ = table.to(x.device, x.dtype)
-    checks.distinct(x=x, model_input=model_input, pred_x0=pred_x0)
-    written = (x, model_input, pred_x0)
-    out = checks.apart(model_output.detach(), *written)
-    noise = noise if noise is None else checks.apart(noise.detach(), *written)
-    run.reverse_step_(x, out, rows, step, noise, rng, model_input, pred_x0, int(table.flags))
+    checks.distinct(x=x, model_input=model_input, pred_x0=pred_x0, second=second, history=history)
+    written = (x, model_input, pred_x0, second, history)
+    out = checks.apart(out.detach(), *written)
+    v, out2, noise = (
+        read if read is None else checks.apart(read.detach(), *written) for read in (v, out2, noise)
+    )
+    s = None
+    if table.threshold is not None:
+        s = thresholds(table.threshold, x, out, out2, rows, step)
+    plain = (x, out, rows, step, noise, rng, model_input, pred_x0, int(table.flags))
+    run.reverse_step_(*plain, out2, v, s, second, history)
     checks.note_written(*written)
     return x
+
+
+def _outputs(
+    x: Tensor,
+    model_output: Tensor,
+    model_output2: Tensor | None,
+    table: StepTable,
+    dtypes: tuple[torch.dtype, ...],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The prediction, the learned v, and the second prediction; None where there is none."""
+    checks.batch("model_output", model_output, dtypes)
+    checks.same_device("model_output", model_output, "x", x)
+    out, v = halves("model_output", model_output, x, table.learned)
+    if (model_output2 is not None) != table.guided:
+        needed = "a table with guidance needs it" if table.guided else "the table has no guidance"
+        got = "nothing" if model_output2 is None else "a tensor"
+        raise ValueError(f"model_output2: {needed}; got {got}")
+    if model_output2 is None:
+        return out, v, None
+    checks.like("model_output2", model_output2, "model_output", model_output, dtypes)
+    return out, v, halves("model_output2", model_output2, x, False)[0]
+
+
+def _memory(
+    memory: StepMemory | None, x: Tensor, table: StepTable
+) -> tuple[Tensor | None, Tensor | None]:
+    """The second state and the past values, checked."""
+    second, history = memory if memory is not None else (None, None)
+    shapes = {
+        "second": (second, list(x.shape) if table.flags & RowFlag.SECOND else None),
+        "history": (history, [table.depth, *x.shape] if table.depth else None),
+    }
+    for name, (tensor, shape) in shapes.items():
+        got = None if tensor is None else list(tensor.shape)
+        if got != shape:
+            raise ValueError(f"memory.{name} must be {shape}, as from table.memory(x); got {got}")
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            raise ValueError(
+                f"memory.{name} must have the dtype and device of x,"
+                f" {checks.dtype_name(x.dtype)} on {x.device};"
+                f" got {checks.dtype_name(tensor.dtype)} on {tensor.device}"
+            )
+    return second, history
 
 
 def _rng(rng: Tensor, x: Tensor) -> Tensor:

@@ -98,10 +98,10 @@ def test_an_error_of_the_model_leaves_the_sampler_usable():
         pytest.param(lambda x, t: x.long(), TypeError, ("float32", "int64"), id="integers"),
         pytest.param(lambda x, t: x.double(), TypeError, ("float32", "float64"), id="float64"),
         pytest.param(
-            lambda x, t: torch.cat([x, x], dim=1),
+            lambda x, t: torch.cat([x, x, x], dim=1),
             ValueError,
-            ("[4, 3, 6, 5]", "[4, 6, 6, 5]"),
-            id="learned-variance",
+            ("[4, 3, 6, 5]", "[4, 9, 6, 5]"),
+            id="more-channels",
         ),
     ],
 )

@@ -1,0 +1,73 @@
+"""What a network returned, as a step reads it: its halves, and the thresholds of its x0."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import checks
+from ddpm_fast.chain import DynamicThreshold
+from ddpm_fast.row import column
+
+
+def halves(
+    name: str, out: Tensor, x: Tensor, learned: bool, samples: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The prediction and, where it is learned, v: views of an output [N, C or 2C, ...].
+
+    samples: of out, where they are not those of x. A table without a learned variance leaves the
+    second half of 2C channels alone. Raises ValueError, naming ``name``, for another shape, and
+    for C channels where a variance is needed.
+    """
+    samples = x.shape[0] if samples is None else samples
+    plain = (samples, *x.shape[1:])
+    doubled = (samples, 2 * x.shape[1], *x.shape[2:]) if x.ndim > 1 else None
+    if tuple(out.shape) == doubled:
+        channels = x.shape[1]
+        return out[:, :channels], out[:, channels:] if learned else None
+    if learned:
+        raise ValueError(
+            f"{name} must have 2C channels for a table with a learned variance,"
+            f" {list(doubled or plain)}; got {checks.shape_text(out)}"
+        )
+    if tuple(out.shape) != plain:
+        raise ValueError(
+            f"{name} must have the shape of x, {list(plain)}, or twice the channels;"
+            f" got {checks.shape_text(out)}"
+        )
+    return out, None
+
+
+def thresholds(
+    how: DynamicThreshold,
+    x: Tensor,
+    out: Tensor,
+    out2: Tensor | None,
+    rows: Tensor,
+    step: Tensor,
+) -> Tensor:
+    """The threshold s of each sample [N], in the dtype of x (Saharia et al. 2022, Section 2.3).
+
+    The quantile of |x0| is interpolated linearly between neighbours, as torch.quantile does, for
+    samples of any size and without sorting them. A NaN counts as the largest value. Nothing waits
+    for a GPU.
+    """
+    row = rows.index_select(0, step.clamp(0, rows.shape[0] - 1))
+
+    def coef(name: str) -> Tensor:
+        return row[:, column(name)].view(-1, *[1] * (x.ndim - 1))
+
+    o = out.to(x.dtype)
+    if out2 is not None:
+        o = coef("G0") * o + coef("G1") * out2.to(x.dtype)
+    sizes = (coef("P") * x + coef("Q") * o).abs_().flatten(1)
+    count = math.prod(x.shape[1:])
+    if count == 0:
+        return sizes.new_ones(x.shape[0])
+    place = how.quantile * (count - 1)
+    below = math.floor(place)
+    low = sizes.kthvalue(below + 1, dim=1).values
+    high = sizes.kthvalue(min(below + 2, count), dim=1).values
+    return torch.lerp(low, high, place - below).clamp_(1, how.cap)
