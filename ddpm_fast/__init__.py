@@ -4,15 +4,17 @@ A sampler is a table of coefficients (`StepTable`), and one fused kernel runs th
 backends that can be checked against plain PyTorch.
 """
 
+from ddpm_fast.chain import DynamicThreshold
 from ddpm_fast.checkpoint import Checkpoint, load, save
 from ddpm_fast.engine import AcceleratedUNet, Tuner, UNetEngine, accelerate
 from ddpm_fast.network import attention, group_norm
 from ddpm_fast.noise import philox_normal, philox_rng
 from ddpm_fast.ops import BACKENDS
 from ddpm_fast.optimize import OptimizeReport, optimize_module
+from ddpm_fast.predictions import ConvertedModel, convert_prediction
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedules import NoiseSchedule, ScheduleWarning
-from ddpm_fast.tables import StepTable
+from ddpm_fast.tables import StepMemory, StepTable
 from ddpm_fast.unet import UNet, UNetConfig
 from ddpm_fast.updates import q_posterior, q_sample, q_sample_philox, reverse_step_
 
@@ -22,10 +24,13 @@ __all__ = [
     "BACKENDS",
     "AcceleratedUNet",
     "Checkpoint",
+    "ConvertedModel",
+    "DynamicThreshold",
     "NoiseSchedule",
     "OptimizeReport",
     "Sampler",
     "ScheduleWarning",
+    "StepMemory",
     "StepTable",
     "Tuner",
     "UNet",
@@ -33,6 +38,7 @@ __all__ = [
     "UNetEngine",
     "accelerate",
     "attention",
+    "convert_prediction",
     "group_norm",
     "load",
     "optimize_module",

@@ -1,0 +1,115 @@
+"""What a network predicts, told as another prediction: epsilon, x0, v and the score.
+
+All four say the same of x_t = sqrt(abar) x_0 + sqrt(1 - abar) epsilon: v = sqrt(abar) epsilon -
+sqrt(1 - abar) x_0 (Salimans & Ho 2022), score = -epsilon / sqrt(1 - abar) (Eq. 9, Khungurn 2022).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import checks
+from ddpm_fast.chain import PREDICTIONS, Chain, Prediction
+from ddpm_fast.schedules import Frozen, NoiseSchedule
+from ddpm_fast.spacing import check_name
+
+
+def convert_prediction(
+    out: Tensor,
+    x_t: Tensor,
+    t: Tensor | int,
+    schedule: NoiseSchedule,
+    source: Prediction,
+    target: Prediction,
+) -> Tensor:
+    """A network's output, a prediction of kind ``source``, as one of kind ``target``.
+
+    out, x_t: [N, ...] of one shape, float; t: int64 [N] or an int, in [0, T). Arithmetic is in
+    float32 (float64 where out or x_t is); returns the dtype of out. Differentiable in both.
+
+    Raises TypeError or ValueError naming the argument; ValueError where alphas_cumprod ends at 0
+    and epsilon or the score is converted from or to, of which x_t says nothing there.
+    """
+    x_t = checks.batch("x_t", x_t)
+    out = checks.like("out", out, "x_t", x_t, checks.FLOATS)
+    coefs = _Conversion(schedule, source, target)
+    return coefs(out, x_t, checks.index("t", t, x_t, schedule.T))
+
+
+class ConvertedModel:
+    """A model of one kind as a model of another: ``model(x, t, *labels)``.
+
+    model: returns a prediction of kind ``source``, of x's shape or, with a learned variance, of
+    twice its channels, of which the second half passes as it is. It may return an object whose
+    ``.sample`` is the tensor. device, dtype: the model's, where it has any.
+
+    Raises as `convert_prediction`.
+    """
+
+    def __init__(
+        self, model: Any, schedule: NoiseSchedule, source: Prediction, target: Prediction
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable as model(x, t); got {type(model).__name__}")
+        self.model = model
+        self._convert = _Conversion(schedule, source, target)
+        placed: Any = model
+        if isinstance(model, torch.nn.Module):
+            placed = next((p for p in model.parameters() if p.is_floating_point()), None)
+        self.device, self.dtype = getattr(placed, "device", None), getattr(placed, "dtype", None)
+
+    def __call__(self, x: Tensor, t: Tensor, *labels: Any) -> Tensor:
+        """The converted prediction, of the dtype and shape of the model's output."""
+        out = self.model(x, t, *labels)
+        out = out if isinstance(out, Tensor) else out.sample
+        channels = x.shape[1] if x.ndim > 1 else 0
+        if channels and out.shape[1] == 2 * channels:
+            mean, rest = out.split(channels, dim=1)
+            return torch.cat([self._convert(mean, x, t), rest], dim=1)
+        return self._convert(out, x, t)
+
+    def captured_state(self) -> object:
+        """What a CUDA graph of the model depends on (`Sampler`)."""
+        state = getattr(self.model, "captured_state", None)
+        return state() if callable(state) else None
+
+
+class _Conversion(Frozen):
+    """Factors of out and of x_t at each timestep, float64 [T, 2]."""
+
+    def __init__(self, schedule: NoiseSchedule, source: str, target: str) -> None:
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule must be a NoiseSchedule; got {type(schedule).__name__}")
+        for name, kind in (("source", source), ("target", target)):
+            check_name(name, kind, PREDICTIONS)
+            ends_at_0 = float(schedule.alphas_cumprod[-1]) == 0 and source != target
+            if ends_at_0 and kind in ("epsilon", "score"):
+                raise ValueError(
+                    f"{name} must be 'x0' or 'v' for a schedule of zero terminal SNR, where"
+                    f" alphas_cumprod ends at 0; got {kind!r}"
+                )
+        signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+        of_x, of_out = torch.zeros_like(signal), torch.ones_like(signal)
+        if source != target:
+            chain = Chain.of(schedule, None, "linspace", None, source).at(
+                [*range(schedule.T)][::-1]
+            )
+            x0, epsilon = chain.x0(), chain.epsilon()
+            of_x, of_out = {
+                "x0": x0,
+                "epsilon": epsilon,
+                "score": [-factor / noise for factor in epsilon],
+                "v": [signal * e - noise * x for x, e in zip(x0, epsilon, strict=True)],
+            }[target]
+        factors = torch.stack([of_out, of_x], dim=1)
+        self._freeze({"factors": factors}, ("factors",), source=source, target=target)
+
+    def __call__(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        wide = torch.float64 in (out.dtype, x_t.dtype)
+        arithmetic = torch.float64 if wide else torch.float32
+        chosen = self._on("factors", out.device, arithmetic).index_select(0, t)
+        of_out, of_x = (chosen[:, i].view(-1, *[1] * (out.ndim - 1)) for i in (0, 1))
+        return (of_out * out.to(arithmetic) + of_x * x_t.to(arithmetic)).to(out.dtype)
