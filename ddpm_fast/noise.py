@@ -17,6 +17,7 @@ from ddpm_fast.ops import implementation
 
 STREAM_X_T = 0  # the chain's starting point x_T
 STREAM_STEPS = 1  # row i of a step table uses stream STREAM_STEPS + i
+STREAM_PARTNER = 0x7FFF_FFFE  # the forward noise of the second image of a pair
 STREAM_START = 0x7FFF_FFFF  # where a chain of random length begins
 STREAM_TRAINING = 0x8000_0000  # training uses the streams from here on
 
