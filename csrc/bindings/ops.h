@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -38,11 +39,12 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-inline bool same_shape(const Tensor& a, const Tensor& b) {
+// Of all dimensions of a after the first `skipped`.
+inline bool same_shape(const Tensor& a, const Tensor& b, size_t skipped) {
   const auto sizes = a.sizes(), others = b.sizes();
-  if (sizes.size() != others.size()) return false;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] != others[d]) return false;
+  if (sizes.size() != others.size() + skipped) return false;
+  for (size_t d = 0; d < others.size(); ++d) {
+    if (sizes[d + skipped] != others[d]) return false;
   }
   return true;
 }
@@ -68,16 +70,11 @@ class Batch {
     return count;
   }
 
-  View view(const Tensor& tensor, const char* name) const {
-    STD_TORCH_CHECK(same_shape(tensor, leader_), name, " must have the shape of the state");
-    STD_TORCH_CHECK(same_device(tensor, leader_), name, " must be on the device of the state");
-    View view{};
-    const bool fits =
-        make_view(&view, tensor.data_ptr(), dtype_of(tensor, name), static_cast<int>(tensor.dim()),
-                  tensor.sizes().data(), tensor.strides().data(), order_);
-    STD_TORCH_CHECK(fits, name, " has more than ", kMaxDims,
-                    " dimensions that cannot be walked as one");
-    return view;
+  View view(const Tensor& tensor, const char* name) const { return view_after(0, tensor, name); }
+
+  // Slot 0 of a ring [depth, samples, ...].
+  View view_of_slot(const Tensor& ring, const char* name) const {
+    return view_after(1, ring, name);
   }
 
   View view(const std::optional<Tensor>& tensor, const char* name) const {
@@ -85,6 +82,20 @@ class Batch {
   }
 
  private:
+  // Of the dimensions after the first `skipped`.
+  View view_after(int skipped, const Tensor& tensor, const char* name) const {
+    STD_TORCH_CHECK(same_shape(tensor, leader_, static_cast<size_t>(skipped)), name,
+                    " must have the shape of the state");
+    STD_TORCH_CHECK(same_device(tensor, leader_), name, " must be on the device of the state");
+    View view{};
+    const bool fits =
+        make_view(&view, tensor.data_ptr(), dtype_of(tensor, name), static_cast<int>(leader_.dim()),
+                  tensor.sizes().data() + skipped, tensor.strides().data() + skipped, order_);
+    STD_TORCH_CHECK(fits, name, " has more than ", kMaxDims,
+                    " dimensions that cannot be walked as one");
+    return view;
+  }
+
   Tensor leader_;
   WalkOrder order_;
 };
@@ -109,6 +120,26 @@ inline Rng rng_of(const Tensor& rng, const Tensor& state) {
                       rng.is_contiguous() && same_device(rng, state),
                   "rng must be three int64 on the device of the state");
   return {static_cast<const int64_t*>(rng.data_ptr())};
+}
+
+inline void check_dtype(const Tensor& tensor, const Tensor& state, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == state.scalar_type(), name,
+                  " must have the dtype of the state");
+}
+
+inline void check_threshold(const Tensor& threshold, const Tensor& state) {
+  const bool wide = state.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(threshold.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float) &&
+                      threshold.dim() == 1 && threshold.size(0) == state.size(0) &&
+                      same_device(threshold, state),
+                  "threshold must be ", wide ? "float64" : "float32",
+                  " with one value for each sample, on the state's device");
+}
+
+// The tensor of a term is there where the flags have the term, and only there.
+inline void check_flagged(const std::optional<Tensor>& tensor, int64_t flag, const char* name) {
+  STD_TORCH_CHECK(tensor.has_value() == (flag != 0), name,
+                  flag ? " is needed by the flags" : " is no term of the flags");
 }
 
 template <class Launch>
@@ -182,18 +213,25 @@ struct Ops {
     return {mean, variance, log_variance};
   }
 
-  static void reverse_step_(const Tensor x, const Tensor model_output, const Tensor rows,
-                            const Tensor step, const std::optional<Tensor> noise,
-                            const std::optional<Tensor> rng,
-                            const std::optional<Tensor> model_input,
-                            const std::optional<Tensor> pred_x0, int64_t flags,
-                            const std::optional<Tensor> model_output2,
-                            const std::optional<Tensor> log_variance,
-                            const std::optional<Tensor> threshold,
-                            const std::optional<Tensor> second,
-                            const std::optional<Tensor> history) {
-    STD_TORCH_CHECK(!(model_output2 || log_variance || threshold || second || history),
-                    "this build has no kernel for these terms");
+  static void fill_history(ReverseStepArgs& a, const Batch& batch, const Tensor& history,
+                           const Tensor& x) {
+    check_dtype(history, x, "history");
+    STD_TORCH_CHECK(history.dim() == x.dim() + 1 && history.size(0) <= kDeepest &&
+                        history.size(0) >= std::max(1, history_depth(a.flags)),
+                    "history must be [depth, ...], the shape of the state in each of ",
+                    history_depth(a.flags), " to ", kDeepest, " slots");
+    a.history = batch.view_of_slot(history, "history");
+    a.slot_stride = history.stride(0);
+    a.depth = history.size(0);
+  }
+
+  static void reverse_step_(
+      const Tensor x, const Tensor model_output, const Tensor rows, const Tensor step,
+      const std::optional<Tensor> noise, const std::optional<Tensor> rng,
+      const std::optional<Tensor> model_input, const std::optional<Tensor> pred_x0, int64_t flags,
+      const std::optional<Tensor> model_output2, const std::optional<Tensor> log_variance,
+      const std::optional<Tensor> threshold, const std::optional<Tensor> second,
+      const std::optional<Tensor> history) {
     STD_TORCH_CHECK(!(noise && rng), "noise is either given or made, not both");
     STD_TORCH_CHECK((flags & ~int64_t{kKnownFlags}) == 0, "flags ", flags,
                     " has a term that this build has no kernel for");
@@ -214,6 +252,23 @@ struct Ops {
     a.step_stride = step.stride(0);
     a.flags = flags;
     if (rng) a.rng = rng_of(*rng, x);
+    check_flagged(model_output2, flags & kGuide, "model_output2");
+    check_flagged(log_variance, flags & kLearned, "log_variance");
+    check_flagged(threshold, flags & kThreshold, "threshold");
+    check_flagged(second, flags & kSecond, "second");
+    check_flagged(history, flags & kRing, "history");
+    a.out2 = batch.view(model_output2, "model_output2");
+    a.log_variance = batch.view(log_variance, "log_variance");
+    if (second) {
+      check_dtype(*second, x, "second");
+      a.second = batch.view(*second, "second");
+    }
+    if (history) fill_history(a, batch, *history, x);
+    if (threshold) {
+      check_threshold(*threshold, x);
+      a.threshold = threshold->data_ptr();
+      a.threshold_stride = threshold->stride(0);
+    }
     if (a.samples > 0 && a.elements > 0) Launch::reverse_step(a, x);
   }
 

@@ -42,8 +42,15 @@ struct ReverseStepArgs {
   int64_t num_rows;
   const int64_t* step;  // row of each sample; outside [0, num_rows) the sample is left alone
   int64_t step_stride;
-  int64_t flags;  // RowFlag
+  int64_t flags;  // RowFlag: data of what follows is null where its flag is not set
   Rng rng;        // the row's noise is of stream words[1] + row
+  View out2;
+  View log_variance;
+  View second;   // y
+  View history;  // slot 0 of the ring
+  int64_t slot_stride, depth;
+  const void* threshold;  // of the arithmetic's type, one for each sample
+  int64_t threshold_stride;
 };
 
 struct PhiloxNormalArgs {

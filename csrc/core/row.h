@@ -9,7 +9,8 @@ namespace ddpm {
 // clang-format off
 #define DDPM_ROW_COLUMNS(X)                                                                     \
   X(G0) X(G1) X(P) X(Q) X(clip) X(Hx) X(Hv) X(Ho) X(Yx) X(Yy) X(Yx0) X(Yo) X(Yh1) X(Yh2) X(Yh3) \
-  X(Xx) X(Xy) X(Xx0) X(Xo) X(Xh1) X(Xh2) X(Xh3) X(M) X(S) X(Cin) X(Lmin) X(Lmax) X(push)
+  X(Xx) X(Xy) X(Xx0) X(Xo) X(Xh1) X(Xh2) X(Xh3) X(M) X(S) X(Cin) X(Lmin) X(Lmax) X(push)        \
+  X(slot)
 enum RowColumn : int {
 #define DDPM_ENUM(name) kRow_##name,
   DDPM_ROW_COLUMNS(DDPM_ENUM)
@@ -23,23 +24,65 @@ static_assert(kRowColumns <= kRowWidth);
 
 // What a table uses. A term that no row uses is neither loaded nor computed: 0 * NaN is NaN.
 enum RowFlag : int64_t {
-  kClip = 1,     // x0 is clipped to [-clip, clip]
-  kRawOut = 2,   // Xo: the model's output enters x' directly (DDIM with the raw epsilon)
-  kScaleIn = 4,  // Cin: the model's next input is scaled
-  kKnownFlags = kClip | kRawOut | kScaleIn,
+  kClip = 1,        // x0 is clipped to [-clip, clip]
+  kRawOut = 2,      // Xo: the model's output enters x' directly (DDIM with the raw epsilon)
+  kScaleIn = 4,     // Cin: the model's next input is scaled
+  kGuide = 8,       // G0, G1: the model has a second output
+  kLearned = 16,    // Lmin, Lmax: the model has an output that scales the noise
+  kThreshold = 32,  // x0 is clipped to the sample's threshold and divided by it; clip is not read
+  kPast1 = 64,      // Xh1, Yh1: the value pushed last
+  kPast2 = 128,     // Xh2, Yh2
+  kPast3 = 256,     // Xh3, Yh3
+  kPush = 512,      // Hx, Hv: rows push a value
+  kPushOut = 1024,  // Ho: the model's output is part of it
+  kSecond = 2048,   // Y, Xy: there is a second state
+  kKnownFlags = 4095,
 };
 
-// The columns that the specialisations built so far read.
+constexpr int kDeepest = 3;  // slots of the longest ring of past values
+constexpr int64_t kPast = kPast1 | kPast2 | kPast3;
+constexpr int64_t kRing = kPast | kPush;  // what needs the ring
+constexpr int64_t kMoreTerms = kGuide | kLearned | kThreshold | kRing | kSecond;
+
+DDPM_HD bool reads_past(int64_t flags, int k) {
+  return (flags & (kPast1 << (k - 1))) != 0;
+}
+
+// Slots that the past values of a table need.
+DDPM_HD int history_depth(int64_t flags) {
+  for (int k = kDeepest; k > 0; --k) {
+    if (reads_past(flags, k)) return k;
+  }
+  return 0;
+}
+
 template <class R>
 struct Row {
-  R P, Q, clip, Xx, Xx0, Xo, S, Cin;
+#define DDPM_FIELD(name) R name;
+  DDPM_ROW_COLUMNS(DDPM_FIELD)
+#undef DDPM_FIELD
+
+  DDPM_HD R past_of_x(int k) const { return k == 1 ? Xh1 : k == 2 ? Xh2 : Xh3; }
+  DDPM_HD R past_of_y(int k) const { return k == 1 ? Yh1 : k == 2 ? Yh2 : Yh3; }
 };
 
 template <class R>
 DDPM_HD Row<R> load_row(const R* rows, int64_t index) {
   const R* r = rows + index * kRowWidth;
-  return {r[kRow_P],   r[kRow_Q],  r[kRow_clip], r[kRow_Xx],
-          r[kRow_Xx0], r[kRow_Xo], r[kRow_S],    r[kRow_Cin]};
+  return {
+#define DDPM_LOAD(name) r[kRow_##name],
+      DDPM_ROW_COLUMNS(DDPM_LOAD)
+#undef DDPM_LOAD
+  };
+}
+
+// The slot of h_k, and for k = 0 the one that a push goes to. Whatever a row holds, it is one of
+// the ring's.
+template <class R>
+DDPM_HD int slot_of_past(const Row<R>& row, int k, int depth) {
+  const int column = row.slot >= R(2) ? 2 : row.slot >= R(1) ? 1 : 0;
+  const int slot = (column < depth ? column : depth - 1) - k;
+  return slot < 0 ? slot + depth : slot;
 }
 
 }  // namespace ddpm

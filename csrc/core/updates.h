@@ -2,6 +2,7 @@
 // Used by the CPU and the CUDA kernels; the Triton twin is ddpm_fast/ops/triton_math.py.
 #pragma once
 
+#include "core/exponential.h"
 #include "core/row.h"
 
 namespace ddpm {
@@ -18,6 +19,12 @@ DDPM_HD R q_posterior_mean(R x0, R x_t, R coef_x0, R coef_x_t) {
   return fma(coef_x0, x0, coef_x_t * x_t);
 }
 
+// The output of a model and the one that guides it, as one.
+template <class R>
+DDPM_HD R guided(R out, R out2, const Row<R>& row) {
+  return fma(row.G1, out2, row.G0 * out);
+}
+
 // x0 from the model's output, whatever it predicts.
 template <class R>
 DDPM_HD R predict_x0(R x, R out, const Row<R>& row) {
@@ -31,6 +38,12 @@ DDPM_HD R clip(R value, R bound) {
   return value > bound ? bound : value;
 }
 
+// Dynamic thresholding, Saharia et al. 2022.
+template <class R>
+DDPM_HD R threshold(R value, R bound) {
+  return clip(value, bound) / bound;
+}
+
 // x' without its noise term.
 template <bool kUsesOut, class R>
 DDPM_HD R step_mean(R x, R x0, R out, const Row<R>& row) {
@@ -42,6 +55,14 @@ DDPM_HD R step_mean(R x, R x0, R out, const Row<R>& row) {
 template <class R>
 DDPM_HD R add_noise(R mean, R noise, const Row<R>& row) {
   return fma(row.S, noise, mean);
+}
+
+// The noise of a model whose output v lies between the logarithms of two variances: Nichol and
+// Dhariwal 2021.
+template <class R>
+DDPM_HD R scale_noise(R noise, R v, const Row<R>& row) {
+  const R argument = fma(v, R(0.5) * (row.Lmax - row.Lmin), R(0.5) * row.Lmin);
+  return exponential(argument) * noise;
 }
 
 }  // namespace ddpm

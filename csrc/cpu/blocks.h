@@ -3,6 +3,17 @@
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 
+struct Block {
+  int64_t sample, first, count;
+};
+
+DDPM_HD Block block_at(int64_t work, int64_t per_sample, int64_t elements) {
+  const int64_t sample = work / per_sample;
+  const int64_t first = (work - sample * per_sample) * kBlock;
+  const int64_t left = elements - first;
+  return {sample, first, left < kBlock ? left : kBlock};
+}
+
 template <class R>
 constexpr DType kNative = sizeof(R) == 8 ? DType::f64 : DType::f32;
 
@@ -51,30 +62,78 @@ DDPM_HD bool is_buffer(const View& view) {
   return view.linear && view.dtype == kNative<R>;
 }
 
+// Pixels of a few channels side by side, `kSize` of each: [pixels, kSize] out of [pixels, stride].
+// All but the last are moved in one piece of four, whose surplus the next one overwrites; what it
+// reads lies before the end of the last.
+template <int kSize, class T>
+DDPM_HD void pack_pixels(const T* from, int64_t stride, int64_t pixels, T* to) {
+  for (int64_t p = 0; p < pixels; ++p) {
+    const bool last = p + 1 == pixels;
+    __builtin_memcpy(to + p * kSize, from + p * stride, (last ? kSize : 4) * sizeof(T));
+  }
+}
+
+// Of two dimensions, a few elements side by side in the inner one: the channels of an image whose
+// pixels hold more, such as the halves of an output with a variance.
+DDPM_HD bool is_pixels(const View& view) {
+  return view.ndim == 2 && view.strides[1] == 1 && view.strides[0] > 0 &&
+         (view.sizes[1] == 3 || view.sizes[1] == 4);
+}
+
+template <class T>
+void pack(const View& view, const T* from, int64_t first, int64_t count, T* to) {
+  const int64_t size = view.sizes[1], stride = view.strides[0];
+  int64_t pixel = first / size;
+  int64_t channel = first - pixel * size;
+  int64_t done = 0;
+  const auto part_of_pixel = [&](int64_t end) {
+    for (; channel < size && done < end; ++done, ++channel)
+      to[done] = from[pixel * stride + channel];
+  };
+  if (channel > 0) {
+    part_of_pixel(count);
+    channel = 0;
+    ++pixel;
+  }
+  const int64_t pixels = (count - done) / size;
+  size == 3 ? pack_pixels<3>(from + pixel * stride, stride, pixels, to + done)
+            : pack_pixels<4>(from + pixel * stride, stride, pixels, to + done);
+  done += pixels * size;
+  pixel += pixels;
+  part_of_pixel(count);
+}
+
+template <class T, class R, class Convert>
+DDPM_HD void gather_as(const View& view, int64_t sample, int64_t first, int64_t count, R* buffer,
+                       Convert convert) {
+  const T* from = sample_pointer<T>(view, sample);
+  if (!is_pixels(view)) {
+    walk(view, first, count, [=](int64_t i, int64_t at) { buffer[i] = convert(from[at]); });
+  } else if constexpr (std::is_same_v<T, R>) {
+    pack(view, from, first, count, buffer);
+  } else {
+    T packed[kBlock];
+    pack(view, from, first, count, packed);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) buffer[i] = convert(packed[i]);
+  }
+}
+
+// At most kBlock elements.
 template <class R>
 void gather(const View& view, int64_t sample, int64_t first, int64_t count, R* buffer) {
   switch (view.dtype) {
-    case DType::f16: {
-      const half_t* from = sample_pointer<half_t>(view, sample);
-      walk(view, first, count, [=](int64_t i, int64_t at) { buffer[i] = to_float(from[at]); });
-      break;
-    }
-    case DType::bf16: {
-      const bfloat16_t* from = sample_pointer<bfloat16_t>(view, sample);
-      walk(view, first, count, [=](int64_t i, int64_t at) { buffer[i] = to_float(from[at]); });
-      break;
-    }
-    case DType::f32: {
-      const float* from = sample_pointer<float>(view, sample);
-      walk(view, first, count, [=](int64_t i, int64_t at) { buffer[i] = from[at]; });
-      break;
-    }
-    case DType::f64: {
-      const double* from = sample_pointer<double>(view, sample);
-      walk(view, first, count,
-           [=](int64_t i, int64_t at) { buffer[i] = static_cast<R>(from[at]); });
-      break;
-    }
+    case DType::f16:
+      return gather_as<half_t>(view, sample, first, count, buffer,
+                               [](half_t v) { return to_float(v); });
+    case DType::bf16:
+      return gather_as<bfloat16_t>(view, sample, first, count, buffer,
+                                   [](bfloat16_t v) { return to_float(v); });
+    case DType::f32:
+      return gather_as<float>(view, sample, first, count, buffer, [](float v) { return v; });
+    case DType::f64:
+      return gather_as<double>(view, sample, first, count, buffer,
+                               [](double v) { return static_cast<R>(v); });
   }
 }
 
@@ -124,4 +183,12 @@ R* target_block(const View& view, int64_t sample, int64_t first, R* scratch) {
 template <class R>
 void write_block(const View& view, int64_t sample, int64_t first, int64_t count, const R* block) {
   if (!is_buffer<R>(view)) scatter(view, sample, first, count, block);
+}
+
+// The elements to change: in place, or gathered into `scratch`, which write_block then scatters.
+template <class R>
+R* updated_block(const View& view, const Block& b, R* scratch) {
+  R* block = target_block(view, b.sample, b.first, scratch);
+  if (block == scratch) gather(view, b.sample, b.first, b.count, scratch);
+  return block;
 }

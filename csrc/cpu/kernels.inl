@@ -16,17 +16,7 @@ namespace DDPM_ISA {
 #include "cpu/blocks.h"
 #include "cpu/group_norm.h"
 #include "cpu/normals.h"
-
-struct Block {
-  int64_t sample, first, count;
-};
-
-DDPM_HD Block block_at(int64_t work, int64_t per_sample, int64_t elements) {
-  const int64_t sample = work / per_sample;
-  const int64_t first = (work - sample * per_sample) * kBlock;
-  const int64_t left = elements - first;
-  return {sample, first, left < kBlock ? left : kBlock};
-}
+#include "cpu/reverse_step.h"
 
 DDPM_HD int64_t clamped(int64_t index, int64_t size) {
   index = index < 0 ? 0 : index;
@@ -86,85 +76,6 @@ void q_posterior_blocks(const QPosteriorArgs& a, int64_t begin, int64_t end) {
       mean[i] = q_posterior_mean(x0[i], x_t[i], coef_x0, coef_x_t);
     }
     write_block(a.mean, b.sample, b.first, b.count, mean);
-  }
-}
-
-template <class R>
-struct StepBlock {
-  R* x;
-  const R* out;
-  const R* noise;
-  R* pred_x0;
-  int64_t count;
-};
-
-template <bool kClips, bool kUsesOut, bool kNoisy, bool kStoresX0, class R>
-void step_block(const StepBlock<R>& b, const Row<R>& row) {
-#pragma GCC ivdep
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < b.count; ++i) {
-    const R x = b.x[i];
-    const R out = b.out[i];
-    R x0 = predict_x0(x, out, row);
-    if constexpr (kClips) x0 = clip(x0, row.clip);
-    if constexpr (kStoresX0) b.pred_x0[i] = x0;
-    R next = step_mean<kUsesOut>(x, x0, out, row);
-    if constexpr (kNoisy) next = add_noise(next, b.noise[i], row);
-    b.x[i] = next;
-  }
-}
-
-template <bool... kChosen, class R>
-void choose_step(const StepBlock<R>& b, const Row<R>& row) {
-  step_block<kChosen...>(b, row);
-}
-template <bool... kChosen, class R, class... Rest>
-void choose_step(const StepBlock<R>& b, const Row<R>& row, bool next, Rest... rest) {
-  next ? choose_step<kChosen..., true>(b, row, rest...)
-       : choose_step<kChosen..., false>(b, row, rest...);
-}
-
-template <class R>
-void reverse_step_blocks(const ReverseStepArgs& a, int64_t begin, int64_t end) {
-  alignas(64) R x_scratch[kBlock], out_scratch[kBlock], noise_scratch[kBlock], x0_scratch[kBlock];
-  alignas(64) float normals[kBlock];
-  const int64_t per_sample = blocks_per_sample(a.elements);
-  const bool noisy = a.rng.words || a.noise.data;
-  for (int64_t work = begin; work < end; ++work) {
-    const Block b = block_at(work, per_sample, a.elements);
-    const int64_t index = a.step[b.sample * a.step_stride];
-    if (index < 0 || index >= a.num_rows) continue;
-    const Row<R> row = load_row(static_cast<const R*>(a.rows), index);
-
-    StepBlock<R> block{};
-    block.count = b.count;
-    block.out = read_block(a.out, b.sample, b.first, b.count, out_scratch);
-    block.x = target_block(a.x, b.sample, b.first, x_scratch);
-    if (block.x == x_scratch) gather(a.x, b.sample, b.first, b.count, x_scratch);
-    if (a.rng.words) {
-      make_normals(normals, b.first, b.count,
-                   static_cast<uint32_t>(a.rng.words[1]) + static_cast<uint32_t>(index),
-                   static_cast<uint64_t>(a.rng.words[2]) + static_cast<uint64_t>(b.sample),
-                   static_cast<uint64_t>(a.rng.words[0]));
-      block.noise = made_block(normals, b.count, noise_scratch);
-    } else if (noisy) {
-      block.noise = read_block(a.noise, b.sample, b.first, b.count, noise_scratch);
-    }
-    if (a.pred_x0.data) block.pred_x0 = target_block(a.pred_x0, b.sample, b.first, x0_scratch);
-
-    choose_step(block, row, (a.flags & kClip) != 0, (a.flags & kRawOut) != 0, noisy,
-                a.pred_x0.data != nullptr);
-
-    write_block(a.x, b.sample, b.first, b.count, block.x);
-    if (a.pred_x0.data) write_block(a.pred_x0, b.sample, b.first, b.count, block.pred_x0);
-    if (a.model_input.data) {
-      const R* input = block.x;
-      if (a.flags & kScaleIn) {
-        for (int64_t i = 0; i < b.count; ++i) out_scratch[i] = row.Cin * block.x[i];
-        input = out_scratch;
-      }
-      scatter(a.model_input, b.sample, b.first, b.count, input);
-    }
   }
 }
 

@@ -1,0 +1,106 @@
+// A reverse step: one loop for all of a plain one, and parts for one with more terms.
+//
+// Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
+
+// The noise of a block, null where the step has none. Where it is made, `normals` holds the block.
+template <class R>
+const R* step_noise(const ReverseStepArgs& a, const Block& b, int64_t index, float* normals,
+                    R* scratch) {
+  if (a.rng.words) {
+    make_normals(normals, b.first, b.count,
+                 static_cast<uint32_t>(a.rng.words[1]) + static_cast<uint32_t>(index),
+                 static_cast<uint64_t>(a.rng.words[2]) + static_cast<uint64_t>(b.sample),
+                 static_cast<uint64_t>(a.rng.words[0]));
+    return made_block(normals, b.count, scratch);
+  }
+  return a.noise.data ? read_block(a.noise, b.sample, b.first, b.count, scratch) : nullptr;
+}
+
+// x' to where it belongs, and to the model's next input.
+template <class R>
+void write_state(const ReverseStepArgs& a, const Block& b, const Row<R>& row, const R* x,
+                 R* scratch) {
+  write_block(a.x, b.sample, b.first, b.count, x);
+  if (!a.model_input.data) return;
+  const R* input = x;
+  if (a.flags & kScaleIn) {
+    for (int64_t i = 0; i < b.count; ++i) scratch[i] = row.Cin * x[i];
+    input = scratch;
+  }
+  scatter(a.model_input, b.sample, b.first, b.count, input);
+}
+
+#include "cpu/step_terms.h"
+
+template <class R>
+struct StepBlock {
+  R* x;
+  const R* out;
+  const R* noise;
+  R* pred_x0;
+  int64_t count;
+};
+
+template <bool kClips, bool kUsesOut, bool kNoisy, bool kStoresX0, class R>
+void step_block(const StepBlock<R>& b, const Row<R>& row) {
+#pragma GCC ivdep
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < b.count; ++i) {
+    const R x = b.x[i];
+    const R out = b.out[i];
+    R x0 = predict_x0(x, out, row);
+    if constexpr (kClips) x0 = clip(x0, row.clip);
+    if constexpr (kStoresX0) b.pred_x0[i] = x0;
+    R next = step_mean<kUsesOut>(x, x0, out, row);
+    if constexpr (kNoisy) next = add_noise(next, b.noise[i], row);
+    b.x[i] = next;
+  }
+}
+
+template <bool... kChosen, class R>
+void choose_step(const StepBlock<R>& b, const Row<R>& row) {
+  step_block<kChosen...>(b, row);
+}
+template <bool... kChosen, class R, class... Rest>
+void choose_step(const StepBlock<R>& b, const Row<R>& row, bool next, Rest... rest) {
+  next ? choose_step<kChosen..., true>(b, row, rest...)
+       : choose_step<kChosen..., false>(b, row, rest...);
+}
+
+template <class R>
+void plain_step(const ReverseStepArgs& a, const Block& b, int64_t index) {
+  alignas(64) R x_scratch[kBlock], out_scratch[kBlock], noise_scratch[kBlock], x0_scratch[kBlock];
+  alignas(64) float normals[kBlock];
+  const Row<R> row = load_row(static_cast<const R*>(a.rows), index);
+  StepBlock<R> block{};
+  block.count = b.count;
+  block.out = read_block(a.out, b.sample, b.first, b.count, out_scratch);
+  block.x = updated_block(a.x, b, x_scratch);
+  block.noise = step_noise(a, b, index, normals, noise_scratch);
+  if (a.pred_x0.data) block.pred_x0 = target_block(a.pred_x0, b.sample, b.first, x0_scratch);
+  choose_step(block, row, (a.flags & kClip) != 0, (a.flags & kRawOut) != 0, block.noise != nullptr,
+              a.pred_x0.data != nullptr);
+  if (a.pred_x0.data) write_block(a.pred_x0, b.sample, b.first, b.count, block.pred_x0);
+  write_state(a, b, row, block.x, out_scratch);
+}
+
+template <class R>
+void step_in_parts(const ReverseStepArgs& a, const Block& block, int64_t index) {
+  StepScratch<R> scratch;
+  StepPart<R> part(a, scratch);
+  for (int64_t done = 0; done < block.count; done += kPart) {
+    const int64_t left = block.count - done;
+    part.run({block.sample, block.first + done, left < kPart ? left : kPart}, index);
+  }
+}
+
+template <class R>
+void reverse_step_blocks(const ReverseStepArgs& a, int64_t begin, int64_t end) {
+  const int64_t per_sample = blocks_per_sample(a.elements);
+  const auto step = a.flags & kMoreTerms ? step_in_parts<R> : plain_step<R>;
+  for (int64_t work = begin; work < end; ++work) {
+    const Block b = block_at(work, per_sample, a.elements);
+    const int64_t index = a.step[b.sample * a.step_stride];
+    if (index >= 0 && index < a.num_rows) step(a, b, index);
+  }
+}

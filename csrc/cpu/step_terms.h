@@ -1,0 +1,167 @@
+// A reverse step with more terms than the plain one: guidance, a learned variance, thresholds, past
+// values and a second state.
+//
+// A part of a sample at a time, small enough that all of its blocks stay in the first cache, and a
+// loop for each of its sums. x is written last: every other sum is of what it was.
+//
+// Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
+
+constexpr int64_t kPart = 512;  // elements; a multiple of those that make_normals makes together
+static_assert(kBlock % kPart == 0 && kPart % (4 * kLanes) == 0);
+
+// A sum of coefficients times blocks, in the order in which they are added.
+template <class R>
+class Terms {
+ public:
+  void add(R coefficient, const R* block) {
+    coefficients_[count_] = coefficient;
+    blocks_[count_++] = block;
+  }
+
+  // To `sum`, which may be one of the blocks.
+  template <int kCount = 2>
+  void write(int64_t count, R* sum) const {
+    if constexpr (kCount < kMost) {
+      if (count_ > kCount) return write<kCount + 1>(count, sum);
+    }
+    R coefficients[kCount];
+    const R* blocks[kCount];
+    for (int k = 0; k < kCount; ++k) {
+      coefficients[k] = coefficients_[k];
+      blocks[k] = blocks_[k];
+    }
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+      R value = coefficients[0] * blocks[0][i];
+#pragma GCC unroll 8
+      for (int k = 1; k < kCount; ++k) value = fma(coefficients[k], blocks[k][i], value);
+      sum[i] = value;
+    }
+  }
+
+ private:
+  static constexpr int kMost = 5 + kDeepest;  // x, x0, out, y, the past values and the noise
+
+  R coefficients_[kMost];
+  const R* blocks_[kMost];
+  int count_ = 0;
+};
+
+// What is read of tensors that are no buffers, and what is made.
+template <class R>
+struct StepScratch {
+  alignas(64) R x[kPart], out[kPart], out2[kPart], noise[kPart], log_variance[kPart], x0[kPart];
+  alignas(64) R second[kPart], past[kDeepest][kPart], next[kPart];
+  alignas(64) float normals[kPart];
+};
+
+template <class R>
+class StepPart {
+ public:
+  StepPart(const ReverseStepArgs& a, StepScratch<R>& scratch) : a_(a), s_(scratch) {
+    for (int64_t i = 0; i < a.depth; ++i) {
+      slots_[i] = a.history;
+      const int64_t bytes = a.history.dtype == DType::f64   ? 8
+                            : a.history.dtype == DType::f32 ? 4
+                                                            : 2;
+      slots_[i].data = static_cast<char*>(a.history.data) + i * a.slot_stride * bytes;
+    }
+  }
+
+  void run(const Block& b, int64_t index) {
+    const Row<R> row = load_row(static_cast<const R*>(a_.rows), index);
+    R* x = updated_block(a_.x, b, s_.x);
+    const R* out = output(b, row);
+    const R* noise = scaled_noise(b, row, index);
+    R* x0 = a_.pred_x0.data ? target_block(a_.pred_x0, b.sample, b.first, s_.x0) : s_.x0;
+    predict(b, row, x, out, x0);
+    if (a_.pred_x0.data) write_block(a_.pred_x0, b.sample, b.first, b.count, x0);
+
+    Terms<R> next, second;
+    next.add(row.Xx, x);
+    next.add(row.Xx0, x0);
+    second.add(row.Yx, x);
+    second.add(row.Yx0, x0);
+    if (has(kRawOut)) next.add(row.Xo, out);
+    R* y = nullptr;
+    if (has(kSecond)) {
+      y = updated_block(a_.second, b, s_.second);
+      next.add(row.Xy, y);
+      second.add(row.Yy, y);
+    }
+    for (int k = 1; k <= kDeepest; ++k) {
+      if (!reads_past(a_.flags, k)) continue;
+      const R* past = read_block(slot(row, k), b.sample, b.first, b.count, s_.past[k - 1]);
+      next.add(row.past_of_x(k), past);
+      second.add(row.past_of_y(k), past);
+    }
+    if (noise) next.add(row.S, noise);
+
+    const bool pushes = has(kPush) && row.push != R(0);
+    R* sum = has(kSecond) || pushes ? s_.next : x;
+    next.write(b.count, sum);
+    if (has(kSecond)) {
+      second.write(b.count, y);
+      write_block(a_.second, b.sample, b.first, b.count, y);
+    }
+    if (pushes) push(b, row, x, out, x0);
+    if (sum != x) {
+      for (int64_t i = 0; i < b.count; ++i) x[i] = sum[i];
+    }
+    write_state(a_, b, row, x, s_.next);
+  }
+
+ private:
+  bool has(int64_t flag) const { return (a_.flags & flag) != 0; }
+
+  const View& slot(const Row<R>& row, int k) const {
+    return slots_[slot_of_past(row, k, static_cast<int>(a_.depth))];
+  }
+
+  const R* output(const Block& b, const Row<R>& row) {
+    const R* out = read_block(a_.out, b.sample, b.first, b.count, s_.out);
+    if (!has(kGuide)) return out;
+    const R* out2 = read_block(a_.out2, b.sample, b.first, b.count, s_.out2);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < b.count; ++i) s_.out[i] = guided(out[i], out2[i], row);
+    return s_.out;
+  }
+
+  // Null where the step has none.
+  const R* scaled_noise(const Block& b, const Row<R>& row, int64_t index) {
+    const R* noise = step_noise(a_, b, index, s_.normals, s_.noise);
+    if (!noise || !has(kLearned)) return noise;
+    const R* v = read_block(a_.log_variance, b.sample, b.first, b.count, s_.log_variance);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < b.count; ++i) s_.noise[i] = scale_noise(noise[i], v[i], row);
+    return s_.noise;
+  }
+
+  void predict(const Block& b, const Row<R>& row, const R* x, const R* out, R* x0) const {
+    if (has(kThreshold)) {
+      const R bound = static_cast<const R*>(a_.threshold)[b.sample * a_.threshold_stride];
+#pragma GCC ivdep
+      for (int64_t i = 0; i < b.count; ++i) x0[i] = threshold(predict_x0(x[i], out[i], row), bound);
+    } else if (has(kClip)) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < b.count; ++i) x0[i] = clip(predict_x0(x[i], out[i], row), row.clip);
+    } else {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < b.count; ++i) x0[i] = predict_x0(x[i], out[i], row);
+    }
+  }
+
+  void push(const Block& b, const Row<R>& row, const R* x, const R* out, const R* x0) {
+    Terms<R> pushed;
+    pushed.add(row.Hx, x);
+    pushed.add(row.Hv, x0);
+    if (has(kPushOut)) pushed.add(row.Ho, out);
+    R* to = target_block(slot(row, 0), b.sample, b.first, s_.past[0]);
+    pushed.write(b.count, to);
+    write_block(slot(row, 0), b.sample, b.first, b.count, to);
+  }
+
+  const ReverseStepArgs& a_;
+  StepScratch<R>& s_;
+  View slots_[kDeepest];
+};
