@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ddpm_fast.chain import Clip
 from ddpm_fast.scheduler_config import SchedulerOptions, describe_schedule, parse_scheduler
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.unet import UNet, UNetConfig
@@ -46,8 +47,8 @@ class Checkpoint:
     """A model as `load` finds it on disk.
 
     unet: in eval mode, channels_last.
-    schedule, prediction, variance, clip, spacing, thresholding, steps_offset: see
-        `SchedulerOptions`; None (False, 0) for a folder that holds a U-Net alone.
+    schedule, prediction, variance, clip, spacing, steps_offset: see
+        `SchedulerOptions`; None (0) for a folder that holds a U-Net alone.
     scheduler_config: scheduler_config.json as read; None for a U-Net alone.
     sample_shape: (C, H, W) of an image; None where the U-Net's config has no sample_size.
     """
@@ -56,9 +57,8 @@ class Checkpoint:
     schedule: NoiseSchedule | None
     prediction: str | None
     variance: str | None
-    clip: float | None
+    clip: Clip
     spacing: str | None
-    thresholding: bool
     steps_offset: int
     scheduler_config: dict[str, Any] | None
     sample_shape: tuple[int, int, int] | None
@@ -114,7 +114,6 @@ def load(
         variance=options.variance if options else None,
         clip=options.clip if options else None,
         spacing=options.spacing if options else None,
-        thresholding=options.thresholding if options else False,
         steps_offset=options.steps_offset if options else 0,
         scheduler_config=scheduler,
         sample_shape=config.sample_shape,
@@ -184,7 +183,7 @@ def save(
     *,
     prediction: str = "epsilon",
     variance: str = "posterior",
-    clip: float | None = 1.0,
+    clip: Clip = 1.0,
     spacing: str = "leading",
     scheduler_config: Mapping[str, Any] | None = None,
     overwrite: bool = False,

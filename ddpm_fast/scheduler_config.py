@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from ddpm_fast.chain import Clip, DynamicThreshold
 from ddpm_fast.schedules import NoiseSchedule, ScheduleWarning
 
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
@@ -33,13 +34,14 @@ _DEFAULTS: dict[str, Any] = {
     "clip_sample_range": 1.0,
     "prediction_type": "epsilon",
     "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
     "timestep_spacing": "leading",
     "steps_offset": 0,
     "rescale_betas_zero_snr": False,
 }
-# Read by diffusers, but without a bearing on the chain unless thresholding is on, or (the last)
-# on the final step of DDIM alone.
-_UNREAD = ("dynamic_thresholding_ratio", "sample_max_value", "set_alpha_to_one")
+# Read by diffusers, but with a bearing on the final step of DDIM alone.
+_UNREAD = ("set_alpha_to_one",)
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,15 @@ class SchedulerOptions:
     schedule: from beta_schedule or trained_betas, rescaled where rescale_betas_zero_snr is on.
     prediction: what the network returns, "epsilon", "x0" or "v".
     variance: "posterior" (fixed_small), "beta" (fixed_large), "learned" or "learned_range".
-    clip: x0 is clipped to [-clip, clip]; None leaves it.
+    clip: x0 is clipped to [-clip, clip]; None leaves it; a `DynamicThreshold` thresholds it.
     spacing: "linspace", "leading" or "trailing", with steps_offset added to leading timesteps.
-    thresholding: x0 is meant to be thresholded per sample (Saharia et al. 2022).
     """
 
     schedule: NoiseSchedule
     prediction: str
     variance: str
-    clip: float | None
+    clip: Clip
     spacing: str
-    thresholding: bool
     steps_offset: int
 
 
@@ -92,20 +92,34 @@ def parse_scheduler(config: Mapping[str, Any]) -> SchedulerOptions:
     ):
         if options[name] not in accepted:
             _refuse(name, options[name], ", ".join(accepted))
-    clip, offset = options["clip_sample_range"], options["steps_offset"]
-    if not _is_number(clip) or clip <= 0:
-        _refuse("clip_sample_range", clip, "a finite number > 0")
+    offset = options["steps_offset"]
     if not isinstance(offset, int) or isinstance(offset, bool) or offset < 0:
         _refuse("steps_offset", offset, "an integer >= 0")
     return SchedulerOptions(
         schedule=_schedule(options),
         prediction=PREDICTIONS[options["prediction_type"]],
         variance=VARIANCES[options["variance_type"]],
-        clip=float(clip) if options["clip_sample"] else None,
+        clip=_clip(options),
         spacing=options["timestep_spacing"],
-        thresholding=options["thresholding"],
         steps_offset=offset,
     )
+
+
+def _clip(options: Mapping[str, Any]) -> Clip:
+    """As diffusers' step: thresholding comes before clip_sample."""
+    bound, ratio, cap = (
+        options[name]
+        for name in ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value")
+    )
+    if not _is_number(bound) or bound <= 0:
+        _refuse("clip_sample_range", bound, "a finite number > 0")
+    if not _is_number(ratio) or not 0 < ratio <= 1:
+        _refuse("dynamic_thresholding_ratio", ratio, "a number in (0, 1]")
+    if not _is_number(cap) or cap < 1:
+        _refuse("sample_max_value", cap, "a finite number >= 1")
+    if options["thresholding"]:
+        return DynamicThreshold(float(ratio), float(cap))
+    return float(bound) if options["clip_sample"] else None
 
 
 def _is_number(value: object) -> bool:
@@ -138,7 +152,7 @@ def _schedule(options: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def describe_schedule(
-    schedule: NoiseSchedule, *, prediction: str, variance: str, clip: float | None, spacing: str
+    schedule: NoiseSchedule, *, prediction: str, variance: str, clip: Clip, spacing: str
 ) -> dict[str, Any]:
     """A DDPMScheduler config for these options, the inverse of `parse_scheduler`.
 
@@ -164,16 +178,23 @@ def describe_schedule(
     ):
         if value not in accepted:
             raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
-    if clip is not None and (not _is_number(clip) or clip <= 0):
-        raise ValueError(f"clip: expected None or a finite number > 0, got {clip!r}")
+    threshold = clip if isinstance(clip, DynamicThreshold) else None
+    bound = clip if isinstance(clip, float | int) else None
+    if clip is not threshold and (bound is None or not _is_number(bound) or bound <= 0):
+        raise ValueError(f"clip: expected None, a finite number > 0 or a threshold, got {clip!r}")
+    if threshold and math.isinf(threshold.cap):
+        raise ValueError(f"clip: expected a threshold with a finite cap, got {clip!r}")
     return {
         "_class_name": "DDPMScheduler",
         **_DEFAULTS,
         **_describe_betas(schedule),
         "prediction_type": predictions[prediction],
         "variance_type": variances[variance],
-        "clip_sample": clip is not None,
-        "clip_sample_range": 1.0 if clip is None else float(clip),
+        "clip_sample": bound is not None,
+        "clip_sample_range": 1.0 if bound is None else float(bound),
+        "thresholding": threshold is not None,
+        "dynamic_thresholding_ratio": threshold.quantile if threshold else 0.995,
+        "sample_max_value": threshold.cap if threshold else 1.0,
         "timestep_spacing": spacing,
     }
 

@@ -1,12 +1,35 @@
-"""Runs of the command line inside the test's process."""
+"""Runs of the command line inside the test's process, on a tiny model."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from typer.testing import CliRunner
 
+from ddpm_fast import NoiseSchedule, UNet
 from ddpm_fast.cli import app
+
+T = 20
+SIDE = 8  # of an image, in pixels
+
+
+def tiny_unet(seed: int = 0, channels: int = 1, **options: Any) -> UNet:
+    torch.manual_seed(seed)
+    return UNet(
+        **{"sample_size": SIDE, "in_channels": channels, "out_channels": channels} | options,
+        block_out_channels=(4, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=2,
+        add_attention=False,
+    )
+
+
+def tiny_schedule() -> NoiseSchedule:
+    return NoiseSchedule.linear(T, 1e-4, 0.5)
 
 
 def run(*args: object, status: int = 0) -> Any:
@@ -20,3 +43,8 @@ def error_of(result: Any) -> str:
     lines = result.stderr.splitlines()
     assert [line.startswith("error: ") for line in lines] == [True]
     return lines[0]
+
+
+def sample(model: Path, *args: object, status: int = 0) -> Any:
+    options = ("--device", "cpu", "--no-progress", "--no-engine")
+    return run("sample", "--model", model, *options, *args, status=status)

@@ -17,7 +17,7 @@ from checkpoint_cases import (
     edit,
     same_state,
 )
-from ddpm_fast import checkpoint
+from ddpm_fast import DynamicThreshold, checkpoint
 from ddpm_fast.checkpoint import load, save
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.unet import UNet
@@ -54,7 +54,7 @@ class TestWithDiffusers:
         same_output(ours.unet, theirs.unet)
         assert torch.allclose(ours.schedule.betas.float(), theirs.scheduler.betas)
         assert (ours.prediction, ours.variance, ours.clip) == ("epsilon", "posterior", 1.0)
-        assert (ours.spacing, ours.steps_offset, ours.thresholding) == ("leading", 0, False)
+        assert (ours.spacing, ours.steps_offset) == ("leading", 0)
         assert ours.sample_shape == (1, 32, 32)
         assert ours.scheduler_config["beta_end"] == 0.02
 
@@ -160,7 +160,17 @@ class TestLoad:
         [
             ({"variance_type": "fixed_small_log"}, "variance", "posterior"),
             ({"variance_type": "fixed_large_log"}, "variance", "beta"),
-            ({"thresholding": True}, "thresholding", True),
+            ({"thresholding": True}, "clip", DynamicThreshold(0.995, 1.0)),
+            (
+                {
+                    "thresholding": True,
+                    "dynamic_thresholding_ratio": 0.9,
+                    "sample_max_value": 4.0,
+                    "clip_sample_range": 3.0,
+                },
+                "clip",
+                DynamicThreshold(0.9, 4.0),
+            ),
             ({"steps_offset": 1}, "steps_offset", 1),
             ({"clip_sample": False, "clip_sample_range": 3.0}, "clip", None),
         ],

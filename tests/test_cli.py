@@ -17,34 +17,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import ddpm_fast
-from cli_runs import error_of, run
-from ddpm_fast import NoiseSchedule, Sampler, StepTable, UNet, philox_normal
-from ddpm_fast.cli import app, main
+from cli_runs import SIDE, T, error_of, run, sample, tiny_schedule, tiny_unet
+from ddpm_fast import NoiseSchedule, Sampler, StepTable, philox_normal
+from ddpm_fast.cli import app, main, methods
 from ddpm_fast.cli import sample as sample_command
 from ddpm_fast.images import to_uint8
 from ddpm_fast.noise import STREAM_X_T
 from ddpm_fast.ops import BACKENDS, why_not
 from ddpm_fast.ops.registry import NOT_LOADED
-
-T = 20
-SIDE = 8  # of an image, in pixels
-
-
-def tiny_unet(seed: int = 0, channels: int = 1, **options: Any) -> UNet:
-    torch.manual_seed(seed)
-    return UNet(
-        **{"sample_size": SIDE, "in_channels": channels, "out_channels": channels} | options,
-        block_out_channels=(4, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=2,
-        add_attention=False,
-    )
-
-
-def tiny_schedule() -> NoiseSchedule:
-    return NoiseSchedule.linear(T, 1e-4, 0.5)
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +35,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def sample(model: Path, *args: object, status: int = 0) -> Any:
-    options = ("--device", "cpu", "--no-progress", "--no-engine")
-    return run("sample", "--model", model, *options, *args, status=status)
 
 
 def expected(model: Path, num: int, first: int = 0, batch: int = 2, **options: Any) -> np.ndarray:
@@ -75,7 +50,7 @@ def test_a_sheet_goes_to_the_default_place(tiny: Path) -> None:
     with Image.open("out/tiny.png") as picture:
         assert picture.size == (2 * (96 + 2) + 2, 2 * (96 + 2) + 2)
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
-    assert lines.keys() == {"model", "backend", "steps", "images", "time", "wrote"}
+    assert lines.keys() == {"model", "backend", "method", "steps", "images", "time", "wrote"}
     assert lines["model"] == f"{tiny}, 1 x {SIDE} x {SIDE}"
     assert lines["backend"].startswith("cpu on cpu (")
     assert lines["backend"].endswith("network in float32")
@@ -193,8 +168,8 @@ def test_a_strip_names_its_columns(
 
 
 def test_a_cpu_takes_fewer_steps_and_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sample_command.CPU_STEPS == 250
-    monkeypatch.setattr(sample_command, "CPU_STEPS", 6)
+    assert methods.CPU_STEPS == 250
+    monkeypatch.setattr(methods, "CPU_STEPS", 6)
     result = sample(tiny, "--num", 1, "--batch", 1, "--out", "a.npy")
     assert "6 of 20 (the default on a CPU; --steps 20 takes all)" in result.stdout
     np.testing.assert_array_equal(np.load("a.npy"), expected(tiny, 1, batch=1, steps=6))
@@ -267,9 +242,7 @@ def scheduler_with(**options: object) -> dict[str, object]:
     [
         pytest.param({}, None, "it holds a network alone", id="no-schedule"),
         pytest.param({"sample_size": None}, {}, "has no sample_size", id="no-size"),
-        pytest.param({}, {"thresholding": True}, "dynamic thresholding", id="thresholding"),
-        pytest.param({}, {"variance_type": "learned_range"}, "variance is learned_range", id="var"),
-        pytest.param({"num_class_embeds": 3}, {}, "needs class labels", id="labels"),
+        pytest.param({"class_embed_type": "timestep"}, {}, "embeds its labels", id="labels"),
     ],
 )
 def test_a_checkpoint_that_asks_for_more_is_refused(

@@ -13,7 +13,7 @@ import torch
 import typer
 
 from ddpm_fast.cli.devices import device_of
-from ddpm_fast.cli.sample import DTYPES
+from ddpm_fast.cli.model import DTYPES
 from ddpm_fast.images import prepare_folder
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
 from torch import Tensor
 
 from ddpm_fast.images import prepare_folder, save_images, save_npy, save_png, sheet
@@ -13,6 +14,11 @@ from ddpm_fast.images import prepare_folder, save_images, save_npy, save_png, sh
 FORMATS = ("png", "npy")
 # Endings that promise a kind of file that is not written; any other ending may be a folder's.
 _OTHER_FILES = {".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npz", ".pt"}
+
+
+def say(what: str, text: str) -> None:
+    """A line of a command's report."""
+    typer.echo(f"{what:<9}{text}")
 
 
 @dataclass(frozen=True)

@@ -4,41 +4,59 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated
 
 import torch
 import typer
 from PIL import Image
 from torch import Tensor
 
-from ddpm_fast.checkpoint import Checkpoint, load
-from ddpm_fast.cli.devices import device_of, device_text
-from ddpm_fast.cli.output import FORMATS, Output
-from ddpm_fast.engine import accelerate
+from ddpm_fast.cli.devices import device_text
+from ddpm_fast.cli.methods import CPU_STEPS, METHODS, start_of, table_of
+from ddpm_fast.cli.model import (
+    SHIPPED,
+    BackendOption,
+    ClipOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    LabelOption,
+    ModelOption,
+    OpenModel,
+    ProgressOption,
+    clip_of,
+)
+from ddpm_fast.cli.output import FORMATS, Output, say
 from ddpm_fast.images import prepare_folder, save_png, sheet
 from ddpm_fast.sampler import Sampler
-from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.tables import StepTable
 
-SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "triangles"
-CPU_STEPS = 250
 STRIP_STATES = 10
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def sample(
-    model: Annotated[
-        Path, typer.Option(help="Folder of a diffusers pipeline.", show_default="triangles")
-    ] = SHIPPED,
+    model: ModelOption = SHIPPED,
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
+    method: Annotated[str, typer.Option(help=f"The solver: {', '.join(METHODS)}.")] = "ddpm",
     steps: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Steps, evenly spaced over the chain.",
-            show_default=f"all on a GPU, {CPU_STEPS} on a CPU",
+            help="Steps of the chain.",
+            show_default=f"ddpm: all on a GPU, {CPU_STEPS} on a CPU; dpmpp, unipc: 20; others: 50",
         ),
     ] = None,
+    spacing: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the timesteps: linspace, leading, trailing or quad.",
+            show_default="the method's",
+        ),
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="Of ddim: 0 no noise, 1 as much as ddpm.", show_default="0")
+    ] = None,
+    clip: ClipOption = None,
     start: Annotated[
         str | None,
         typer.Option(
@@ -48,7 +66,10 @@ def sample(
     ] = None,
     variance: Annotated[
         str | None,
-        typer.Option(help="Of each step: posterior or beta.", show_default="the model's"),
+        typer.Option(
+            help="Of a step of ddpm: posterior, beta, learned or learned_range.",
+            show_default="the model's",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise, 64 bits.")] = 0,
     first_sample: Annotated[
@@ -57,23 +78,19 @@ def sample(
     batch: Annotated[
         int, typer.Option(min=1, help="Images at a time; sets the last bits of each.")
     ] = 64,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="the GPU, if any")
+    label: LabelOption = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Scale of classifier-free guidance; 1 is none.", show_default="none"),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Of the network: {', '.join(DTYPES)}. The chain itself is float32.",
-            show_default="float16 on a GPU, float32 on a CPU",
-        ),
+    null_label: Annotated[
+        int | None,
+        typer.Option(min=0, help="Class that means none.", show_default="the last"),
     ] = None,
-    backend: Annotated[
-        str, typer.Option(help="Of the updates: auto, reference, cpu, triton or cuda.")
-    ] = "auto",
-    engine: Annotated[
-        bool,
-        typer.Option(help="Run the network as a fused plan where that is faster; a CPU times it."),
-    ] = True,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    backend: BackendOption = "auto",
+    engine: EngineOption = True,
     out: Annotated[
         str | None,
         typer.Option(
@@ -97,62 +114,61 @@ def sample(
         typer.Option(help="Also write the first images' way from noise, as a .png."),
     ] = None,
     trajectory_num: Annotated[int, typer.Option(min=1, help="How many of them.")] = 8,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    progress: ProgressOption = True,
 ) -> None:
     """Sample images from a checkpoint.
 
-    Ancestral sampling (DDPM) over evenly spaced steps, whatever scheduler the folder names. Image k
-    of a seed is the same whatever --num and --first-sample.
+    By ancestral sampling (DDPM) unless --method says otherwise, whatever scheduler the folder
+    names. Image k of a seed is the same whatever --num and --first-sample.
     """
     output = Output.parse(out or f"out/{model.resolve().name}.{form or 'png'}", form)
     _check_strip(trajectory, output)
-    place = device_of(device)
-    chosen_dtype = dtype or ("float16" if place.type == "cuda" else "float32")
-    if chosen_dtype not in DTYPES:
-        raise ValueError(f"--dtype must be {', '.join(DTYPES)}; got {dtype!r}")
-
-    # The engine rounds the weights itself, once; sums of them before.
-    kept = torch.float32 if engine else DTYPES[chosen_dtype]
-    checkpoint = _supported(load(model, kept, place), model)
-    network: Any = checkpoint.unet
-    if engine:
-        network = accelerate(
-            checkpoint.unet,
-            dtype=DTYPES[chosen_dtype],
-            num_timesteps=cast(NoiseSchedule, checkpoint.schedule).T,
-        )
-    table, which = _table(checkpoint, steps, _start(start), variance, place)
-    sample_shape = cast(tuple[int, int, int], checkpoint.sample_shape)
-    sampler = Sampler(network, table, sample_shape, batch, place, backend=backend)
-    if sample_shape[0] not in (1, 3) and (output.form == "png" or trajectory is not None):
+    opened = OpenModel.open(model, device, dtype, engine)
+    x0_clip = clip_of(clip, opened.clip)
+    table, which = table_of(opened, method, steps, spacing, x0_clip, start_of(start), eta, variance)
+    labels = opened.labels(label, num, first_sample)
+    if guidance is not None:
+        table = table.with_guidance(guidance)
+        which += f", guidance {guidance:g}"
+    if labels is None and (guidance is not None or null_label is not None):
+        raise ValueError("--guidance and --null-label need a model with classes, and --label")
+    if null_label is None and opened.classes is not None:
+        null_label = opened.classes - 1
+    sampler = Sampler(
+        opened.network,
+        table,
+        opened.sample_shape,
+        batch,
+        opened.device,
+        backend=backend,
+        null_label=null_label,
+    )
+    channels = opened.sample_shape[0]
+    if channels not in (1, 3) and (output.form == "png" or trajectory is not None):
         raise ValueError(
-            f"--format png draws 1 or 3 channels, {model} has {sample_shape[0]}; take --format npy"
+            f"--format png draws 1 or 3 channels, {model} has {channels}; take --format npy"
         )
     output.prepare()
     if trajectory is not None:
         prepare_folder(trajectory.parent)
 
-    shape = " x ".join(map(str, sample_shape))
-    _say("model", f"{'triangles (shipped)' if model == SHIPPED else model}, {shape}")
-    where = f"{sampler.backend} on {device_text(place)}"
-    _say("backend", where if engine else f"{where}, network in {chosen_dtype}")
-    _say("steps", which)
-    _say("images", f"{first_sample} .. {first_sample + num - 1} of seed {seed}, {batch} at a time")
+    say("model", opened.in_words)
+    where = f"{sampler.backend} on {device_text(opened.device)}"
+    say("backend", where if engine else f"{where}, network in {opened.dtype}")
+    say("method", method)
+    say("steps", which)
+    say("images", f"{first_sample} .. {first_sample + num - 1} of seed {seed}, {batch} at a time")
     _note_padding(num, first_sample, batch)
     begun = time.perf_counter()
     strip_num = min(trajectory_num, num) if trajectory is not None else 0
-    samples, states, counts = _run(sampler, num, seed, first_sample, strip_num, progress)
-    _say("time", f"{time.perf_counter() - begun:.1f} s")
+    samples, states, counts = _run(sampler, num, seed, first_sample, strip_num, progress, labels)
+    say("time", f"{time.perf_counter() - begun:.1f} s")
     if engine:
-        _say("engine", network.report().splitlines()[-1])
-    _say("wrote", output.write(samples, first_sample, scale))
+        say("engine", opened.network.report().splitlines()[-1])
+    say("wrote", output.write(samples, first_sample, scale))
     if trajectory is not None:
         save_png(_strip(states, counts, table, first_sample, scale), trajectory)
-        _say("wrote", str(trajectory))
-
-
-def _say(what: str, text: str) -> None:
-    typer.echo(f"{what:<9}{text}")
+        say("wrote", str(trajectory))
 
 
 def _check_strip(trajectory: Path | None, output: Output) -> None:
@@ -162,67 +178,6 @@ def _check_strip(trajectory: Path | None, output: Output) -> None:
         raise ValueError(f"--trajectory must be a .png file; got {str(trajectory)!r}")
     if trajectory.resolve() == output.path.resolve():
         raise ValueError(f"--trajectory and --out must differ; got {str(trajectory)!r} for both")
-
-
-def _start(text: str | None) -> int | Literal["random"] | None:
-    if text is None:
-        return None
-    if text == "random":
-        return "random"
-    if not text.isascii() or not text.isdigit():
-        raise ValueError(f"--start must be a step from 1 or random; got {text!r}")
-    return int(text)
-
-
-def _supported(checkpoint: Checkpoint, model: Path) -> Checkpoint:
-    """The checkpoint, unless it asks for what this command does not do."""
-    config = checkpoint.unet.config
-    reason = None
-    if checkpoint.schedule is None:
-        reason = "it holds a network alone; scheduler/scheduler_config.json is needed"
-    elif checkpoint.sample_shape is None:
-        reason = "its unet/config.json has no sample_size"
-    elif checkpoint.thresholding:
-        reason = "it needs dynamic thresholding (thresholding in scheduler_config.json)"
-    elif checkpoint.variance not in ("posterior", "beta"):
-        reason = f"its variance is {checkpoint.variance} (variance_type in scheduler_config.json)"
-    elif config.class_embed_type is not None or config.num_class_embeds is not None:
-        reason = "its network needs class labels"
-    if reason is not None:
-        raise ValueError(f"{model}: cannot be sampled here: {reason}")
-    return checkpoint
-
-
-def _table(
-    checkpoint: Checkpoint,
-    steps: int | None,
-    start: int | Literal["random"] | None,
-    variance: str | None,
-    device: torch.device,
-) -> tuple[StepTable, str]:
-    """The step table, and its choice of steps in words."""
-    if checkpoint.schedule is None:
-        raise ValueError("checkpoint must have a schedule")
-    T = checkpoint.schedule.T
-    length = min(start, T) if isinstance(start, int) else T
-    why = ""
-    if steps is None:
-        steps = length if device.type == "cuda" else min(CPU_STEPS, length)
-        if steps < length:
-            why = f" (the default on a CPU; --steps {length} takes all)"
-    kind: Any = variance or checkpoint.variance
-    prediction: Any = checkpoint.prediction
-    table = StepTable.ddpm(
-        checkpoint.schedule,
-        steps,
-        variance=kind,
-        prediction=prediction,
-        clip=checkpoint.clip,
-        spacing="linspace",
-        start=start,
-    )
-    begin = "" if start is None else f", start {start}"
-    return table, f"{steps} of {T}{why}, variance {kind}{begin}"
 
 
 def _note_padding(num: int, first_sample: int, batch: int) -> None:
@@ -236,7 +191,13 @@ def _note_padding(num: int, first_sample: int, batch: int) -> None:
 
 
 def _run(
-    sampler: Sampler, num: int, seed: int, first_sample: int, strip_num: int, progress: bool
+    sampler: Sampler,
+    num: int,
+    seed: int,
+    first_sample: int,
+    strip_num: int,
+    progress: bool,
+    labels: Tensor | None,
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Samples, and of the first strip_num the states after so many steps [states, strip_num, ...].
 
@@ -252,12 +213,23 @@ def _run(
     states = torch.empty(0)
     if recorded:
         part, all_states = sampler.sample(
-            recorded, seed, first_sample, progress=progress, return_steps=counts
+            recorded,
+            seed,
+            first_sample,
+            progress=progress,
+            return_steps=counts,
+            labels=None if labels is None else labels[:recorded],
         )
         parts.append(part.cpu())
         states = all_states[:, :strip_num].cpu()
     if num > recorded:
-        rest = sampler.sample(num - recorded, seed, first_sample + recorded, progress=progress)
+        rest = sampler.sample(
+            num - recorded,
+            seed,
+            first_sample + recorded,
+            progress=progress,
+            labels=None if labels is None else labels[recorded:],
+        )
         parts.append(rest.cpu())
     return torch.cat(parts), states, counts
 

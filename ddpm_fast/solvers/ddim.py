@@ -79,7 +79,7 @@ def ddim_inverse(
     clip: Clip = None,
     spacing: str | Sequence[int] = "leading",
     rederive_epsilon: bool = True,
-    evaluate_at: Literal["current", "next"] = "current",
+    evaluate_at: Literal["next", "current"] = "next",
     start: int | None = None,
 ) -> StepTable:
     """The chain of ddim with eta = 0 run from x_0 to noise, to encode an image.
@@ -89,11 +89,12 @@ def ddim_inverse(
     the ODE of Eq. 14, Song et al. 2020, run forward. Decoding comes back to x_0 up to the error of
     the steps; what a clip (off unless given) cuts is lost for good.
 
-    evaluate_at: the timestep that the network is told: "current", of the state that it sees, as in
-    Song et al. (the first row, whose state has no noise, is told the lowest timestep); or "next",
-    of the state that the step leads to, as diffusers' DDIMInverseScheduler does. The table begins
-    at data (its start is "data"): a `Sampler` is given them as x_T. The other arguments and the
-    errors are those of ddpm.
+    evaluate_at: the timestep that the network is told: "next", of the state that the step leads to,
+    as diffusers' DDIMInverseScheduler does, which is what the same step of decoding is told; or
+    "current", of the state that it sees, as the papers write the ODE (the first row, whose state
+    has no noise, is told the lowest timestep). Both are of first order; on images "next" comes back
+    several times closer. The table begins at data (its start is "data"): a `Sampler` is given them
+    as x_T. The other arguments and the errors are those of ddpm.
     """
     check_name("evaluate_at", evaluate_at, ("current", "next"))
     _check_bool("rederive_epsilon", rederive_epsilon)

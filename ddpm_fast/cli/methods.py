@@ -1,0 +1,93 @@
+"""The option --method: a solver by its name, with the options that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ddpm_fast.cli.model import OpenModel
+from ddpm_fast.spacing import SPACINGS
+from ddpm_fast.tables import StepTable
+
+CPU_STEPS = 250  # of ancestral sampling
+
+
+@dataclass(frozen=True)
+class _Method:
+    make: Callable[..., StepTable]
+    steps: int | None  # by default; None: all
+    takes: tuple[str, ...] = ()
+
+
+METHODS = {
+    "ddpm": _Method(StepTable.ddpm, None, ("variance",)),
+    "ddim": _Method(StepTable.ddim, 50, ("eta",)),
+    "ve_ode": _Method(StepTable.ve_ode, 50),
+    "dpmpp_2m": _Method(StepTable.dpmpp_2m, 20),
+    "dpmpp_2m_sde": _Method(StepTable.dpmpp_2m_sde, 20),
+    "unipc": _Method(StepTable.unipc, 20),
+    "plms": _Method(StepTable.plms, 50),
+}
+
+
+def start_of(text: str | None) -> int | Literal["random"] | None:
+    """The option --start."""
+    if text is None:
+        return None
+    if text == "random":
+        return "random"
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(f"--start must be a step from 1 or random; got {text!r}")
+    return int(text)
+
+
+def table_of(
+    model: OpenModel,
+    method: str,
+    steps: int | None,
+    spacing: str | None,
+    clip: Any,
+    start: int | Literal["random"] | None = None,
+    eta: float | None = None,
+    variance: str | None = None,
+) -> tuple[StepTable, str]:
+    """The table of a method, and its choices in words.
+
+    Raises ValueError for another method, for eta or variance where it takes none, and for a learned
+    variance of a network that has none.
+    """
+    if method not in METHODS:
+        raise ValueError(f"--method must be {', '.join(METHODS)}; got {method!r}")
+    if spacing is not None and spacing not in SPACINGS:
+        raise ValueError(f"--spacing must be {', '.join(SPACINGS)}; got {spacing!r}")
+    chosen = METHODS[method]
+    for name, value in (("eta", eta), ("variance", variance)):
+        if value is not None and name not in chosen.takes:
+            takers = [other for other, m in METHODS.items() if name in m.takes]
+            raise ValueError(f"--{name} is an option of --method {takers[0]}; got {method}")
+    T = model.schedule.T
+    length = min(start, T) if isinstance(start, int) else T
+    why = ""
+    if steps is None:
+        steps = min(length if chosen.steps is None else chosen.steps, length)
+        if chosen.steps is None and model.device.type == "cpu" and steps > CPU_STEPS:
+            steps = CPU_STEPS
+            why = f" (the default on a CPU; --steps {length} takes all)"
+    options: dict[str, Any] = {} if spacing is None else {"spacing": spacing}
+    words = f"{steps} of {T}{why}"
+    if "variance" in chosen.takes:
+        options["variance"] = variance or model.variance
+        words += f", variance {options['variance']}"
+    if "eta" in chosen.takes:
+        options["eta"] = 0.0 if eta is None else eta
+        words += f", eta {options['eta']:g}"
+    table = chosen.make(
+        model.schedule, steps, prediction=model.prediction, clip=clip, start=start, **options
+    )
+    if table.learned and not model.learns_variance:
+        raise ValueError(
+            "--variance must be posterior or beta for a network of C channels, which learns none;"
+            f" got {options['variance']}{'' if variance else ' (of the model)'}"
+        )
+    return table, words + ("" if start is None else f", start {start}")

@@ -1,0 +1,140 @@
+"""A checkpoint as the commands use it: its options, checked, and the network that runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from ddpm_fast.chain import Clip, DynamicThreshold
+from ddpm_fast.checkpoint import load
+from ddpm_fast.cli.devices import device_of
+from ddpm_fast.engine import accelerate
+from ddpm_fast.schedules import NoiseSchedule
+
+SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "triangles"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+ModelOption = Annotated[
+    Path, typer.Option(help="Folder of a diffusers pipeline.", show_default="triangles")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="the GPU, if any")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Of the network: {', '.join(DTYPES)}. The chain itself is float32.",
+        show_default="float16 on a GPU, float32 on a CPU",
+    ),
+]
+BackendOption = Annotated[
+    str, typer.Option(help="Of the updates: auto, reference, cpu, triton or cuda.")
+]
+EngineOption = Annotated[
+    bool,
+    typer.Option(help="Run the network as a fused plan where that is faster; a CPU times it."),
+]
+ClipOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of x0: none, a bound, or dynamic[:QUANTILE[:CAP]] (by the image).",
+        show_default="the model's",
+    ),
+]
+LabelOption = Annotated[
+    str | None,
+    typer.Option(help="Class of the images; several, after commas, take turns by the index."),
+]
+ProgressOption = Annotated[bool, typer.Option(help="Show a progress bar.")]
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """What a command samples with. in_words: the model's name and the shape of its images."""
+
+    network: Any
+    schedule: NoiseSchedule
+    prediction: Any
+    variance: Any
+    clip: Clip
+    sample_shape: tuple[int, int, int]
+    device: torch.device
+    dtype: str
+    classes: int | None
+    learns_variance: bool
+    in_words: str
+
+    @classmethod
+    def open(cls, folder: Path, device: str | None, dtype: str | None, engine: bool) -> OpenModel:
+        """Load a folder. Raises ValueError where it lacks what a chain needs."""
+        place = device_of(device)
+        chosen = dtype or ("float16" if place.type == "cuda" else "float32")
+        if chosen not in DTYPES:
+            raise ValueError(f"--dtype must be {', '.join(DTYPES)}; got {dtype!r}")
+        # The engine rounds the weights itself, once; sums of them before.
+        checkpoint = load(folder, torch.float32 if engine else DTYPES[chosen], place)
+        schedule, shape = checkpoint.schedule, checkpoint.sample_shape
+        if schedule is None:
+            reason = "it holds a network alone; scheduler/scheduler_config.json is needed"
+            raise ValueError(f"{folder}: cannot be sampled here: {reason}")
+        if shape is None:
+            reason = "its unet/config.json has no sample_size"
+            raise ValueError(f"{folder}: cannot be sampled here: {reason}")
+        if checkpoint.unet.config.class_embed_type is not None:
+            reason = "its network embeds its labels itself (class_embed_type)"
+            raise ValueError(f"{folder}: cannot be sampled here: {reason}")
+        network: Any = checkpoint.unet
+        if engine:
+            network = accelerate(network, dtype=DTYPES[chosen], num_timesteps=schedule.T)
+        name = "triangles (shipped)" if folder == SHIPPED else str(folder)
+        return cls(
+            network=network,
+            schedule=schedule,
+            prediction=checkpoint.prediction,
+            variance=checkpoint.variance,
+            clip=checkpoint.clip,
+            sample_shape=shape,
+            device=place,
+            dtype=chosen,
+            classes=checkpoint.unet.config.num_class_embeds,
+            learns_variance=checkpoint.unet.config.out_channels == 2 * shape[0],
+            in_words=f"{name}, {' x '.join(map(str, shape))}",
+        )
+
+    def labels(self, text: str | None, num: int, first: int = 0) -> Tensor | None:
+        """The label of each of num images, of which the first has that index."""
+        if (text is None) != (self.classes is None):
+            needed = f"0 to {(self.classes or 0) - 1}" if text is None else "none"
+            got = "none" if text is None else repr(text)
+            raise ValueError(f"--label must be {needed} for this model; got {got}")
+        if text is None or self.classes is None:
+            return None
+        parts = [part.strip() for part in text.split(",")]
+        given = [int(part) if part.isascii() and part.isdigit() else self.classes for part in parts]
+        if max(given) >= self.classes:
+            raise ValueError(f"--label must be 0 to {self.classes - 1}; got {text!r}")
+        return torch.tensor([given[(first + i) % len(given)] for i in range(num)])
+
+
+def clip_of(text: str | None, of_model: Clip) -> Clip:
+    """The option --clip."""
+    if text is None:
+        return of_model
+    if text == "none":
+        return None
+    name, *numbers = text.split(":") if text.startswith("dynamic") else ("", text)
+    try:
+        values = [float(number) for number in numbers]
+        if name == "dynamic" and len(values) <= 2:
+            return DynamicThreshold(*values)
+        if name == "" and len(values) == 1 and values[0] > 0:
+            return values[0]
+    except ValueError as error:
+        raise ValueError(f"--clip: {text}: {error}") from error
+    accepted = "none, a number above 0 or dynamic[:QUANTILE[:CAP]]"
+    raise ValueError(f"--clip must be {accepted}; got {text!r}")
