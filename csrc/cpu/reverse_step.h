@@ -30,8 +30,6 @@ void write_state(const ReverseStepArgs& a, const Block& b, const Row<R>& row, co
   scatter(a.model_input, b.sample, b.first, b.count, input);
 }
 
-#include "cpu/step_terms.h"
-
 template <class R>
 struct StepBlock {
   R* x;
@@ -66,6 +64,8 @@ void choose_step(const StepBlock<R>& b, const Row<R>& row, bool next, Rest... re
   next ? choose_step<kChosen..., true>(b, row, rest...)
        : choose_step<kChosen..., false>(b, row, rest...);
 }
+
+#include "cpu/step_terms.h"
 
 template <class R>
 void plain_step(const ReverseStepArgs& a, const Block& b, int64_t index) {

@@ -6,10 +6,24 @@
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 
-constexpr int64_t kPart = 512;  // elements; a multiple of those that make_normals makes together
+constexpr int64_t kPart = 1024;  // elements; a multiple of those that make_normals makes together
+constexpr int kMostTerms = 5 + kDeepest;  // x, x0, out, y, the past values and the noise
 static_assert(kBlock % kPart == 0 && kPart % (4 * kLanes) == 0);
 
-// A sum of coefficients times blocks, in the order in which they are added.
+// A sum of coefficients times blocks, in their order.
+template <int kCount, class R>
+struct Sum {
+  R coefficients[kCount];
+  const R* blocks[kCount];
+
+  DDPM_HD R at(int64_t i) const {
+    R value = coefficients[0] * blocks[0][i];
+#pragma GCC unroll 8
+    for (int k = 1; k < kCount; ++k) value = fma(coefficients[k], blocks[k][i], value);
+    return value;
+  }
+};
+
 template <class R>
 class Terms {
  public:
@@ -18,34 +32,42 @@ class Terms {
     blocks_[count_++] = block;
   }
 
-  // To `sum`, which may be one of the blocks.
-  template <int kCount = 2>
-  void write(int64_t count, R* sum) const {
-    if constexpr (kCount < kMost) {
-      if (count_ > kCount) return write<kCount + 1>(count, sum);
+  // Calls body with the Sum of these terms: kLeast to kMost of them.
+  template <int kLeast, int kMost, class Body>
+  DDPM_HD void visit(Body body) const {
+    if constexpr (kLeast < kMost) {
+      if (count_ > kLeast) return visit<kLeast + 1, kMost>(body);
     }
-    R coefficients[kCount];
-    const R* blocks[kCount];
-    for (int k = 0; k < kCount; ++k) {
-      coefficients[k] = coefficients_[k];
-      blocks[k] = blocks_[k];
+    Sum<kLeast, R> sum;
+    for (int k = 0; k < kLeast; ++k) {
+      sum.coefficients[k] = coefficients_[k];
+      sum.blocks[k] = blocks_[k];
     }
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) {
-      R value = coefficients[0] * blocks[0][i];
-#pragma GCC unroll 8
-      for (int k = 1; k < kCount; ++k) value = fma(coefficients[k], blocks[k][i], value);
-      sum[i] = value;
-    }
+    body(sum);
   }
 
  private:
-  static constexpr int kMost = 5 + kDeepest;  // x, x0, out, y, the past values and the noise
-
-  R coefficients_[kMost];
-  const R* blocks_[kMost];
+  R coefficients_[kMostTerms];
+  const R* blocks_[kMostTerms];
   int count_ = 0;
 };
+
+// A result may be one of the blocks: an element is read before it is written.
+template <class Sum, class R>
+void write_sum(const Sum& sum, int64_t count, R* to) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) to[i] = sum.at(i);
+}
+
+template <class Sum, class Other, class R>
+void write_sums(const Sum& sum, const Other& other, int64_t count, R* to, R* to_other) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    const R value = sum.at(i), other_value = other.at(i);
+    to[i] = value;
+    to_other[i] = other_value;
+  }
+}
 
 // What is read of tensors that are no buffers, and what is made.
 template <class R>
@@ -97,16 +119,17 @@ class StepPart {
     }
     if (noise) next.add(row.S, noise);
 
-    const bool pushes = has(kPush) && row.push != R(0);
-    R* sum = has(kSecond) || pushes ? s_.next : x;
-    next.write(b.count, sum);
-    if (has(kSecond)) {
-      second.write(b.count, y);
-      write_block(a_.second, b.sample, b.first, b.count, y);
+    if (y)
+      second.template visit<3, 3 + kDeepest>(
+          [&](const auto& sum) { write_sum(sum, b.count, s_.next); });
+    if (has(kPush) && row.push != R(0)) {
+      push(b, row, next, x, out, x0);
+    } else {
+      next.template visit<2, kMostTerms>([&](const auto& sum) { write_sum(sum, b.count, x); });
     }
-    if (pushes) push(b, row, x, out, x0);
-    if (sum != x) {
-      for (int64_t i = 0; i < b.count; ++i) x[i] = sum[i];
+    if (y) {
+      for (int64_t i = 0; i < b.count; ++i) y[i] = s_.next[i];
+      write_block(a_.second, b.sample, b.first, b.count, y);
     }
     write_state(a_, b, row, x, s_.next);
   }
@@ -151,14 +174,20 @@ class StepPart {
     }
   }
 
-  void push(const Block& b, const Row<R>& row, const R* x, const R* out, const R* x0) {
+  // Writes x' and, in the same loop, h0.
+  void push(const Block& b, const Row<R>& row, const Terms<R>& next, R* x, const R* out,
+            const R* x0) {
     Terms<R> pushed;
     pushed.add(row.Hx, x);
     pushed.add(row.Hv, x0);
     if (has(kPushOut)) pushed.add(row.Ho, out);
-    R* to = target_block(slot(row, 0), b.sample, b.first, s_.past[0]);
-    pushed.write(b.count, to);
-    write_block(slot(row, 0), b.sample, b.first, b.count, to);
+    const View& view = slot(row, 0);
+    R* to = target_block(view, b.sample, b.first, s_.past[0]);
+    next.template visit<2, kMostTerms>([&](const auto& sum) {
+      pushed.template visit<2, 3>(
+          [&](const auto& other) { write_sums(sum, other, b.count, x, to); });
+    });
+    write_block(view, b.sample, b.first, b.count, to);
   }
 
   const ReverseStepArgs& a_;
