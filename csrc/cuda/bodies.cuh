@@ -9,41 +9,17 @@
 #include <initializer_list>
 
 #include "core/args.h"
-#include "core/normal.h"
 #include "core/updates.h"
 #include "cuda/fours.cuh"
+#include "cuda/noise.cuh"
+#include "cuda/step_terms.cuh"
 
 namespace ddpm {
-
-enum class Noise { none, given, made };
 
 // A t outside the table reads its first or last row.
 DDPM_HD int64_t row_of(int64_t t, int64_t num_timesteps) {
   t = t < num_timesteps ? t : num_timesteps - 1;
   return t > 0 ? t : 0;
-}
-
-struct NoiseKey {
-  uint64_t seed, stream, first_sample;
-};
-
-DDPM_HD NoiseKey load_key(const int64_t* words) {
-  return {static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]),
-          static_cast<uint64_t>(words[2])};
-}
-
-// The normals of a thread's fours, of the stream `streams_on` after the key's.
-template <int kN>
-DDPM_HD void make_noise(const NoiseKey& key, int64_t streams_on, const Place& place,
-                        Four (&noise)[kN]) {
-  const uint32_t stream = static_cast<uint32_t>(key.stream + static_cast<uint64_t>(streams_on));
-  const uint64_t sample = key.first_sample + static_cast<uint64_t>(place.sample);
-  DDPM_UNROLL
-  for (int i = 0; i < kN; ++i) {
-    const Normal4 normals = normal4(place.four(i), stream, sample, key.seed);
-    DDPM_UNROLL
-    for (int j = 0; j < 4; ++j) noise[i].v[j] = normals.z[j];
-  }
 }
 
 template <Noise kNoise, class Tensor>
@@ -263,19 +239,32 @@ DDPM_HD void run_thread(const typename Variant::Params& params, const BlockIndex
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
 // Calls launch(variant, params) for the kind of tensor that serves every view, and returns what it
-// returns.
+// returns. `outputs` may also come in pixels. Not pieces: nothing comes in them.
 template <template <Noise, class> class Variant, Noise kNoise, class Args, class Launch>
-int choose(const Args& a, std::initializer_list<const View*> views, Launch launch) {
+int choose(const Args& a, std::initializer_list<const View*> views,
+           std::initializer_list<const View*> outputs, bool pieces, Launch launch) {
   if (fours_of(a.elements) > kMaxFours) return kInvalidValue;
-  bool pieces = fours_of(a.elements) >= kThreads;
+  pieces = pieces && fours_of(a.elements) >= kThreads;
+  bool wide = false;
   for (const View* view : views) {
     if (view->data == nullptr) continue;
-    if (view->dtype == DType::f64) return kInvalidValue;
+    wide = wide || view->dtype == DType::f64;
     pieces = pieces && in_pieces(*view, a.samples, a.elements);
   }
+  for (const View* view : outputs) {
+    if (view->data == nullptr) continue;
+    wide = wide || view->dtype == DType::f64;
+    pieces = pieces && (in_pieces(*view, a.samples, a.elements) || in_pixels(*view, a.elements));
+  }
+  if (wide) return kInvalidValue;
   using Pieces = Variant<kNoise, PieceTensor>;
   using Views = Variant<kNoise, View>;
   return pieces ? launch(Pieces{}, Pieces::params(a)) : launch(Views{}, Views::params(a));
+}
+
+template <template <Noise, class> class Variant, Noise kNoise, class Args, class Launch>
+int choose(const Args& a, std::initializer_list<const View*> views, Launch launch) {
+  return choose<Variant, kNoise>(a, views, {}, true, launch);
 }
 
 template <class Launch>
@@ -292,6 +281,14 @@ int dispatch(const QPosteriorArgs& a, Launch launch) {
 
 template <class Launch>
 int dispatch(const ReverseStepArgs& a, Launch launch) {
+  if (a.flags & kMoreTerms) {
+    const auto views = {&a.x, &a.noise, &a.model_input, &a.pred_x0, &a.second, &a.history};
+    const auto outputs = {&a.out, &a.out2, &a.log_variance};
+    const bool pieces = a.depth < 2 || a.slot_stride % 4 == 0;  // of the other slots too
+    if (a.rng.words) return choose<StepTerms, Noise::made>(a, views, outputs, pieces, launch);
+    return a.noise.data ? choose<StepTerms, Noise::given>(a, views, outputs, pieces, launch)
+                        : choose<StepTerms, Noise::none>(a, views, outputs, pieces, launch);
+  }
   const auto views = {&a.x, &a.out, &a.noise, &a.model_input, &a.pred_x0};
   if (a.rng.words) return choose<ReverseStep, Noise::made>(a, views, launch);
   return a.noise.data ? choose<ReverseStep, Noise::given>(a, views, launch)

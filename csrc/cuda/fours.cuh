@@ -91,15 +91,16 @@ DDPM_HD Bits unpacked(const Piece8& piece) {
   return {{piece.w[0], piece.w[1], 0, 0}};
 }
 
-DDPM_HD char* piece_of(const PieceTensor& tensor, const Place& place) {
-  return tensor.data + place.sample * tensor.sample_bytes +
+// bytes_on, here and below: how far the memory lies behind the tensor's, for a slot of a ring.
+DDPM_HD char* piece_of(const PieceTensor& tensor, const Place& place, int64_t bytes_on) {
+  return tensor.data + bytes_on + place.sample * tensor.sample_bytes +
          static_cast<uint64_t>(place.first) * tensor.piece_bytes;
 }
 
 template <int kN>
-DDPM_HD void load(const PieceTensor& tensor, const Grid& grid, const Place& place,
-                  Bits (&bits)[kN]) {
-  const char* from = piece_of(tensor, place);
+DDPM_HD void load(const PieceTensor& tensor, const Grid& grid, const Place& place, Bits (&bits)[kN],
+                  int64_t bytes_on = 0) {
+  const char* from = piece_of(tensor, place, bytes_on);
   if (tensor.dtype == DType::f32) {
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
@@ -136,8 +137,8 @@ DDPM_HD void convert(const PieceTensor& tensor, const Bits (&bits)[kN], Four (&f
 
 template <int kN>
 DDPM_HD void store(const PieceTensor& tensor, const Grid& grid, const Place& place,
-                   const Four (&fours)[kN]) {
-  char* to = piece_of(tensor, place);
+                   const Four (&fours)[kN], int64_t bytes_on = 0) {
+  char* to = piece_of(tensor, place, bytes_on);
   const DType dtype = tensor.dtype;
   if (dtype == DType::f32) {
     DDPM_UNROLL
@@ -159,6 +160,12 @@ DDPM_HD void store(const PieceTensor& tensor, const Grid& grid, const Place& pla
   }
 }
 
+// The bits of element `at`.
+DDPM_HD uint32_t word_at(const char* data, DType dtype, int64_t at) {
+  return dtype == DType::f32 ? bits_of(reinterpret_cast<const float*>(data)[at])
+                             : reinterpret_cast<const uint16_t*>(data)[at];
+}
+
 // Of element `index` of the walk over every dimension but the innermost.
 DDPM_HD int64_t outer_offset(const View& view, int64_t index) {
   int64_t offset = 0;
@@ -168,6 +175,14 @@ DDPM_HD int64_t outer_offset(const View& view, int64_t index) {
     index = quotient;
   }
   return view.ndim > 1 ? offset + index * view.strides[0] : 0;
+}
+
+// Of a four that was loaded one element a word.
+DDPM_HD void convert_words(DType dtype, const Bits& bits, Four& four) {
+  DDPM_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    four.v[j] = dtype == DType::f32 ? float_of(bits.w[j]) : to_float(dtype, bits.w[j]);
+  }
 }
 
 struct Offsets {
@@ -198,41 +213,39 @@ DDPM_HD Offsets offsets_of(const View& view, int64_t first) {
   return offsets;
 }
 
-DDPM_HD void load(const View& view, const Grid& grid, const Place& place, Bits (&bits)[1]) {
+DDPM_HD void load(const View& view, const Grid& grid, const Place& place, Bits (&bits)[1],
+                  int64_t bytes_on = 0) {
   const int64_t first = int64_t{4} * place.first;
   if (first >= grid.elements) return;
   const Offsets offsets = offsets_of(view, first);
   const int64_t sample = place.sample * view.sample_stride;
+  const char* data = static_cast<const char*>(view.data) + bytes_on;
   DDPM_UNROLL
   for (int j = 0; j < 4; ++j) {
     if (first + j >= grid.elements) continue;
-    const int64_t at = sample + offsets.at[j];
-    bits[0].w[j] = view.dtype == DType::f32 ? bits_of(static_cast<const float*>(view.data)[at])
-                                            : static_cast<const uint16_t*>(view.data)[at];
+    bits[0].w[j] = word_at(data, view.dtype, sample + offsets.at[j]);
   }
 }
 
 DDPM_HD void convert(const View& view, const Bits (&bits)[1], Four (&fours)[1]) {
-  DDPM_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    fours[0].v[j] =
-        view.dtype == DType::f32 ? float_of(bits[0].w[j]) : to_float(view.dtype, bits[0].w[j]);
-  }
+  convert_words(view.dtype, bits[0], fours[0]);
 }
 
-DDPM_HD void store(const View& view, const Grid& grid, const Place& place, const Four (&fours)[1]) {
+DDPM_HD void store(const View& view, const Grid& grid, const Place& place, const Four (&fours)[1],
+                   int64_t bytes_on = 0) {
   const int64_t first = int64_t{4} * place.first;
   if (first >= grid.elements) return;
   const Offsets offsets = offsets_of(view, first);
   const int64_t sample = place.sample * view.sample_stride;
+  char* data = static_cast<char*>(view.data) + bytes_on;
   DDPM_UNROLL
   for (int j = 0; j < 4; ++j) {
     if (first + j >= grid.elements) continue;
     const int64_t at = sample + offsets.at[j];
     if (view.dtype == DType::f32) {
-      static_cast<float*>(view.data)[at] = fours[0].v[j];
+      reinterpret_cast<float*>(data)[at] = fours[0].v[j];
     } else {
-      static_cast<uint16_t*>(view.data)[at] =
+      reinterpret_cast<uint16_t*>(data)[at] =
           static_cast<uint16_t>(to_bits(view.dtype, fours[0].v[j]));
     }
   }
