@@ -27,7 +27,7 @@ def run(*command: str | Path) -> str:
 @pytest.mark.parametrize(
     ("options", "target", "expected"),
     [
-        pytest.param(["-DDDPM_SANITIZE=ON"], "all", 7, id="sanitized"),
+        pytest.param(["-DDDPM_SANITIZE=ON"], "all", 8, id="sanitized"),
         pytest.param([], "test_cpu_kernels", 1, id="optimised"),
     ],
 )

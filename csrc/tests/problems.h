@@ -76,6 +76,7 @@ struct Choices {
   const std::vector<Shape>* from = &shapes();
   bool wide = false;
   bool made = false;
+  bool tidy = false;  // channels-last throughout, or half of that where a model made it
 };
 
 inline DType random_dtype(const Choices& c, Random& random) {
@@ -83,15 +84,23 @@ inline DType random_dtype(const Choices& c, Random& random) {
 }
 
 inline TestTensor random_input(const Common& p, const Choices& c, Random& random) {
-  TestTensor tensor(random_dtype(c, random), p.sizes, kLayouts[random.below(8)], random);
+  const Layout layout = c.tidy ? Layout::channels_last : random_layout(random);
+  TestTensor tensor(random_dtype(c, random), p.sizes, layout, random);
   tensor.fill(random, 2.0);
   return tensor;
 }
 
-inline TestTensor random_output(const Common& p, DType dtype, Random& random) {
-  Layout layout = kLayouts[random.below(8)];
-  while (!writable(layout)) layout = kLayouts[random.below(8)];
-  TestTensor tensor(dtype, p.sizes, layout, random);
+inline TestTensor random_of_model(const Common& p, const Choices& c, Random& random) {
+  if (!c.tidy || random.coin()) return random_input(p, c, random);
+  TestTensor tensor(random_dtype(c, random), p.sizes, Layout::half, random);
+  tensor.fill(random, 2.0);
+  return tensor;
+}
+
+inline TestTensor random_output(const Sizes& sizes, const Choices& c, DType dtype, Random& random) {
+  Layout layout = random_layout(random);
+  while (!writable(layout)) layout = random_layout(random);
+  TestTensor tensor(dtype, sizes, c.tidy ? Layout::channels_last : layout, random);
   tensor.fill(random, 2.0);
   return tensor;
 }
@@ -135,9 +144,9 @@ struct QSampleProblem : Common {
 
   QSampleProblem(const Choices& c, Random& random) : Common(random_common(c, random)) {
     x0 = random_input(*this, c, random);
-    noise = made ? random_output(*this, random_dtype(c, random), random)
+    noise = made ? random_output(sizes, c, random_dtype(c, random), random)
                  : random_input(*this, c, random);
-    x_t = random_output(*this, random_state(c, random), random);
+    x_t = random_output(sizes, c, random_state(c, random), random);
     coefs = random_table(wide, 2 * rows, random);
     set_order(*this, x_t);
   }
@@ -165,7 +174,7 @@ struct QPosteriorProblem : Common {
   QPosteriorProblem(const Choices& c, Random& random) : Common(random_common(c, random)) {
     x0 = random_input(*this, c, random);
     x_t = random_input(*this, c, random);
-    mean = random_output(*this, random_state(c, random), random);
+    mean = random_output(sizes, c, random_state(c, random), random);
     const DType native = wide ? DType::f64 : DType::f32;
     variance = TestTensor(native, {samples()}, Layout::contiguous, random);
     log_variance = TestTensor(native, {samples()}, Layout::contiguous, random);
@@ -190,28 +199,59 @@ struct QPosteriorProblem : Common {
   std::vector<const TestTensor*> outputs() const { return {&mean, &variance, &log_variance}; }
 };
 
+// Any flags that go together: the plain ones alone as often as not, unless they are to have more.
+inline int64_t random_flags(bool more, Random& random) {
+  if (!more && random.coin()) return random.below(8);
+  int64_t flags = random.below(kKnownFlags + 1);
+  if (flags & kPast) flags |= kPush;
+  if (!(flags & kPush)) flags &= ~kPushOut;
+  return flags & kMoreTerms ? flags : flags | kGuide;
+}
+
 struct ReverseStepProblem : Common {
   using Args = ReverseStepArgs;
-  TestTensor x, out, noise, model_input, pred_x0;
-  Table table;
-  int64_t flags = 0;
+  TestTensor x, out, noise, model_input, pred_x0, out2, log_variance, second;
+  TestTensor history;  // [depth * samples, ...]
+  Table table, threshold;
+  int64_t flags = 0, depth = 0, threshold_stride = 1;
 
   ReverseStepProblem(const Choices& c, Random& random) : Common(random_common(c, random)) {
-    x = random_output(*this, random_state(c, random), random);
-    out = random_input(*this, c, random);
+    flags = random_flags(c.tidy, random);
+    x = random_output(sizes, c, random_state(c, random), random);
+    out = random_of_model(*this, c, random);
     if (!made && random.coin()) noise = random_input(*this, c, random);
-    if (random.coin()) model_input = random_output(*this, random_dtype(c, random), random);
-    if (random.coin()) pred_x0 = random_output(*this, random_dtype(c, random), random);
+    if (random.coin()) model_input = random_output(sizes, c, random_dtype(c, random), random);
+    if (random.coin()) pred_x0 = random_output(sizes, c, random_dtype(c, random), random);
+    if (flags & kGuide) out2 = random_of_model(*this, c, random);
+    if (flags & kLearned) log_variance = random_of_model(*this, c, random);
+    if (flags & kSecond) second = random_output(sizes, c, random_dtype(c, random), random);
+    if (flags & kRing) {
+      const int64_t needed = history_depth(flags);
+      depth = needed + random.below(kDeepest + 1 - needed);
+      depth = depth > 0 ? depth : 1;
+      Sizes ring = sizes;
+      ring[0] *= depth;
+      history = random_output(ring, c, random_dtype(c, random), random);
+    }
+    set_rows(random);
+    set_order(*this, x);
+  }
+
+  void set_rows(Random& random) {
     std::vector<double> values(static_cast<size_t>(rows * kRowWidth));
     for (double& value : values) value = random.symmetric(1.5);
     for (int64_t row = 0; row < rows; ++row) {
-      double& clip = values[static_cast<size_t>(row * kRowWidth + kRow_clip)];
-      clip =
+      double* of_row = &values[static_cast<size_t>(row * kRowWidth)];
+      of_row[kRow_clip] =
           random.below(4) ? 0.2 + random.symmetric(0.1) : std::numeric_limits<double>::infinity();
+      of_row[kRow_push] = static_cast<double>(random.below(2));
+      of_row[kRow_slot] = static_cast<double>(depth > 0 ? random.below(depth) : 0);
     }
     table = Table(wide, values);
-    flags = random.below(kKnownFlags + 1);
-    set_order(*this, x);
+    threshold_stride = random.below(3);
+    std::vector<double> bounds(static_cast<size_t>(samples() * threshold_stride + 1));
+    for (double& bound : bounds) bound = 0.6 + random.symmetric(0.4);
+    threshold = Table(wide, bounds);
   }
 
   Args args() const {
@@ -227,10 +267,26 @@ struct ReverseStepProblem : Common {
             index.data(),
             index_stride,
             flags,
-            rng()};
+            rng(),
+            out2.view(order),
+            log_variance.view(order),
+            second.view(order),
+            history.view(order),
+            depth > 0 ? samples() * history.strides()[0] : 0,
+            depth,
+            flags & kThreshold ? threshold.data() : nullptr,
+            threshold_stride};
   }
-  std::vector<const TestTensor*> outputs() const { return {&x, &model_input, &pred_x0}; }
+  std::vector<const TestTensor*> outputs() const {
+    return {&x, &model_input, &pred_x0, &second, &history};
+  }
   double column(int64_t row, RowColumn name) const { return table[row * kRowWidth + name]; }
+  // Of h_k, or for k = 0 of what is pushed: where it is in the history.
+  Sizes in_ring(Sizes index, int64_t row, int64_t k) const {
+    const int64_t slot = static_cast<int64_t>(column(row, kRow_slot));
+    index[0] += (slot + depth - k) % depth * samples();
+    return index;
+  }
 };
 
 struct PhiloxNormalProblem : Common {
@@ -239,7 +295,7 @@ struct PhiloxNormalProblem : Common {
 
   PhiloxNormalProblem(const Choices& c, Random& random) : Common(random_common(c, random)) {
     made = true;
-    out = random_output(*this, random_dtype(c, random), random);
+    out = random_output(sizes, c, random_dtype(c, random), random);
     set_order(*this, out);
   }
 

@@ -25,11 +25,16 @@ enum class Layout {
   expanded,   // one sample for all
   broadcast,  // one pixel for all of a sample
   unaligned,  // dense, one element behind an aligned address
+  half,       // channels-last, the first or second half of the channels of a larger tensor
 };
 
 constexpr Layout kLayouts[] = {Layout::contiguous, Layout::channels_last, Layout::permuted,
                                Layout::sliced,     Layout::padded,        Layout::expanded,
-                               Layout::broadcast,  Layout::unaligned};
+                               Layout::broadcast,  Layout::unaligned,     Layout::half};
+
+inline Layout random_layout(Random& random) {
+  return kLayouts[random.below(sizeof kLayouts / sizeof *kLayouts)];
+}
 
 // Every element has a place of its own.
 inline bool writable(Layout layout) {
@@ -61,7 +66,8 @@ class TestTensor {
     Sizes outer = sizes_;    // what is allocated
     std::vector<int> order;  // dimensions, outermost first, as they lie in memory
     for (int d = 0; d < ndim; ++d) order.push_back(d);
-    if (layout == Layout::channels_last && ndim > 2) {
+    const bool half = layout == Layout::half && ndim > 2;
+    if ((layout == Layout::channels_last || half) && ndim > 2) {
       order.erase(order.begin() + 1);
       order.push_back(1);
     }
@@ -71,6 +77,7 @@ class TestTensor {
     if (layout == Layout::sliced) {
       for (int64_t& size : outer) size += 1 + random.below(3);
     }
+    if (half) outer[1] *= 2;
     strides_.assign(sizes_.size(), 0);
     int64_t count = 1;
     for (int i = ndim - 1; i >= 0; --i) {
@@ -81,11 +88,12 @@ class TestTensor {
       strides_[d] = count;
       count *= outer[d];
     }
-    offset_ = layout == Layout::unaligned ? 1 : 0;
+    offset_ = layout == Layout::unaligned ? 1 : half && random.coin() ? sizes_[1] : 0;
     if (layout == Layout::sliced) {
       for (int d = 0; d < ndim; ++d) offset_ += (outer[d] - sizes_[d]) * strides_[d];
     }
-    bytes_ = static_cast<size_t>(count + offset_) * bytes_of(dtype);
+    // A half is part of what is counted already.
+    bytes_ = static_cast<size_t>(count + (half ? 0 : offset_)) * bytes_of(dtype);
     allocate();
     std::memset(memory_.get(), 0xCD, bytes_);
   }

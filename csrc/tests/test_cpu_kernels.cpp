@@ -89,39 +89,99 @@ void check_outcome(const QPosteriorProblem& p, const QPosteriorProblem& before,
   }
 }
 
+// What a step makes of one element, in the order of ddpm_fast/row.py.
+struct StepSums {
+  Sum x0, next, second, pushed;
+
+  StepSums(const ReverseStepProblem& p, const Sizes& index, int64_t row, double made) {
+    const auto of = [&](RowColumn name) { return p.column(row, name); };
+    const auto has = [&](int64_t flag) { return (p.flags & flag) != 0; };
+    const double x = p.x.get(index);
+    Sum out;
+    out.add(has(kGuide) ? of(kRow_G0) : 1.0, p.out.get(index));
+    if (has(kGuide)) out.add(of(kRow_G1), p.out2.get(index));
+    x0.add(of(kRow_P), x);
+    x0.add(of(kRow_Q), out);
+    if (has(kThreshold)) {
+      const double bound = p.threshold[index[0] * p.threshold_stride];
+      x0.value = std::fmin(std::fmax(x0.value, -bound), bound) / bound;
+      x0.magnitude /= bound;
+    } else if (has(kClip)) {
+      x0.value = std::fmin(std::fmax(x0.value, -of(kRow_clip)), of(kRow_clip));
+    }
+    next.add(of(kRow_Xx), x);
+    next.add(of(kRow_Xx0), x0);
+    if (has(kRawOut)) next.add(of(kRow_Xo), out);
+    second.add(of(kRow_Yx), x);
+    second.add(of(kRow_Yx0), x0);
+    if (has(kSecond)) {
+      next.add(of(kRow_Xy), p.second.get(index));
+      second.add(of(kRow_Yy), p.second.get(index));
+    }
+    for (int k = 1; k <= kDeepest; ++k) {
+      if (!reads_past(p.flags, k)) continue;
+      const double past = p.history.get(p.in_ring(index, row, k));
+      next.add(of(static_cast<RowColumn>(kRow_Xh1 + k - 1)), past);
+      second.add(of(static_cast<RowColumn>(kRow_Yh1 + k - 1)), past);
+    }
+    if (p.made || p.noise.exists()) {
+      Sum noise;
+      noise.add(1, p.made ? made : p.noise.get(index));
+      if (has(kLearned)) {
+        const double v = p.log_variance.get(index), low = of(kRow_Lmin), high = of(kRow_Lmax);
+        const double e = std::exp((low + v * (high - low)) / 2);
+        noise.value *= e;
+        noise.magnitude *= e * (1 + std::fabs(low) + std::fabs(v * (high - low)));
+      }
+      next.add(of(kRow_S), noise);
+    }
+    pushed.add(of(kRow_Hx), x);
+    pushed.add(of(kRow_Hv), x0);
+    if (has(kPushOut)) pushed.add(of(kRow_Ho), out);
+  }
+};
+
+// Every slot of the history at one element.
+void check_history(const ReverseStepProblem& p, const ReverseStepProblem& before, Sizes index,
+                   int64_t row, const Sum& pushed, const char* kernels) {
+  const bool pushes = p.flags & kPush && p.column(row, kRow_push) != 0;
+  const Sizes target = p.in_ring(index, row, 0);
+  for (int64_t slot = 0; slot < p.depth; ++slot, index[0] += p.samples()) {
+    const double got = p.history.get(index);
+    if (pushes && index == target) {
+      CHECK(close(got, pushed, p.history.dtype(), p.wide), kernels, got, pushed.value);
+    } else {
+      CHECK(got == before.history.get(index), kernels, slot);
+    }
+  }
+}
+
 void check_outcome(const ReverseStepProblem& p, const ReverseStepProblem& before,
                    const char* kernels) {
+  const auto check = [&](const TestTensor& tensor, const Sizes& index, const Sum& expected) {
+    if (!tensor.exists()) return;
+    CHECK(close(tensor.get(index), expected, tensor.dtype(), p.wide), kernels, p.flags,
+          tensor.get(index), expected.value, name_of(tensor.dtype()));
+  };
   p.x.each([&](const Sizes& index) {
     const int64_t row = p.index_of(index[0]);
     if (row < 0 || row >= p.rows) {
       CHECK(p.x.get(index) == before.x.get(index), kernels, row);
+      if (p.second.exists()) CHECK(p.second.get(index) == before.second.get(index), kernels, row);
+      for (Sizes at = index; p.depth > 0 && at[0] < p.depth * p.samples(); at[0] += p.samples()) {
+        CHECK(p.history.get(at) == before.history.get(at), kernels, row);
+      }
       return;
     }
-    const double x = before.x.get(index), out = before.out.get(index);
-    Sum x0, next;
-    x0.add(p.column(row, kRow_P), x);
-    x0.add(p.column(row, kRow_Q), out);
-    if (p.flags & kClip) {
-      const double bound = p.column(row, kRow_clip);
-      x0.value = std::fmin(std::fmax(x0.value, -bound), bound);
-    }
-    next.add(p.column(row, kRow_Xx), x);
-    next.add(p.column(row, kRow_Xx0), x0);
-    if (p.flags & kRawOut) next.add(p.column(row, kRow_Xo), out);
-    if (p.made) next.add(p.column(row, kRow_S), made_noise(p, index, p.words[1] + row));
-    if (p.noise.exists()) next.add(p.column(row, kRow_S), before.noise.get(index));
-    CHECK(close(p.x.get(index), next, p.x.dtype(), p.wide), kernels, p.x.get(index), next.value,
-          name_of(p.x.dtype()));
-    if (p.pred_x0.exists()) {
-      CHECK(close(p.pred_x0.get(index), x0, p.pred_x0.dtype(), p.wide), kernels,
-            p.pred_x0.get(index), x0.value);
-    }
-    if (p.model_input.exists()) {
-      Sum input;
-      input.add(p.flags & kScaleIn ? p.column(row, kRow_Cin) : 1.0, next);
-      CHECK(close(p.model_input.get(index), input, p.model_input.dtype(), p.wide), kernels,
-            p.model_input.get(index), input.value);
-    }
+    const double made = p.made ? made_noise(p, index, p.words[1] + row) : 0.0;
+    const StepSums sums(before, index, row, made);
+    check(p.x, index, sums.next);
+    check(p.pred_x0, index, sums.x0);
+    Sum input;
+    input.add(p.flags & kScaleIn ? p.column(row, kRow_Cin) : 1.0, sums.next);
+    check(p.model_input, index, input);
+    check(p.second, index, sums.second);
+    if (p.depth > 0) check_history(p, before, index, row, sums.pushed, kernels);
   });
 }
 
@@ -132,6 +192,18 @@ void check_outcome(const PhiloxNormalProblem& p, const PhiloxNormalProblem&, con
     CHECK(close(p.out.get(index), noise, p.out.dtype(), true), kernels, p.out.get(index),
           noise.value);
   });
+}
+
+// Nothing but elements has been written.
+template <class Problem>
+void check_gaps(const Problem& ran, const Problem& before, const char* kernels) {
+  const auto of_ran = ran.outputs(), of_before = before.outputs();
+  for (size_t i = 0; i < of_ran.size(); ++i) {
+    if (!of_ran[i]->exists()) continue;
+    TestTensor expected(*of_before[i]);
+    expected.each([&](const Sizes& index) { expected.set(index, of_ran[i]->get(index)); });
+    CHECK(expected.same_memory(*of_ran[i]), kernels, before.shape, i);
+  }
 }
 
 std::vector<std::string> names() {
@@ -153,6 +225,7 @@ void against_the_equations() {
     const Problem baseline(before);
     run_cpu(baseline);
     check_outcome(baseline, before, "baseline");
+    check_gaps(baseline, before, "baseline");
     for (const std::string& name : names()) {
       CHECK(select_cpu_kernels(name.c_str()), name);
       const Problem other(before);
@@ -194,13 +267,34 @@ void nan_passes_the_clip() {
   for (const std::string& name : names()) {
     CHECK(select_cpu_kernels(name.c_str()), name);
     for (bool wide : {false, true}) {
-      Random random(13);
-      const NanProblem problem(NanProblem::choices(wide), random);
-      run_cpu(problem);
-      problem.check_outcome(name.c_str());
+      for (bool more : {false, true}) {
+        Random random(13);
+        const NanProblem problem(NanProblem::choices(wide), more, random);
+        run_cpu(problem);
+        problem.check_outcome(name.c_str());
+      }
     }
   }
   select_cpu_kernels("auto");
+}
+
+// What a row holds there is no reason to write outside the ring, which a sanitizer would see.
+void any_slot_is_one_of_the_ring() {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  Row<double> row{};
+  for (int depth = 1; depth <= kDeepest; ++depth) {
+    for (int k = 0; k <= depth; ++k) {
+      for (double slot : {nan, -1e300, -1.0, 0.0, 1.0, 2.0, 3.0, 1e300}) {
+        row.slot = slot;
+        const int got = slot_of_past(row, k, depth);
+        CHECK(got >= 0 && got < depth, slot, k, depth, got);
+      }
+      for (int slot = 0; slot < depth; ++slot) {
+        row.slot = slot;
+        CHECK(slot_of_past(row, k, depth) == (slot + depth - k) % depth, slot, k, depth);
+      }
+    }
+  }
 }
 
 void kernels_are_chosen_by_name() {
@@ -223,5 +317,5 @@ int main() {
   return run(kernels_are_chosen_by_name, against_the_equations<QSampleProblem>,
              against_the_equations<QPosteriorProblem>, against_the_equations<ReverseStepProblem>,
              against_the_equations<PhiloxNormalProblem>, normals_do_not_depend_on_the_batch,
-             nan_passes_the_clip);
+             nan_passes_the_clip, any_slot_is_one_of_the_ring);
 }

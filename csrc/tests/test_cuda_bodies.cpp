@@ -41,10 +41,12 @@ bool runs_in_pieces(const Args& args) {
 
 // `wanted` problems that are served in pieces, or that are not.
 template <class Problem>
-void same_as_cpu(const std::vector<Shape>& from, bool made, bool pieces, int wanted) {
+void same_as_cpu(const std::vector<Shape>& from, bool made, bool pieces, int wanted,
+                 bool tidy = false) {
   Random random(5 + made);
   Choices choices;
   choices.made = made;
+  choices.tidy = tidy;
   choices.from = &from;
   int run = 0;
   for (int trial = 0; run < wanted && trial < 100 * wanted; ++trial) {
@@ -59,13 +61,14 @@ void same_as_cpu(const std::vector<Shape>& from, bool made, bool pieces, int wan
   CHECK(run == wanted, run, pieces, made);
 }
 
+const std::vector<Shape> large = {{{3, 4, 16, 16}, "one-block"},
+                                  {{2, 1, 23, 44}, "ragged"},
+                                  {{5, 8, 12, 12}, "partial"},
+                                  {{1, 5, 21, 52}, "long"},
+                                  {{1, 2, 33, 31}, "odd"}};
+
 template <class Problem>
 void same_as_cpu(bool made) {
-  static const std::vector<Shape> large = {{{3, 4, 16, 16}, "one-block"},
-                                           {{2, 1, 23, 44}, "ragged"},
-                                           {{5, 8, 12, 12}, "partial"},
-                                           {{1, 5, 21, 52}, "long"},
-                                           {{1, 2, 33, 31}, "odd"}};
   same_as_cpu<Problem>(shapes(), made, false, 400);
   same_as_cpu<Problem>(large, made, true, 60);
 }
@@ -80,6 +83,14 @@ void q_posterior_same_as_cpu() {
 void reverse_step_same_as_cpu() {
   same_as_cpu<ReverseStepProblem>(false);
   same_as_cpu<ReverseStepProblem>(true);
+}
+// With the terms that the plain step has not, and outputs that are halves of a tensor.
+void step_terms_in_pieces_same_as_cpu() {
+  static const std::vector<Shape> images = {{{2, 3, 32, 32}, "cifar"},
+                                            {{3, 4, 16, 16}, "one-block"},
+                                            {{2, 1, 23, 44}, "ragged"},
+                                            {{1, 7, 24, 13}, "seven"}};
+  for (bool made : {false, true}) same_as_cpu<ReverseStepProblem>(images, made, true, 200, true);
 }
 void philox_normal_same_as_cpu() {
   same_as_cpu<PhiloxNormalProblem>(true);
@@ -107,9 +118,11 @@ void empty_samples_have_a_variance() {
 
 void nan_passes_the_clip() {
   Random random(13);
-  const NanProblem problem(NanProblem::choices(false), random);
-  CHECK(run_bodies(problem.args()) == 0);
-  problem.check_outcome("bodies");
+  for (bool more : {false, true}) {
+    const NanProblem problem(NanProblem::choices(false), more, random);
+    CHECK(run_bodies(problem.args()) == 0);
+    problem.check_outcome("bodies");
+  }
 }
 
 void float64_is_refused() {
@@ -244,7 +257,7 @@ void elements_beyond_2_31() {
 int main() {
   using namespace ddpm::test;
   return run(q_sample_same_as_cpu, q_posterior_same_as_cpu, reverse_step_same_as_cpu,
-             philox_normal_same_as_cpu, empty_samples_have_a_variance, nan_passes_the_clip,
-             float64_is_refused, every_four_has_one_thread, offsets_beyond_2_31,
-             elements_beyond_2_31);
+             step_terms_in_pieces_same_as_cpu, philox_normal_same_as_cpu,
+             empty_samples_have_a_variance, nan_passes_the_clip, float64_is_refused,
+             every_four_has_one_thread, offsets_beyond_2_31, elements_beyond_2_31);
 }

@@ -43,7 +43,7 @@ void views_equal_plain_indexing() {
     Sizes sizes;
     const int64_t ndim = 1 + random.below(5);
     for (int64_t d = 0; d < ndim; ++d) sizes.push_back(1 + random.below(5));
-    const Layout layout = kLayouts[random.below(8)];
+    const Layout layout = random_layout(random);
     const TestTensor tensor(DType::f16, sizes, layout, random);
     const int n = tensor.ndim();
     check_view(tensor, channels_last_order(n));
