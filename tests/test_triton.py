@@ -26,7 +26,8 @@ import triton.language as tl
 
 from ddpm_fast.ops import triton_kernels as kernels
 from ddpm_fast.ops import triton_math as core
-from ddpm_fast.ops.triton_kernels import Shape, Tile, View, _normals, _pointers
+from ddpm_fast.ops import triton_tiles as tiles
+from ddpm_fast.ops.triton_tiles import Shape, Tile, View
 
 CPP = torch.ops.ddpm_fast
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -161,14 +162,14 @@ def test_philox_words_are_those_of_random123():
 
 @DTYPES
 def test_a_quarter_of_a_million_normals_are_those_of_cpp(dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "TILE_ELEMENTS", 1 << 15)  # the interpreter is slow by the tile
-    kernels._plan.cache_clear()
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 1 << 15)  # the interpreter is slow by the tile
+    tiles.plan_of.cache_clear()
     shape = (4, 3, 149, 147) if dtype == F32 else (2, 3, 79, 81)
     ours, rng = there(torch.empty(shape, dtype=dtype), RNG)
     theirs = torch.empty(shape, dtype=dtype)
     kernels.philox_normal_(ours, rng)
     CPP.philox_normal_(theirs, RNG)
-    kernels._plan.cache_clear()
+    tiles.plan_of.cache_clear()
     assert same(ours, theirs)
 
 
@@ -272,19 +273,19 @@ def test_tiles_of_every_shape(shape):
 def test_dense_tensors_are_walked_in_a_straight_line():
     shape, dense, last = (2, 3, 8, 8), (192, 64, 8, 1), (192, 1, 24, 3)
     for strides, made_noise in ((dense, False), (last, False), (last, True)):
-        plan = kernels._plan(shape, (strides, strides), made_noise, 4)
+        plan = tiles.plan_of(shape, (strides, strides), made_noise, 4)
         assert plan.layouts == ((192, ()),) * 2
         assert plan.walk == ((), 192, 1)
-    one_channel = kernels._plan((2, 1, 8, 8), ((64, 7, 8, 1),), True, 4)  # the stride of 1 is any
+    one_channel = tiles.plan_of((2, 1, 8, 8), ((64, 7, 8, 1),), True, 4)  # the stride of 1 is any
     assert one_channel.layouts == ((64, ()),)
 
 
 def test_other_tensors_share_one_walk_of_merged_dimensions():
     shape, dense, last, crop = (2, 3, 8, 8), (192, 64, 8, 1), (192, 1, 24, 3), (1024, 256, 16, 1)
-    plan = kernels._plan(shape, (last, dense), False, 4)
+    plan = tiles.plan_of(shape, (last, dense), False, 4)
     assert plan.layouts == ((192, ()), (192, (1, 64)))
     assert plan.walk.sizes == (64, 3)
-    plan = kernels._plan(shape, (last, dense, crop), False, 4)
+    plan = tiles.plan_of(shape, (last, dense, crop), False, 4)
     assert plan.layouts == ((192, ()), (192, (8, 1, 64)), (1024, (16, 1, 256)))
     assert plan.walk.sizes == (8, 8, 3)
 
@@ -293,8 +294,8 @@ def test_other_tensors_share_one_walk_of_merged_dimensions():
 def _wide_kernel(offsets, normals, view, sizes, rng, sample, first, SHAPE: tl.constexpr):
     at = tl.arange(0, SHAPE.columns)
     tile = Tile(sample, first, first + at, sizes, at >= 0, at >= 0)
-    tl.store(offsets + at, _pointers(view, tile).to(tl.int64) - view.data.to(tl.int64))
-    tl.store(normals + at, _normals(rng, 0, tile, SHAPE))
+    tl.store(offsets + at, tiles.pointers(view, tile).to(tl.int64) - view.data.to(tl.int64))
+    tl.store(normals + at, tiles.normals(rng, 0, tile, SHAPE))
 
 
 def test_elements_beyond_2_to_the_31():
@@ -309,5 +310,5 @@ def test_elements_beyond_2_to_the_31():
     blocks = range(first // 4, first // 4 + 4)
     exact = [z for b in blocks for z in exact_normals(b, STREAM, FIRST + sample, SEED)]
     torch.testing.assert_close(normals.cpu(), torch.tensor(exact), rtol=0, atol=2e-6)
-    assert kernels._plan((1, 2**31), ((2**31, 1),), True, 4).tile.wide
-    assert not kernels._plan((2**31, 1), ((1, 1),), True, 4).tile.wide
+    assert tiles.plan_of((1, 2**31), ((2**31, 1),), True, 4).tile.wide
+    assert not tiles.plan_of((2**31, 1), ((1, 1),), True, 4).tile.wide
