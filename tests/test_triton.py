@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from cases import BF16, F16, F32, exact_normals, philox
 from ddpm_fast.row import ROW_WIDTH, RowFlag, column
+from triton_cases import DEVICE, patterns, same, there
 from triton_interpreter import bfloat16_bits, fma32
 
 pytest.importorskip("triton")
@@ -30,32 +30,10 @@ from ddpm_fast.ops import triton_tiles as tiles
 from ddpm_fast.ops.triton_tiles import Shape, Tile, View
 
 CPP = torch.ops.ddpm_fast
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["f32", "f16", "bf16"])
-BITS = {F32: torch.int32, F16: torch.int16, BF16: torch.int16}
 SEED, STREAM, FIRST = (1 << 63) + 12345, 3, (1 << 33) - 2
 RNG = torch.tensor([SEED - (1 << 64), STREAM, FIRST])
 STEPS = 50
-
-
-def patterns(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """Random bits: numbers of every size, subnormals, infinities and NaN."""
-    info = torch.iinfo(BITS[dtype])
-    generator = torch.Generator().manual_seed(seed)
-    bits = torch.randint(info.min, info.max + 1, shape, generator=generator, dtype=BITS[dtype])
-    return bits.view(dtype)
-
-
-def same(ours: Tensor, theirs: Tensor) -> bool:
-    """The same dtype, strides and bits, but for the payload of a NaN."""
-    bits = BITS[theirs.dtype]
-    assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
-    ours = ours.cpu()
-    return bool(((ours.view(bits) == theirs.view(bits)) | (ours.isnan() & theirs.isnan())).all())
-
-
-def there(*tensors: Tensor | None) -> list[Any]:
-    return [None if tensor is None else tensor.to(DEVICE, copy=True) for tensor in tensors]
 
 
 # Arithmetic

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ddpm_fast.row import ROW_WIDTH
 
@@ -22,28 +21,12 @@ pytest.importorskip("triton")
 
 import triton_compiler
 from ddpm_fast.ops import triton_kernels as kernels
+from triton_cases import PATHS
+from triton_compiler import assert_lean
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-def crop(x: Tensor) -> Tensor:
-    return x[..., 1:, 1:]
+F32 = torch.float32
 
 
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-PATHS = [
-    (f"{name}-{str(dtype).removeprefix('torch.')}", shape, layout, dtype)
-    for name, shape, layout in [
-        ("linear", (4, 3, 32, 32), channels_last),
-        ("strided", (4, 3, 33, 31), crop),
-        ("short", (100, 2), torch.Tensor.contiguous),
-        ("wide", (2, 3, 30000, 30000), channels_last),
-    ]
-    for dtype in (F32, F16, BF16)
-]
 QUICK = {
     "linear-float32 q_sample",
     "linear-float16 q_sample",
@@ -82,10 +65,6 @@ def asked(every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
 def compiled(cache: Path, *options: str) -> dict[str, dict[str, Any]]:
     found = triton_compiler.compiled(__file__, cache, *options)
     return {kernel["name"]: kernel for kernel in found}
-
-
-def assert_lean(kernel: dict[str, Any]) -> None:
-    assert (kernel["STACK"], kernel["LOCAL"], kernel["fuses"]) == (0, 0, False), kernel
 
 
 def test_code_for_sm_90_moves_whole_vectors_and_fuses_nothing(tmp_path):

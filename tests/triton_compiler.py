@@ -68,7 +68,8 @@ def _usage(name: str, kernel: Any) -> dict[str, Any]:
         "warps": kernel.metadata.num_warps,
         "vectors": Counter(re.findall(r"\b((?:ld|st)\.global\.v\d\.b\d+)", ptx)),
         "copies": Counter(re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)", ptx)),
-        "floats": Counter(re.findall(r"\b(?:fma|mul|add|sub|sqrt)[.a-z]*\.f32\b", ptx)),
+        "floats": Counter(re.findall(r"\b(?:fma|mul|add|sub|sqrt|div)[.a-z]*\.f32\b", ptx)),
+        "divisions": Counter(re.findall(r"\b((?:div|rem)\.[su]\d+)", ptx)),
         "products": Counter(
             " ".join(found)
             for found in re.findall(r"\b(wgmma|mma)\.(?:mma_async\.)?sync[.a-z]*\.(m\w+)", ptx)
@@ -77,6 +78,12 @@ def _usage(name: str, kernel: Any) -> dict[str, Any]:
         "waits_first": order[:1] == ["wait"],
         "fuses": kernel.metadata.enable_fp_fusion,
     }
+
+
+def assert_lean(kernel: dict[str, Any]) -> None:
+    """No spills, no fusion, no subnormals flushed."""
+    assert (kernel["STACK"], kernel["LOCAL"], kernel["fuses"]) == (0, 0, False), kernel
+    assert not any("ftz" in operation for operation in kernel["floats"]), kernel
 
 
 def compiled(script: str, cache: Path, *options: str) -> list[dict[str, Any]]:

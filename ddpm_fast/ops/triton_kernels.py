@@ -7,6 +7,7 @@ How their tensors are walked is in triton_tiles.
 from __future__ import annotations
 
 from collections import namedtuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,13 +17,27 @@ from torch import Tensor
 from ddpm_fast.ops import triton_math as core
 from ddpm_fast.ops import triton_tiles as tiles
 from ddpm_fast.ops.triton_tiles import Lookup, View, Walk
-from ddpm_fast.row import ROW_WIDTH, RowFlag, column
+from ddpm_fast.row import ROW_FIELDS, ROW_WIDTH, RowFlag
 
-# The columns and flags of a step table's row that kernels use.
-_Row = namedtuple("_Row", "P Q clip Xx Xx0 Xo S Cin CLIP RAW_OUT SCALE_IN WIDTH")
-_ROW = _Row._make(
-    [*map(column, _Row._fields[:8]), *(int(RowFlag[f]) for f in _Row._fields[8:11]), ROW_WIDTH]
-)
+# The columns and flags of a step table's row, for kernels.
+_Row = namedtuple("_Row", [*ROW_FIELDS, *RowFlag.__members__, "WIDTH"])  # type: ignore[misc]
+_ROW = _Row._make([*range(len(ROW_FIELDS)), *map(int, RowFlag), ROW_WIDTH])
+_PAST = RowFlag.H1 | RowFlag.H2 | RowFlag.H3 | RowFlag.PUSH
+
+
+class Coefs(NamedTuple):
+    """The row of a step table that each sample uses, and whether it has one."""
+
+    row: tl.tensor
+    runs: tl.tensor
+
+
+class Ring(NamedTuple):
+    """Past values: those of slot 0, the way from a slot to the next, each sample's next slot."""
+
+    first: View
+    stride: tl.tensor
+    slot: tl.tensor  # unsigned
 
 
 @triton.jit(do_not_specialize=["lookup", "samples"])
@@ -75,6 +90,38 @@ def _q_posterior_kernel(
     tl.store(log_variance + tile.sample, tl.load(row + 3, mask=once), mask=once)
 
 
+@triton.jit
+def _coef(coefs: Coefs, COLUMN: tl.constexpr) -> tl.tensor:
+    return tl.load(coefs.row + COLUMN, mask=coefs.runs)
+
+
+@triton.jit
+def _past(ring: Ring, K: tl.constexpr, DEPTH: tl.constexpr) -> View:
+    """Where h_k is, and h0 goes. Never outside the ring, whatever slot a row has."""
+    slot = (ring.slot + (DEPTH - K)) % DEPTH
+    data = ring.first.data + slot.to(tl.int64) * ring.stride
+    return View(data, ring.first.sample_stride, ring.first.strides)
+
+
+@triton.jit
+def _add_past(
+    sum: tl.tensor,
+    h1: tl.tensor | None,
+    h2: tl.tensor | None,
+    h3: tl.tensor | None,
+    coefs: Coefs,
+    FIRST: tl.constexpr,
+) -> tl.tensor:
+    """A sum with the terms of those past values that are there; FIRST: the column for h1."""
+    if h1 is not None:
+        sum = core.add_term(sum, h1, _coef(coefs, FIRST))
+    if h2 is not None:
+        sum = core.add_term(sum, h2, _coef(coefs, FIRST + 1))
+    if h3 is not None:
+        sum = core.add_term(sum, h3, _coef(coefs, FIRST + 2))
+    return sum
+
+
 @triton.jit(do_not_specialize=["lookup", "samples"])
 def _reverse_step_kernel(
     x: View,
@@ -82,9 +129,16 @@ def _reverse_step_kernel(
     noise: View | None,
     model_input: View | None,
     pred_x0: View | None,
+    model_output2: View | None,
+    log_variance: View | None,
+    second: View | None,
+    history: View | None,
+    slot_stride: tl.tensor | None,
+    threshold: View | None,
     rng: tl.tensor | None,
     lookup: Lookup,
     FLAGS: tl.constexpr,
+    DEPTH: tl.constexpr,
     walk: Walk,
     samples: tl.tensor,
     SHAPE: tl.constexpr,
@@ -96,31 +150,62 @@ def _reverse_step_kernel(
     out = tiles.load(model_output, tile)
     if noise is not None:
         z = tiles.load(noise, tile)
+    if model_output2 is not None:
+        out2 = tiles.load(model_output2, tile)
+    if log_variance is not None:
+        v = tiles.load(log_variance, tile)
+    if second is not None:
+        y = tiles.load(second, tile)
     index = tiles.index_of(lookup, tile)
     runs = (index >= 0) & (index < lookup.rows)
     mask = tile.mask & runs
-    row = lookup.table + index * ROW.WIDTH
+    coefs = Coefs(lookup.table + index * ROW.WIDTH, runs)
+    if history is not None:
+        slot = _coef(coefs, ROW.slot).to(tl.int32).to(tl.uint32, bitcast=True)
+        ring = Ring(history, slot_stride, slot)
+        h1 = tiles.load(_past(ring, 1, DEPTH), tile) if FLAGS & ROW.H1 else None
+        h2 = tiles.load(_past(ring, 2, DEPTH), tile) if FLAGS & ROW.H2 else None
+        h3 = tiles.load(_past(ring, 3, DEPTH), tile) if FLAGS & ROW.H3 else None
     if rng is not None:
         z = tiles.normals(rng, index, tile, SHAPE)
 
-    P = tl.load(row + ROW.P, mask=runs)
-    Q = tl.load(row + ROW.Q, mask=runs)
-    x0 = core.predict_x0(state, out, P, Q)
-    if FLAGS & ROW.CLIP:
-        x0 = core.clip(x0, tl.load(row + ROW.clip, mask=runs))
+    if model_output2 is not None:
+        out = core.guide(out, out2, _coef(coefs, ROW.G0), _coef(coefs, ROW.G1))
+    x0 = core.predict_x0(state, out, _coef(coefs, ROW.P), _coef(coefs, ROW.Q))
+    if threshold is not None:
+        bound = threshold.data + tile.sample * threshold.sample_stride
+        x0 = core.threshold(x0, tl.load(bound, mask=runs))
+    elif FLAGS & ROW.CLIP:
+        x0 = core.clip(x0, _coef(coefs, ROW.clip))
     if pred_x0 is not None:
         tiles.store(pred_x0, tile, mask, x0)
-    Xx = tl.load(row + ROW.Xx, mask=runs)
-    Xx0 = tl.load(row + ROW.Xx0, mask=runs)
-    Xo = tl.load(row + ROW.Xo, mask=runs) if FLAGS & ROW.RAW_OUT else None
-    state = core.step_mean(state, x0, out, Xx, Xx0, Xo)
+
+    Xo = _coef(coefs, ROW.Xo) if FLAGS & ROW.RAW_OUT else None
+    next = core.step_mean(state, x0, out, _coef(coefs, ROW.Xx), _coef(coefs, ROW.Xx0), Xo)
+    if second is not None:
+        next = core.add_term(next, y, _coef(coefs, ROW.Xy))
+    if history is not None:
+        next = _add_past(next, h1, h2, h3, coefs, ROW.Xh1)
     if rng is not None or noise is not None:
-        state = core.add_noise(state, z, tl.load(row + ROW.S, mask=runs))
-    tiles.store(x, tile, mask, state)
+        if log_variance is not None:
+            z = core.learned_noise(z, v, _coef(coefs, ROW.Lmin), _coef(coefs, ROW.Lmax))
+        next = core.add_noise(next, z, _coef(coefs, ROW.S))
+    if second is not None:
+        Yx, Yx0 = _coef(coefs, ROW.Yx), _coef(coefs, ROW.Yx0)
+        y = core.add_term(core.step_mean(state, x0, out, Yx, Yx0, None), y, _coef(coefs, ROW.Yy))
+        if history is not None:
+            y = _add_past(y, h1, h2, h3, coefs, ROW.Yh1)
+        tiles.store(second, tile, mask, y)
+    if FLAGS & ROW.PUSH:
+        Ho = _coef(coefs, ROW.Ho) if FLAGS & ROW.PUSH_OUT else None
+        pushed = core.step_mean(state, x0, out, _coef(coefs, ROW.Hx), _coef(coefs, ROW.Hv), Ho)
+        pushes = tile.mask & (runs & (_coef(coefs, ROW.push) != 0))
+        tiles.store(_past(ring, 0, DEPTH), tile, pushes, pushed)
+    tiles.store(x, tile, mask, next)
     if model_input is not None:
         if FLAGS & ROW.SCALE_IN:
-            state = tl.load(row + ROW.Cin, mask=runs) * state
-        tiles.store(model_input, tile, mask, state)
+            next = _coef(coefs, ROW.Cin) * next
+        tiles.store(model_input, tile, mask, next)
 
 
 @triton.jit(do_not_specialize=["samples"])
@@ -202,15 +287,33 @@ def reverse_step_(
     or bfloat16. rows: float32 [steps, ROW_WIDTH], contiguous. step: int64 [N], the row of each
     sample; where it lies outside the table nothing is written. Noise is given, or made from rng, as
     for q_sample_philox (row i uses stream rng[1] + i), or absent. model_input receives the model's
-    next input, pred_x0 the x0. flags: RowFlag.
+    next input, pred_x0 the x0. flags: RowFlag; only the tensors of their terms are read.
+
+    model_output2, log_variance: as model_output. threshold: float32 [N]. second: as x, overwritten.
+    history: float32 [depth, N, ...], the ring of past values, one of which may be overwritten.
     """
     if x.numel() == 0:
         return
-    tensors = (x, model_output, noise, model_input, pred_x0)
-    strides = tuple(tensor.stride() for tensor in tensors if tensor is not None)
+
+    def flagged(tensor: Tensor | None, by: RowFlag) -> Tensor | None:
+        return tensor if flags & by else None
+
+    threshold, history = flagged(threshold, RowFlag.THRESHOLD), flagged(history, _PAST)
+    tensors = (
+        *(x, model_output, noise, model_input, pred_x0),
+        flagged(model_output2, RowFlag.GUIDE),
+        flagged(log_variance, RowFlag.LEARNED),
+        flagged(second, RowFlag.SECOND),
+        history,
+    )
+    # Those of a slot, for the history.
+    strides = tuple(tensor.stride()[-x.ndim :] for tensor in tensors if tensor is not None)
     plan = tiles.plan_of(x.shape, strides, rng is not None, x.element_size())
+    depth, slot_stride = (0, None) if history is None else (history.shape[0], history.stride(0))
+    bounds = None if threshold is None else View(threshold, threshold.stride(0), ())
     lookup = Lookup(step, step.stride(0), rows, rows.shape[0])
-    tiles.launch(_reverse_step_kernel, plan, tensors, rng, lookup, int(flags))
+    args = (slot_stride, bounds, rng, lookup, int(flags), depth)
+    tiles.launch(_reverse_step_kernel, plan, tensors, *args)
 
 
 def philox_normal_(out: Tensor, rng: Tensor) -> None:

@@ -119,6 +119,38 @@ def normal4(block: tl.tensor, stream: tl.tensor, sample: tl.tensor, seed: tl.ten
 
 
 @triton.jit
+def _pow2(n: tl.tensor) -> tl.tensor:
+    """2^n for int32 n from -126 to 127."""
+    return ((n + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponential(x: tl.tensor) -> tl.tensor:
+    """e^x for any float32 x, within 1.1 units in the last place; NaN passes.
+
+    x = k ln 2 + r with abs(r) <= ln(2) / 2; e^r = 1 + r + r^2 q(r), q a minimax polynomial. Beyond
+    the two bounds of x the result is 0 or infinity anyway.
+    """
+    x = tl.where(x < -104.0, -104.0, x)
+    x = tl.where(x > 89.0, 89.0, x)
+    # Added to 1.5 * 2^23, whose bits are 0x4B400000, x / ln 2 is rounded to an integer.
+    shifted = tl.fma(x, 1.442695, 12582912.0)
+    k = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    kf = shifted - 12582912.0
+    # ln 2 in two parts: kf * high is exact.
+    r = tl.fma(kf, -0.69140625, x)
+    r = tl.fma(kf, -0.0017409306, r)
+    q = tl.fma(r, 0.0013821446, 0.008368662)
+    q = tl.fma(q, r, 0.041668255)
+    q = tl.fma(q, r, 0.16666521)
+    q = tl.fma(q, r, 0.49999994)
+    p = 1.0 + tl.fma(r * r, q, r)
+    # In two steps: 2^k itself may be no float32, and only the second can round.
+    half = k >> 1
+    return (p * _pow2(half)) * _pow2(k - half)
+
+
+@triton.jit
 def q_sample(
     x0: tl.tensor, noise: tl.tensor, signal_scale: tl.tensor, noise_scale: tl.tensor
 ) -> tl.tensor:
@@ -135,6 +167,12 @@ def q_posterior_mean(
 
 
 @triton.jit
+def guide(out: tl.tensor, out2: tl.tensor, G0: tl.tensor, G1: tl.tensor) -> tl.tensor:
+    """The model's output from the two that classifier-free guidance mixes."""
+    return tl.fma(G1, out2, G0 * out)
+
+
+@triton.jit
 def predict_x0(x: tl.tensor, out: tl.tensor, P: tl.tensor, Q: tl.tensor) -> tl.tensor:
     """x0 from the model's output, whatever it predicts."""
     return tl.fma(P, x, Q * out)
@@ -148,6 +186,12 @@ def clip(value: tl.tensor, bound: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def threshold(value: tl.tensor, bound: tl.tensor) -> tl.tensor:
+    """Value within [-bound, bound], divided by it: dynamic thresholding."""
+    return tl.div_rn(clip(value, bound), bound)
+
+
+@triton.jit
 def step_mean(
     x: tl.tensor,
     x0: tl.tensor,
@@ -156,7 +200,10 @@ def step_mean(
     Xx0: tl.tensor,
     Xo: tl.tensor | None,
 ) -> tl.tensor:
-    """The next x without its noise term. Xo: None where no row uses it."""
+    """The first terms of the next x; with other coefficients, of the next y and of what is pushed.
+
+    Xo: None where no row uses it.
+    """
     next = tl.fma(Xx0, x0, Xx * x)
     if Xo is not None:
         next = tl.fma(Xo, out, next)
@@ -164,6 +211,18 @@ def step_mean(
 
 
 @triton.jit
+def add_term(sum: tl.tensor, value: tl.tensor, coef: tl.tensor) -> tl.tensor:
+    """One more term of the next x or y."""
+    return tl.fma(coef, value, sum)
+
+
+@triton.jit
 def add_noise(mean: tl.tensor, noise: tl.tensor, S: tl.tensor) -> tl.tensor:
     """The next x from its mean."""
     return tl.fma(S, noise, mean)
+
+
+@triton.jit
+def learned_noise(noise: tl.tensor, v: tl.tensor, Lmin: tl.tensor, Lmax: tl.tensor) -> tl.tensor:
+    """Noise of the variance that a network returns as v: its logarithm is Lmin at 0, Lmax at 1."""
+    return exponential(tl.fma(v, 0.5 * (Lmax - Lmin), 0.5 * Lmin)) * noise

@@ -120,7 +120,7 @@ def load(view: View, tile: Tile) -> tl.tensor:
 @triton.jit
 def store(view: View, tile: Tile, mask: tl.tensor, value: tl.tensor) -> None:
     """Write the elements of a tile that a mask has, in the dtype of the tensor."""
-    tl.store(pointers(view, tile), value.to(view.data.type.element_ty), mask=mask)
+    tl.store(pointers(view, tile), value.to(view.data.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -1,0 +1,125 @@
+"""The bits that every kernel has to write in reverse_step_: its operations one by one, in NumPy.
+
+An fma is rounded once (triton_interpreter); every other operation is NumPy's in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cases import per_sample
+from ddpm_fast.row import RowFlag, column
+from step_cases import Inputs
+from triton_interpreter import fma32
+
+
+def _float32(text: str) -> np.ndarray:
+    return np.asarray(float.fromhex(text), dtype=np.float32)
+
+
+def _pow2(n: np.ndarray) -> np.ndarray:
+    return ((n + 127) << 23).astype(np.int32).view(np.float32)
+
+
+def exponential(x: np.ndarray) -> np.ndarray:
+    """float32 e^x, by the constants of csrc/core in hexadecimal."""
+    with np.errstate(all="ignore"):
+        x = np.where(x < -104, np.float32(-104), x)
+        x = np.where(x > 89, np.float32(89), x)
+        magic = _float32("0x1.8p23")
+        shifted = fma32(x, _float32("0x1.715476p+0"), magic)
+        k = (shifted.view(np.uint32) - np.uint32(0x4B400000)).view(np.int32)
+        kf = shifted - magic
+        r = fma32(kf, _float32("-0x1.62p-1"), x)
+        r = fma32(kf, _float32("-0x1.c85fep-10"), r)
+        q = _float32("0x1.6a5228p-10")
+        for constant in ("0x1.12396cp-7", "0x1.5558aap-5", "0x1.555492p-3", "0x1.fffffcp-2"):
+            q = fma32(q, r, _float32(constant))
+        p = np.float32(1) + fma32(r * r, q, r)
+        half = k >> 1
+        return (p * _pow2(half)) * _pow2(k - half)
+
+
+class _Row:
+    """The coefficients of each sample, and the sums that an update makes with them."""
+
+    def __init__(self, rows: Tensor, step: Tensor, like: Tensor) -> None:
+        self._row, self._like = rows[step.clamp(0, len(rows) - 1)], like
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return per_sample(self._row[:, column(name)], self._like).numpy()
+
+    def sum(self, **values: np.ndarray) -> np.ndarray:
+        """Coefficients times values: a product, then an fma for each of the rest."""
+        (first, value), *rest = values.items()
+        total = self[first] * value
+        for name, value in rest:
+            total = fma32(self[name], value, total)
+        return total
+
+
+def bits_of_step(before: Inputs) -> dict[str, Tensor]:
+    """What a step with given noise leaves in the tensors that it writes, by name."""
+    on_cpu = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in before.items()}
+    with np.errstate(all="ignore"):
+        made = _made(on_cpu)
+    step = on_cpu["step"]
+    runs = (step >= 0) & (step < len(on_cpu["rows"]))
+    found = {
+        name: on_cpu[name]
+        .clone()
+        .copy_(torch.where(per_sample(runs, value), value, on_cpu[name].float()))
+        for name, value in made.items()
+        if name != "pushed"
+    }
+    if on_cpu["history"] is not None:
+        found["history"] = on_cpu["history"].clone()
+        for n, row in enumerate(on_cpu["rows"][step.clamp(0, len(on_cpu["rows"]) - 1)]):
+            if runs[n] and row[column("push")] and on_cpu["flags"] & RowFlag.PUSH:
+                found["history"][int(row[column("slot")]), n] = made["pushed"][n]
+    return found
+
+
+def _made(inputs: Inputs) -> dict[str, Tensor]:
+    """What every sample would be given, in float32."""
+    flags = RowFlag(inputs["flags"])
+    row = _Row(inputs["rows"], inputs["step"], inputs["x"])
+    x, o, z = (inputs[name].float().numpy() for name in ("x", "model_output", "noise"))
+    if RowFlag.GUIDE in flags:
+        o = row.sum(G0=o, G1=inputs["model_output2"].float().numpy())
+    x0 = row.sum(Q=o, P=x)
+    if flags & (RowFlag.CLIP | RowFlag.THRESHOLD):
+        divides = RowFlag.THRESHOLD in flags
+        bound = per_sample(inputs["threshold"], inputs["x"]).numpy() if divides else row["clip"]
+        x0 = np.where(x0 < -bound, -bound, x0)
+        x0 = np.where(x0 > bound, bound, x0)
+        x0 = x0 / bound if divides else x0
+    if RowFlag.LEARNED in flags:
+        half, v = np.float32(0.5), inputs["log_variance"].float().numpy()
+        z = exponential(fma32(v, half * (row["Lmax"] - row["Lmin"]), half * row["Lmin"])) * z
+    y = inputs["second"].numpy() if RowFlag.SECOND in flags else None
+    past = _past_values(inputs)
+    of_x = {"Xo": o} if RowFlag.RAW_OUT in flags else {}
+    of_x |= {} if y is None else {"Xy": y}
+    of_x |= {f"Xh{k}": h for k, h in past.items()}
+    next_x = row.sum(Xx=x, Xx0=x0, **of_x, S=z)
+    made = {"x": next_x, "pred_x0": x0}
+    made["model_input"] = row["Cin"] * next_x if RowFlag.SCALE_IN in flags else next_x
+    if y is not None:
+        made["second"] = row.sum(Yx=x, Yx0=x0, Yy=y, **{f"Yh{k}": h for k, h in past.items()})
+    of_h0 = {"Ho": o} if RowFlag.PUSH_OUT in flags else {}
+    made["pushed"] = row.sum(Hx=x, Hv=x0, **of_h0)
+    return {name: torch.from_numpy(value) for name, value in made.items()}
+
+
+def _past_values(inputs: Inputs) -> dict[int, np.ndarray]:
+    """h_k by k, those that the flags say are read."""
+    read = [k for k in (1, 2, 3) if inputs["flags"] & RowFlag[f"H{k}"]]
+    if not read:
+        return {}
+    rows, history = inputs["rows"], inputs["history"]
+    slot = rows[inputs["step"].clamp(0, len(rows) - 1), column("slot")].long()
+    samples = torch.arange(len(slot))
+    return {k: history[(slot - k) % len(history), samples].numpy() for k in read}
