@@ -14,7 +14,7 @@ x is the state, out the network's output, z standard normal noise. x0 is clipped
 a row that does not clip holds +inf there. With a threshold s for each sample (dynamic thresholding)
 x0 is clipped to [-s, s] and divided by s instead. y is a second state, and v the second half of the
 channels of a network that returns its variance too. Where P is not 0, P*x + Q*o is evaluated as
-P*(x + R*o) with R = Q/P: where alphas_cumprod is small the two terms are large and cancel.
+P*(x + ratio*o), ratio = Q/P: where alphas_cumprod is small the two terms are large and cancel.
 
 h1 is the value pushed last, h3 the third last. They lie in a ring of ``history_depth`` slots: with
 ``slot`` the number of earlier pushes modulo the depth, h_k is in slot (slot - k) mod depth, and h0
@@ -39,7 +39,7 @@ ROW_FIELDS = (
     *("Hx", "Hv", "Ho"),
     *("Yx", "Yy", "Yx0", "Yo", "Yh1", "Yh2", "Yh3"),
     *("Xx", "Xy", "Xx0", "Xo", "Xh1", "Xh2", "Xh3"),
-    *("M", "S", "Cin", "Lmin", "Lmax", "push", "slot", "R"),
+    *("M", "S", "Cin", "Lmin", "Lmax", "push", "slot", "ratio"),
 )
 ROW_WIDTH = 32
 
@@ -144,9 +144,9 @@ def _clips(clip: Tensor) -> bool:
 
 
 def complete(rows: Tensor, depth: int) -> Tensor:
-    """The rows with the columns that follow from others: slot, for a ring of that depth, and R."""
+    """The rows with the columns that follow from others: slot, for that depth, and ratio."""
     rows = rows.clone()
     push, P, Q = (rows[:, _COLUMNS[name]] for name in ("push", "P", "Q"))
     rows[:, _COLUMNS["slot"]] = (push.cumsum(0) - push) % max(depth, 1)
-    rows[:, _COLUMNS["R"]] = torch.where(P != 0, Q / P, 0)
+    rows[:, _COLUMNS["ratio"]] = torch.where(P != 0, Q / P, 0)
     return rows

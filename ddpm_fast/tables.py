@@ -38,7 +38,7 @@ class StepMemory(NamedTuple):
 class StepTable(Frozen):
     """The rows of a reverse chain and the timesteps fed to the network, first step first.
 
-    rows: float64 [steps, ROW_WIDTH], laid out as the row module says; slot and R are filled in.
+    rows: float64 [steps, ROW_WIDTH], laid out as the row module says; slot and ratio are filled in.
     timesteps: int64 [steps], 0-based. prediction: what the network returns, "epsilon", "x0", "v"
     (Salimans & Ho 2022) or "score" (the gradient of log q(x_t), -epsilon / sqrt(1 - abar)). start:
     None for a chain from x_T, 1..T for one from x_start, "random" for one whose first row each

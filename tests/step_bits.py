@@ -89,7 +89,8 @@ def _made(inputs: Inputs) -> dict[str, Tensor]:
     x, o, z = (inputs[name].float().numpy() for name in ("x", "model_output", "noise"))
     if RowFlag.GUIDE in flags:
         o = row.sum(G0=o, G1=inputs["model_output2"].float().numpy())
-    x0 = row.sum(Q=o, P=x)
+    direct = row["P"] == 0
+    x0 = np.where(direct, row["Q"], row["P"]) * np.where(direct, o, fma32(row["ratio"], o, x))
     if flags & (RowFlag.CLIP | RowFlag.THRESHOLD):
         divides = RowFlag.THRESHOLD in flags
         bound = per_sample(inputs["threshold"], inputs["x"]).numpy() if divides else row["clip"]

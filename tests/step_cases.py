@@ -45,6 +45,7 @@ def random_rows(depth: int, seed: int = 6) -> Tensor:
     fixed = {"clip": 0.8, "Yo": 0, "M": 0, "push": torch.arange(STEPS) % 3 != 0, "slot": slots}
     for name, values in fixed.items():
         rows[:, column(name)] = torch.as_tensor(values).float()
+    rows[6, column("P")] = 0  # x0 is the output itself, scaled
     return rows
 
 

@@ -99,7 +99,7 @@ def test_listed_timesteps_come_out_descending(listed):
 def test_row_layout_is_fixed():
     assert [column(n) for n in ("G0", "P", "clip", "Hx", "Yx", "Xx")] == [0, 2, 4, 5, 8, 15]
     assert [column(n) for n in ("Xx0", "Xo", "M", "S", "Cin", "push")] == [17, 18, 22, 23, 24, 27]
-    assert [column(n) for n in ("slot", "R")] == [28, 29]
+    assert [column(n) for n in ("slot", "ratio")] == [28, 29]
     assert (len(ROW_FIELDS), ROW_WIDTH) == (30, 32)
     assert [int(flag) for flag in RowFlag] == [1 << bit for bit in range(12)]
     assert [flag.name for flag in RowFlag] == [
@@ -171,10 +171,10 @@ def test_a_table_fills_in_the_slots_of_the_ring(push, depth, slots):
 
 def test_a_table_fills_in_the_ratio_of_x0s_factors():
     rows = StepTable.ddpm(NoiseSchedule.cosine(), 10).rows
-    P, Q, R = (rows[:, column(name)] for name in "PQR")
-    assert torch.equal(R, Q / P)
+    P, Q, ratio = (rows[:, column(name)] for name in ("P", "Q", "ratio"))
+    assert torch.equal(ratio, Q / P)
     of_x0 = StepTable.ddpm(NoiseSchedule.cosine(), 10, prediction="x0").rows
-    assert not of_x0[:, column("R")].any()
+    assert not of_x0[:, column("ratio")].any()
 
 
 @pytest.mark.parametrize("name", ["Yo", "M"])

@@ -10,7 +10,7 @@ namespace ddpm {
 #define DDPM_ROW_COLUMNS(X)                                                                     \
   X(G0) X(G1) X(P) X(Q) X(clip) X(Hx) X(Hv) X(Ho) X(Yx) X(Yy) X(Yx0) X(Yo) X(Yh1) X(Yh2) X(Yh3) \
   X(Xx) X(Xy) X(Xx0) X(Xo) X(Xh1) X(Xh2) X(Xh3) X(M) X(S) X(Cin) X(Lmin) X(Lmax) X(push)        \
-  X(slot)
+  X(slot) X(ratio)
 enum RowColumn : int {
 #define DDPM_ENUM(name) kRow_##name,
   DDPM_ROW_COLUMNS(DDPM_ENUM)

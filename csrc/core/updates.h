@@ -25,10 +25,13 @@ DDPM_HD R guided(R out, R out2, const Row<R>& row) {
   return fma(row.G1, out2, row.G0 * out);
 }
 
-// x0 from the model's output, whatever it predicts.
+// x0 from the model's output, whatever it predicts: P x + Q out, by the ratio Q / P where there is
+// one. Where abar is small both terms are large and cancel, and a rounded Q out would be left.
 template <class R>
 DDPM_HD R predict_x0(R x, R out, const Row<R>& row) {
-  return fma(row.P, x, row.Q * out);
+  const bool direct = row.P == R(0);
+  const R sum = direct ? out : fma(row.ratio, out, x);
+  return (direct ? row.Q : row.P) * sum;
 }
 
 // NaN passes: both comparisons are false for it, where fmin and fmax would swallow it.

@@ -31,6 +31,7 @@ struct NanProblem : ReverseStepProblem {
     std::vector<double> row(kRowWidth, nan);
     row[kRow_P] = 1.5;
     row[kRow_Q] = -0.5;
+    row[kRow_ratio] = -0.5 / 1.5;
     row[kRow_clip] = 1.0;
     row[kRow_Xx] = 0.25;
     row[kRow_Xx0] = 0.75;

@@ -244,6 +244,8 @@ struct ReverseStepProblem : Common {
       double* of_row = &values[static_cast<size_t>(row * kRowWidth)];
       of_row[kRow_clip] =
           random.below(4) ? 0.2 + random.symmetric(0.1) : std::numeric_limits<double>::infinity();
+      of_row[kRow_P] = random.below(5) ? of_row[kRow_P] : 0.0;
+      of_row[kRow_ratio] = of_row[kRow_P] != 0 ? of_row[kRow_Q] / of_row[kRow_P] : 0.0;
       of_row[kRow_push] = static_cast<double>(random.below(2));
       of_row[kRow_slot] = static_cast<double>(depth > 0 ? random.below(depth) : 0);
     }

@@ -75,7 +75,7 @@ def reverse_step_(
     out = model_output.to(x.dtype)
     if model_output2 is not None:
         out = coef("G0") * out + coef("G1") * model_output2.to(x.dtype)
-    x0 = torch.where(coef("P") == 0, coef("Q") * out, coef("P") * (x + coef("R") * out))
+    x0 = torch.where(coef("P") == 0, coef("Q") * out, coef("P") * (x + coef("ratio") * out))
     if threshold is not None:
         bound = per_sample(threshold, x)
         x0 = torch.clamp(x0, -bound, bound) / bound

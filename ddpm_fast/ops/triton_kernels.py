@@ -171,7 +171,9 @@ def _reverse_step_kernel(
 
     if model_output2 is not None:
         out = core.guide(out, out2, _coef(coefs, ROW.G0), _coef(coefs, ROW.G1))
-    x0 = core.predict_x0(state, out, _coef(coefs, ROW.P), _coef(coefs, ROW.Q))
+    x0 = core.predict_x0(
+        state, out, _coef(coefs, ROW.P), _coef(coefs, ROW.Q), _coef(coefs, ROW.ratio)
+    )
     if threshold is not None:
         bound = threshold.data + tile.sample * threshold.sample_stride
         x0 = core.threshold(x0, tl.load(bound, mask=runs))

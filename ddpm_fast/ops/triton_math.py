@@ -173,9 +173,13 @@ def guide(out: tl.tensor, out2: tl.tensor, G0: tl.tensor, G1: tl.tensor) -> tl.t
 
 
 @triton.jit
-def predict_x0(x: tl.tensor, out: tl.tensor, P: tl.tensor, Q: tl.tensor) -> tl.tensor:
-    """x0 from the model's output, whatever it predicts."""
-    return tl.fma(P, x, Q * out)
+def predict_x0(
+    x: tl.tensor, out: tl.tensor, P: tl.tensor, Q: tl.tensor, ratio: tl.tensor
+) -> tl.tensor:
+    """x0 from the model's output, P x + Q out, by the ratio Q / P where there is one."""
+    direct = P == 0
+    sum = tl.where(direct, out, tl.fma(ratio, out, x))
+    return tl.where(direct, Q, P) * sum
 
 
 @triton.jit
