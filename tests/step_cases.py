@@ -72,7 +72,7 @@ def step_inputs(
 
     depth = history_depth(flags)
     slots = normals((depth * shape[0], *shape[1:]), layout, F32, 9, device) if depth else None
-    bounds = torch.rand(2 * shape[0], generator=torch.Generator().manual_seed(8))[::2] + 0.5
+    bounds = torch.rand(2 * shape[0], generator=torch.Generator().manual_seed(8)) + 0.5
     return {
         "x": state(1),
         "model_output": network(2),
@@ -85,7 +85,7 @@ def step_inputs(
         "flags": int(flags),
         "model_output2": network(6) if flags & RowFlag.GUIDE else None,
         "log_variance": network(7) if flags & RowFlag.LEARNED else None,
-        "threshold": bounds.to(device) if flags & RowFlag.THRESHOLD else None,
+        "threshold": bounds.to(device)[::2] if flags & RowFlag.THRESHOLD else None,
         "second": state(10) if flags & RowFlag.SECOND else None,
         "history": None if slots is None else slots.unflatten(0, (depth, shape[0])),
     }
@@ -93,8 +93,14 @@ def step_inputs(
 
 def copied(inputs: Inputs, **others: Any) -> Inputs:
     """The same values in tensors of the same strides; others replace some."""
-    tensors = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    return tensors | others
+
+    def copy(tensor: Tensor) -> Tensor:
+        strided = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+        return strided.copy_(tensor)
+
+    return {k: copy(v) if isinstance(v, Tensor) else v for k, v in inputs.items()} | others
 
 
 def written(inputs: Inputs) -> dict[str, Tensor]:
