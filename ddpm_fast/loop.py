@@ -47,7 +47,8 @@ class StepLoop:
         state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         times = 2 if table.guided else 1
         self._input = empty_samples(times * batch, sample_shape, dtype, device).zero_()
-        shared = dtype == state_dtype and not table.flags & RowFlag.SCALE_IN
+        scaled = table.flags & RowFlag.SCALE_IN or table.init_scale != 1
+        shared = dtype == state_dtype and not scaled
         if shared:
             self.x = self._input[:batch]
         else:
@@ -68,8 +69,8 @@ class StepLoop:
     @staticmethod
     def kind(table: StepTable) -> Hashable:
         """What a loop is made for: tables of one kind may be loaded into it one after another."""
-        flags = int(table.flags)
-        return table.steps, flags, table.uses_noise, table.start == "random", table.threshold
+        rows = table.steps, int(table.flags), table.uses_noise, table.start == "random"
+        return *rows, table.threshold, table.init_scale != 1
 
     def load(self, table: StepTable) -> None:
         """Go by another table of the same kind from here on."""

@@ -116,6 +116,7 @@ class NoiseSchedule(Frozen):
     one_minus_alphas_cumprod = _Table("1 - alphas_cumprod, exact where that would cancel.")
     sqrt_alphas_cumprod = _Table("Factor of x_0 in x_t (Eq. 4, Ho et al. 2020).")
     sqrt_one_minus_alphas_cumprod = _Table("Factor of the noise in x_t (Eq. 4).")
+    sigmas = _Table("sigma(t) = sqrt(1/abar_t - 1) of the variance-exploding form; inf at abar 0.")
     snr = _Table("Signal-to-noise ratio alphas_cumprod / (1 - alphas_cumprod).")
     posterior_variance = _Table("Variance of q(x_{t-1} | x_t, x_0), 0 at index 0 (Eq. 7).")
     posterior_log_variance = _Table("Its natural logarithm, of no less than 1e-20 (index 0).")
@@ -139,6 +140,7 @@ class NoiseSchedule(Frozen):
             "one_minus_alphas_cumprod": rest,
             "sqrt_alphas_cumprod": abar.sqrt(),
             "sqrt_one_minus_alphas_cumprod": rest.sqrt(),
+            "sigmas": (rest / abar).sqrt(),
             "snr": abar / rest,
             "posterior_variance": variance,
             "posterior_log_variance": log_variance,

@@ -141,7 +141,6 @@ def pairs() -> list[Pair]:
                 unipc_pair(*of, spacing="trailing", steps=20),
                 unipc_pair(*of, spacing="leading"),
             ]
-            if prediction != "x0":
-                found += [inverse_pair(*of), inverse_pair(*of, "trailing", clip=1.0)]
-        found.append(plms_pair(schedule, "epsilon"))
+        of = schedule, "epsilon"
+        found += [inverse_pair(*of), inverse_pair(*of, "trailing", clip=1.0), plms_pair(*of)]
     return found

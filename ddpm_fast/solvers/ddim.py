@@ -8,6 +8,7 @@ from math import inf
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from ddpm_fast.chain import (
     Chain,
@@ -93,8 +94,9 @@ def ddim_inverse(
     as diffusers' DDIMInverseScheduler does, which is what the same step of decoding is told; or
     "current", of the state that it sees, as the papers write the ODE (the first row, whose state
     has no noise, is told the lowest timestep). Both are of first order; on images "next" comes back
-    several times closer. The table begins at data (its start is "data"): a `Sampler` is given them
-    as x_T. The other arguments and the errors are those of ddpm.
+    several times closer. The output is read as an epsilon of the level that the network is told, so
+    that every prediction makes the same chain. The table begins at data (its start is "data"): a
+    `Sampler` is given them as x_T. The other arguments and the errors are those of ddpm.
     """
     check_name("evaluate_at", evaluate_at, ("current", "next"))
     _check_bool("rederive_epsilon", rederive_epsilon)
@@ -106,19 +108,36 @@ def ddim_inverse(
     told = up if evaluate_at == "next" else [up[0], *up[:-1]]
     abar, rest = c.abar.flip(0), c.rest.flip(0)  # where a step leads
     here = replace(c, abar=c.abar_prev.flip(0), rest=c.rest_prev.flip(0))
-    if prediction == "x0" or rederived:
-        # At x_0 itself an x0 says nothing of epsilon: the output is read at the level it is told.
+    if rederived:
+        # At x_0 itself an x0 says nothing of epsilon.
         here.abar[0], here.rest[0] = abar[0], rest[0]
-    P, Q = here.x0()
+    P, Q, of_x, of_out = _told_of(here, replace(here, abar=abar, rest=rest), evaluate_at)
     columns = {"P": P, "Q": Q, "Xx0": abar.sqrt()}
     if rederived:
         of_x, of_x0 = here.epsilon_of_x0()
         columns["Xx0"] = abar.sqrt() + rest.sqrt() * of_x0
     else:
-        of_x, of_out = here.epsilon()
         columns["Xo"] = rest.sqrt() * of_out
     rows = c.rows(clip, Xx=rest.sqrt() * of_x, **columns)
     return cls(rows, told, prediction, "data", "ddim_inverse", threshold=threshold_of(clip))
+
+
+def _told_of(here: Chain, ahead: Chain, evaluate_at: str) -> tuple[Tensor, ...]:
+    """Factors of x and out in x0, and of both in epsilon, of a state at the levels of ``here``.
+
+    The output is read as an epsilon at the level that the network is told, so that every prediction
+    makes the same chain; x0 is what that epsilon leaves of the state.
+    """
+    told = ahead
+    if evaluate_at == "current":
+        told = replace(here, abar=here.abar.clone(), rest=here.rest.clone())
+        told.abar[0], told.rest[0] = ahead.abar[0], ahead.rest[0]
+    of_x, of_out = told.epsilon()
+    signal, noise = here.abar.sqrt(), here.rest.sqrt()
+    same = told.rest == here.rest  # without the rounding of what cancels
+    P = torch.where(same, told.x0()[0], (1 - noise * of_x) / signal)
+    Q = torch.where(same, told.x0()[1], -noise * of_out / signal)
+    return P, Q, of_x, of_out
 
 
 def ve_ode(
