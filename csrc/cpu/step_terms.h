@@ -1,12 +1,13 @@
 // A reverse step with more terms than the plain one: guidance, a learned variance, thresholds, past
 // values and a second state.
 //
-// A part of a sample at a time, small enough that all of its blocks stay in the first cache, and a
-// loop for each of its sums. x is written last: every other sum is of what it was.
+// A part of a sample at a time, small enough that all of its blocks stay in the first cache beside
+// the lines that are fetched ahead, and a loop for each of its sums: y', which is kept aside until
+// nothing needs y, then x' and with it h0.
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 
-constexpr int64_t kPart = 1024;  // elements; a multiple of those that make_normals makes together
+constexpr int64_t kPart = 512;  // elements; a multiple of those that make_normals makes together
 constexpr int kMostTerms = 5 + kDeepest;  // x, x0, out, y, the past values and the noise
 static_assert(kBlock % kPart == 0 && kPart % (4 * kLanes) == 0);
 
@@ -72,8 +73,8 @@ void write_sums(const Sum& sum, const Other& other, int64_t count, R* to, R* to_
 // What is read of tensors that are no buffers, and what is made.
 template <class R>
 struct StepScratch {
-  alignas(64) R x[kPart], out[kPart], out2[kPart], noise[kPart], log_variance[kPart], x0[kPart];
-  alignas(64) R second[kPart], past[kDeepest][kPart], next[kPart];
+  alignas(64) R x[kPart], out[kPart], noise[kPart], x0[kPart];
+  alignas(64) R second[kPart], past[kDeepest][kPart], spare[kPart];
   alignas(64) float normals[kPart];
 };
 
@@ -119,19 +120,20 @@ class StepPart {
     }
     if (noise) next.add(row.S, noise);
 
-    if (y)
+    if (y) {
       second.template visit<3, 3 + kDeepest>(
-          [&](const auto& sum) { write_sum(sum, b.count, s_.next); });
+          [&](const auto& sum) { write_sum(sum, b.count, s_.spare); });
+    }
     if (has(kPush) && row.push != R(0)) {
       push(b, row, next, x, out, x0);
     } else {
       next.template visit<2, kMostTerms>([&](const auto& sum) { write_sum(sum, b.count, x); });
     }
     if (y) {
-      for (int64_t i = 0; i < b.count; ++i) y[i] = s_.next[i];
+      for (int64_t i = 0; i < b.count; ++i) y[i] = s_.spare[i];
       write_block(a_.second, b.sample, b.first, b.count, y);
     }
-    write_state(a_, b, row, x, s_.next);
+    write_state(a_, b, row, x, s_.spare);
   }
 
  private:
@@ -144,7 +146,7 @@ class StepPart {
   const R* output(const Block& b, const Row<R>& row) {
     const R* out = read_block(a_.out, b.sample, b.first, b.count, s_.out);
     if (!has(kGuide)) return out;
-    const R* out2 = read_block(a_.out2, b.sample, b.first, b.count, s_.out2);
+    const R* out2 = read_block(a_.out2, b.sample, b.first, b.count, s_.spare);
 #pragma GCC ivdep
     for (int64_t i = 0; i < b.count; ++i) s_.out[i] = guided(out[i], out2[i], row);
     return s_.out;
@@ -154,7 +156,7 @@ class StepPart {
   const R* scaled_noise(const Block& b, const Row<R>& row, int64_t index) {
     const R* noise = step_noise(a_, b, index, s_.normals, s_.noise);
     if (!noise || !has(kLearned)) return noise;
-    const R* v = read_block(a_.log_variance, b.sample, b.first, b.count, s_.log_variance);
+    const R* v = read_block(a_.log_variance, b.sample, b.first, b.count, s_.spare);
 #pragma GCC ivdep
     for (int64_t i = 0; i < b.count; ++i) s_.noise[i] = scale_noise(noise[i], v[i], row);
     return s_.noise;
