@@ -1,6 +1,7 @@
 """How many samples of the shipped checkpoint are triangles, beside its training images.
 
 python benchmarks/triangle_quality.py --num 512 --steps 250 --seed 0 [--peer] [--out FILE]
+python benchmarks/triangle_quality.py --num 1024 --solver ddim:50 --solver dpmpp_2m:20 ...
 
 An image counts as a triangle when its foreground (below 0, at least 8 pixels) has an IoU of at
 least 0.85 with the smallest triangle enclosing the pixel centres of its largest component, the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from triangles.enclosing import convex_hull, smallest_triangle
 
 CHECKPOINT = ROOT / "ddpm_fast" / "assets" / "triangles"
 BATCH = 64
+SOLVERS = ("ddpm", "ddim", "ve_ode", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "plms")
 MIN_PIXELS = 8
 MIN_IOU = 0.85
 MAX_GROWTH = 0.75
@@ -143,18 +146,20 @@ def triangle_share(images: ArrayLike) -> float:
     return float(np.mean([is_triangle(image) for image in _stack(images)]))
 
 
-def sample_ours(folder: Path, num: int, steps: int, seed: int, device: str) -> Images:
-    """Sample with ddpm_fast, ancestral, timesteps spaced evenly over the whole schedule."""
+def sample_ours(
+    folder: Path, num: int, steps: int, seed: int, device: str, solver: str = "ddpm"
+) -> Images:
+    """Sample with ddpm_fast: a solver of `StepTable`, with its own spacing of the timesteps."""
     from ddpm_fast import Sampler, StepTable, load
 
     checkpoint = load(folder)
-    table = StepTable.ddpm(
+    options = {"variance": checkpoint.variance} if solver == "ddpm" else {}
+    table = getattr(StepTable, solver)(
         checkpoint.schedule,
-        steps=steps,
-        variance=checkpoint.variance,
+        steps,
         prediction=checkpoint.prediction,
         clip=checkpoint.clip,
-        spacing="linspace",
+        **options,
     )
     unet = checkpoint.unet.to(device)
     sampler = Sampler(unet, table, checkpoint.sample_shape, micro_batch=BATCH, device=device)
@@ -188,17 +193,21 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     about = metadata()
     if options.samples:
         prepare_folder(options.samples)
-    arguments = (options.model, options.num, options.steps, options.seed, options.device)
-    sources = {
-        "training": lambda: make_triangles(options.training, options.seed),
-        "ddpm_fast": lambda: sample_ours(*arguments),
-    }
+    model, num, seed, device = options.model, options.num, options.seed, options.device
+    sources = {("training", "", ""): lambda: make_triangles(options.training, seed)}
+    for solver, steps in [("ddpm", options.steps), *options.solver]:
+        sources["ddpm_fast", solver, steps] = partial(
+            sample_ours, model, num, steps, seed, device, solver
+        )
     if options.peer:
-        sources["diffusers"] = lambda: sample_peer(*arguments)
+        sources["diffusers", "ddpm", options.steps] = partial(
+            sample_peer, model, num, options.steps, seed, device
+        )
     rows: list[dict[str, object]] = []
-    for source, produce in sources.items():
+    for (source, solver, steps), produce in sources.items():
         start = time.perf_counter()
-        kept = options.samples / f"{source}.npy" if options.samples else None
+        name = "-".join(str(part) for part in (source, solver, steps) if part != "")
+        kept = options.samples / f"{name}.npy" if options.samples else None
         if kept is not None and kept.is_file():
             images, seconds = np.load(kept), None
         else:
@@ -209,21 +218,33 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
         share, areas = triangle_share(images), foreground_areas(images)
         if source == "training":
             training_share, training_areas = share, areas
+        elif (source, solver) == ("ddpm_fast", "ddpm"):
+            ancestral_share = share
         rows.append(
             about
             | {
-                "device": "cpu" if source == "training" else options.device,
+                "device": "cpu" if source == "training" else device,
                 "source": source,
+                "solver": solver,
                 "num": len(images),
-                "steps": "" if source == "training" else options.steps,
-                "seed": options.seed,
+                "steps": steps,
+                "seed": seed,
                 "share": round(share, 4),
                 "share_of_training": round(share / training_share, 4),
+                "share_of_ancestral": "" if not solver else round(share / ancestral_share, 4),
                 "ks_area": round(float(stats.ks_2samp(areas, training_areas).statistic), 4),
                 "seconds": "" if seconds is None else round(seconds, 2),
             }
         )
     return rows
+
+
+def _solver(text: str) -> tuple[str, int]:
+    """``ddim:50``: the name of a solver of `StepTable` and its steps."""
+    name, _, steps = text.partition(":")
+    if name not in SOLVERS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(SOLVERS)}, got {name!r}")
+    return name, _positive(steps or "0")
 
 
 def _positive(text: str) -> int:
@@ -240,6 +261,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=CHECKPOINT, help="a diffusers folder")
     parser.add_argument("--num", type=_positive, default=512, help="samples per sampler")
     parser.add_argument("--steps", type=_positive, default=250)
+    parser.add_argument(
+        "--solver",
+        type=_solver,
+        action="append",
+        default=[],
+        metavar="NAME:STEPS",
+        help="another solver beside the ancestral chain; any number of them",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--training", type=_positive, default=10_000, help="training images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -251,7 +280,10 @@ def main() -> None:
     options = parser.parse_args()
 
     rows = measure(options)
-    columns = ("source", "num", "steps", "share", "share_of_training", "ks_area", "seconds")
+    columns = (
+        *("source", "solver", "num", "steps", "share"),
+        *("share_of_training", "share_of_ancestral", "ks_area", "seconds"),
+    )
     print(" ".join(f"{column:>17}" for column in columns))
     for row in rows:
         print(" ".join(f"{row[column]!s:>17}" for column in columns))

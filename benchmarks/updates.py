@@ -20,7 +20,7 @@ from torch import Tensor
 from ddpm_fast import NoiseSchedule, Sampler, StepTable, philox_rng
 from ddpm_fast.bench.results import RESULTS, metadata, write_csv
 from ddpm_fast.bench.timing import Case, interleaved, quantiles
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import Implementation, implementation
 from ddpm_fast.row import column
 
 SHAPES = {"cpu": [(64, 3, 32, 32), (16, 3, 256, 256)], "cuda": []}
@@ -79,6 +79,8 @@ def cases_of(
     def reverse(out: Tensor, noise: Tensor | None, rng: Tensor | None, model_input: Tensor | None):
         run.reverse_step_(x, out, rows, step, noise, rng, model_input, None, int(table.flags))
 
+    both = torch.randn(shape[0], 2 * shape[1], *shape[2:], device=device).to(memory_format=format_)
+
     n = x.numel()
     cases: dict[str, Case] = {
         "copy": partial(y.copy_, x),
@@ -100,11 +102,45 @@ def cases_of(
         "q_sample noise made": 12,
         "philox_normal": 4,
     }
+    for name, (solver, size) in solver_tables().items():
+        cases[f"reverse_step {name}"] = solver_case(run, solver, x, both, noise)
+        sizes[f"reverse_step {name}"] = size
     if half:
         out_half, input_half = out.half(), torch.empty_like(x, dtype=torch.float16)
         cases["reverse_step float16 in and out"] = partial(reverse, out_half, None, rng, input_half)
         sizes["reverse_step float16 in and out"] = 12
     return cases, {name: size * n for name, size in sizes.items()}
+
+
+def solver_tables() -> dict[str, tuple[StepTable, int]]:
+    """Tables of the further solvers, with the bytes that an element of float32 must move."""
+    schedule = NoiseSchedule.linear()
+    return {
+        "ddim, raw epsilon": (StepTable.ddim(schedule, STEPS, rederive_epsilon=False), 12),
+        "ddpm learned_range, noise given": (
+            StepTable.ddpm(schedule, STEPS, variance="learned_range"),
+            20,
+        ),
+        "ddim, guided": (StepTable.ddim(schedule, STEPS).with_guidance(2.0), 16),
+        "dpmpp_2m": (StepTable.dpmpp_2m(schedule, STEPS), 20),
+        "unipc": (StepTable.unipc(schedule, STEPS), 32),
+        "plms": (StepTable.plms(schedule, STEPS), 28),
+    }
+
+
+def solver_case(
+    run: Implementation, table: StepTable, x: Tensor, both: Tensor, noise: Tensor
+) -> Case:
+    """A step of a table. both: an output of twice the channels, for a learned variance."""
+    rows, _ = table.to(x.device)
+    step = torch.full((x.shape[0],), ROW, device=x.device)
+    channels = x.shape[1]
+    out = both[:, :channels] if table.learned else torch.randn_like(x)
+    v = both[:, channels:] if table.learned else None
+    out2 = torch.randn_like(x) if table.guided else None
+    given = noise if table.uses_noise else None
+    plain = (x, out, rows, step, given, None, None, None, int(table.flags))
+    return partial(run.reverse_step_, *plain, out2, v, None, *table.memory(x))
 
 
 SPEEDUPS = {

@@ -6,6 +6,7 @@ backends that can be checked against plain PyTorch.
 
 from ddpm_fast.chain import DynamicThreshold
 from ddpm_fast.checkpoint import Checkpoint, load, save
+from ddpm_fast.codec import Codec, image_to_image, slerp
 from ddpm_fast.engine import AcceleratedUNet, Tuner, UNetEngine, accelerate
 from ddpm_fast.network import attention, group_norm
 from ddpm_fast.noise import philox_normal, philox_rng
@@ -24,6 +25,7 @@ __all__ = [
     "BACKENDS",
     "AcceleratedUNet",
     "Checkpoint",
+    "Codec",
     "ConvertedModel",
     "DynamicThreshold",
     "NoiseSchedule",
@@ -40,6 +42,7 @@ __all__ = [
     "attention",
     "convert_prediction",
     "group_norm",
+    "image_to_image",
     "load",
     "optimize_module",
     "philox_normal",
@@ -49,4 +52,5 @@ __all__ = [
     "q_sample_philox",
     "reverse_step_",
     "save",
+    "slerp",
 ]

@@ -150,11 +150,12 @@ class StepTable(Frozen):
 
     def memory(self, x: Tensor) -> StepMemory:
         """Zeros for what a chain of this table keeps beside its state x [N, ...]; x's layout."""
-        second = torch.zeros_like(x) if self.flags & RowFlag.SECOND else None
+        like = torch.zeros_like(x)
         history = None
         if self.depth:
-            history = x.new_zeros(self.depth, *x.shape).copy_(x).zero_()
-        return StepMemory(second, history)
+            strides = (like.numel(), *like.stride())
+            history = x.new_empty_strided((self.depth, *x.shape), strides).zero_()
+        return StepMemory(like if self.flags & RowFlag.SECOND else None, history)
 
     @property
     def rows(self) -> Tensor:

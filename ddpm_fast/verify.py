@@ -7,7 +7,7 @@ U-Net have bounds of their own (`ddpm_fast.verify_network`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,13 +17,11 @@ from torch import Tensor
 from ddpm_fast.noise import STREAM_STEPS, STREAM_TRAINING, philox_rng
 from ddpm_fast.ops import BACKENDS, Implementation, implementation, reference, why_not
 from ddpm_fast.ops.backends import DTYPES
-from ddpm_fast.ops.registry import per_sample
-from ddpm_fast.row import column
 from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.tables import StepTable
+from ddpm_fast.verify_cases import LAYOUTS, Case, Results
 from ddpm_fast.verify_network import NETWORK_LAYOUTS, network_checks
+from ddpm_fast.verify_steps import Operate, step_operators
 
-LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded", "odd", "empty")
 # Roundings of the terms of a sum and of their coefficients, of the sum of their absolute values.
 ROUNDINGS = 4
 # |z| <= 6.8 times the error of the polynomials and of sqrt, in core/normal.h.
@@ -49,58 +47,7 @@ class Check:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Case:
-    """The inputs of one check, on the backend's device."""
-
-    run: Implementation
-    dtype: torch.dtype
-    layout: str
-    device: torch.device
-
-    @property
-    def arithmetic(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    def tensor(self, seed: int, dtype: torch.dtype | None = None, written: bool = False) -> Tensor:
-        """Normal numbers of the case's layout; a tensor that is written is never expanded."""
-        generator = torch.Generator().manual_seed(seed)
-        values = torch.randn(_shape(self.layout), generator=generator, dtype=torch.float64)
-        values = values.to(dtype or self.dtype).to(self.device)
-        if self.layout == "channels_last":
-            return values.to(memory_format=torch.channels_last)
-        if self.layout == "sliced":
-            return values[:, 1:, ::2, 1:]
-        if self.layout == "expanded" and not written:
-            return values[:, :1].expand_as(values)
-        return values
-
-    def made_noise(self, like: Tensor, step: Tensor, rng: Tensor) -> Tensor:
-        """The noise of row ``step[n]`` for each sample n, by the backend's own generator."""
-        noise = torch.empty_like(like)
-        for n, row in enumerate(step.tolist()):
-            words = rng + torch.tensor([0, row, n], device=rng.device)
-            self.run.philox_normal_(noise[n : n + 1], words)
-        return noise
-
-    def indices(self, seed: int, end: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        samples = _shape(self.layout)[0]
-        return torch.randint(end, (samples,), generator=generator).to(self.device)
-
-
-def _shape(layout: str) -> tuple[int, ...]:
-    """Samples above 4096 elements: more than a tile or a block of any backend."""
-    if layout == "empty":
-        return (0, 3, 8, 8)
-    return (3, 5, 29, 31) if layout == "odd" else (3, 4, 36, 32)
-
-
-# What an operator is run and judged by: (outputs, float64 oracles, sums of absolute terms).
-_Results = tuple[list[Tensor], list[Tensor], list[Tensor]]
-
-
-def _q_sample(case: _Case, schedule: NoiseSchedule) -> _Results:
+def _q_sample(case: Case, schedule: NoiseSchedule) -> Results:
     x0, noise = case.tensor(0), case.tensor(1)
     t = case.indices(2, schedule.T)
     x_t = case.run.q_sample(x0, t, noise, schedule.q_sample_coefs(case.device, case.arithmetic))
@@ -109,14 +56,14 @@ def _q_sample(case: _Case, schedule: NoiseSchedule) -> _Results:
 
 def _judged_q_sample(
     outputs: list[Tensor], x0: Tensor, t: Tensor, noise: Tensor, schedule: NoiseSchedule
-) -> _Results:
+) -> Results:
     coefs = schedule.q_sample_coefs("cpu", torch.float64)
     x0, t, noise = x0.double().cpu(), t.cpu(), noise.double().cpu()
     oracle = reference.q_sample(x0, t, noise, coefs)
     return outputs, [oracle], [reference.q_sample(x0.abs(), t, noise.abs(), coefs)]
 
 
-def _q_sample_philox(case: _Case, schedule: NoiseSchedule) -> _Results:
+def _q_sample_philox(case: Case, schedule: NoiseSchedule) -> Results:
     x0, t = case.tensor(0), case.indices(2, schedule.T)
     coefs = schedule.q_sample_coefs(case.device, case.arithmetic)
     rng = philox_rng(1 << 63, STREAM_TRAINING, 1 << 40, case.device)
@@ -129,7 +76,7 @@ def _q_sample_philox(case: _Case, schedule: NoiseSchedule) -> _Results:
     )
 
 
-def _philox_normal(case: _Case, schedule: NoiseSchedule) -> _Results:
+def _philox_normal(case: Case, schedule: NoiseSchedule) -> Results:
     out = torch.full_like(case.tensor(0, written=True), float("nan"))
     rng = philox_rng(7, STREAM_STEPS, 3, case.device)
     case.run.philox_normal_(out, rng)
@@ -147,7 +94,7 @@ def _normal_sum(like: Tensor, arithmetic: torch.dtype) -> Tensor:
     return torch.full(like.shape, NORMAL_ERROR / (ROUNDINGS * epsilon), dtype=torch.float64)
 
 
-def _q_posterior(case: _Case, schedule: NoiseSchedule) -> _Results:
+def _q_posterior(case: Case, schedule: NoiseSchedule) -> Results:
     x0, x_t, t = case.tensor(0), case.tensor(1), case.indices(2, schedule.T)
     outputs = case.run.q_posterior(
         x0, x_t, t, schedule.q_posterior_coefs(case.device, case.arithmetic)
@@ -159,65 +106,12 @@ def _q_posterior(case: _Case, schedule: NoiseSchedule) -> _Results:
     return list(outputs), list(oracles), [term.abs() for term in terms]
 
 
-def _reverse_step(table: StepTable, made: bool) -> Callable[[_Case, NoiseSchedule], _Results]:
-    def run(case: _Case, schedule: NoiseSchedule) -> _Results:
-        state = case.arithmetic
-        x = case.tensor(0, state, written=True)
-        out, noise = case.tensor(1), case.tensor(2, state)
-        step = case.indices(3, table.steps)
-        rng = philox_rng(11, STREAM_STEPS, 5, case.device)
-        model_input = torch.full_like(x, float("nan"), dtype=case.dtype)
-        pred_x0 = torch.full_like(x, float("nan"))
-        before = x.clone()
-        given = None if made or not table.uses_noise else noise
-        rows, _ = table.to(case.device, state)
-        flags = int(table.flags)
-        words = rng if made else None
-        case.run.reverse_step_(x, out, rows, step, given, words, model_input, pred_x0, flags)
-        if made:
-            given = case.made_noise(before, step, rng)
-        return _judged_step([x, model_input, pred_x0], before, out, table, step, given)
-
-    return run
-
-
-def _judged_step(
-    outputs: list[Tensor],
-    x: Tensor,
-    out: Tensor,
-    table: StepTable,
-    step: Tensor,
-    noise: Tensor | None,
-) -> _Results:
-    rows, _ = table.to("cpu", torch.float64)
-    x, out, step = x.double().cpu(), out.double().cpu(), step.cpu()
-    noise = None if noise is None else noise.double().cpu()
-    row = rows.index_select(0, step).abs()
-
-    def term(name: str, values: Tensor) -> Tensor:
-        return per_sample(row[:, column(name)], x) * values.abs()
-
-    x0_sum = term("P", x) + term("Q", out)
-    next_sum = term("Xx", x) + term("Xx0", x0_sum) + term("Xo", out)
-    if noise is not None:
-        next_sum = next_sum + term("S", noise)
-    pred_x0 = torch.zeros_like(x)
-    reference.reverse_step_(x, out, rows, step, noise, None, None, pred_x0, int(table.flags))
-    return outputs, [x, x, pred_x0], [next_sum, next_sum, x0_sum]
-
-
-def _operators() -> Iterator[tuple[str, Callable[[_Case, NoiseSchedule], _Results]]]:
-    schedule = NoiseSchedule.linear()
-    ddpm = StepTable.ddpm(schedule)
+def _operators() -> Iterator[tuple[str, Operate]]:
     yield "q_sample", _q_sample
     yield "q_sample_philox", _q_sample_philox
     yield "q_posterior", _q_posterior
     yield "philox_normal", _philox_normal
-    yield "reverse_step ddpm, noise given", _reverse_step(ddpm, made=False)
-    yield "reverse_step ddpm, noise made", _reverse_step(ddpm, made=True)
-    yield "reverse_step ddpm, no clip", _reverse_step(StepTable.ddpm(schedule, clip=None), False)
-    raw = StepTable.ddim(schedule, 50, rederive_epsilon=False)
-    yield "reverse_step ddim, raw epsilon", _reverse_step(raw, made=False)
+    yield from step_operators(NoiseSchedule.linear())
 
 
 def verify(backends: tuple[str, ...] | None = None) -> tuple[list[Check], dict[str, str]]:
@@ -252,11 +146,11 @@ def _verify_backend(
     compares = run.backend in ("triton", "cuda") and why_not("cpu", torch.device("cpu")) is None
     for op, operate in _operators():
         for layout in LAYOUTS:
-            outputs, oracles, sums = operate(_Case(run, dtype, layout, device), schedule)
+            outputs, oracles, sums = operate(Case(run, dtype, layout, device), schedule)
             twins = None
             if compares:
                 cpu = torch.device("cpu")
-                twin = _Case(implementation("cpu", cpu, dtype), dtype, layout, cpu)
+                twin = Case(implementation("cpu", cpu, dtype), dtype, layout, cpu)
                 twins, _, _ = operate(twin, schedule)
             yield _check(op, run.backend, device, dtype, layout, outputs, oracles, sums, twins)
     for check in network_checks(run, device, dtype):

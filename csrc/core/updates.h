@@ -60,12 +60,16 @@ DDPM_HD R add_noise(R mean, R noise, const Row<R>& row) {
   return fma(row.S, noise, mean);
 }
 
-// The noise of a model whose output v lies between the logarithms of two variances: Nichol and
-// Dhariwal 2021.
+// The logarithm of what scales the noise of a model whose output v lies between the logarithms of
+// two variances: Nichol and Dhariwal 2021.
+template <class R>
+DDPM_HD R log_scale(R v, const Row<R>& row) {
+  return fma(v, R(0.5) * (row.Lmax - row.Lmin), R(0.5) * row.Lmin);
+}
+
 template <class R>
 DDPM_HD R scale_noise(R noise, R v, const Row<R>& row) {
-  const R argument = fma(v, R(0.5) * (row.Lmax - row.Lmin), R(0.5) * row.Lmin);
-  return exponential(argument) * noise;
+  return exponential(log_scale(v, row)) * noise;
 }
 
 }  // namespace ddpm

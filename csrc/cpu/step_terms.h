@@ -157,9 +157,28 @@ class StepPart {
     const R* noise = step_noise(a_, b, index, s_.normals, s_.noise);
     if (!noise || !has(kLearned)) return noise;
     const R* v = read_block(a_.log_variance, b.sample, b.first, b.count, s_.spare);
+    if (scales_are_near_1(v, b.count, row)) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < b.count; ++i) {
+        const float scale = exponential_near_0(static_cast<float>(log_scale(v[i], row)));
+        s_.noise[i] = static_cast<R>(scale) * noise[i];
+      }
+      return s_.noise;
+    }
 #pragma GCC ivdep
     for (int64_t i = 0; i < b.count; ++i) s_.noise[i] = scale_noise(noise[i], v[i], row);
     return s_.noise;
+  }
+
+  // As they are in nearly every step of a chain; then half of the exponential has nothing to do.
+  static bool scales_are_near_1(const R* v, int64_t count, const Row<R>& row) {
+    if constexpr (sizeof(R) == 8) return false;
+    uint32_t largest = 0;  // a NaN is larger than any number
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t size = bits_of(static_cast<float>(log_scale(v[i], row))) & 0x7FFFFFFFu;
+      largest = size > largest ? size : largest;
+    }
+    return largest <= bits_of(kNear0);
   }
 
   void predict(const Block& b, const Row<R>& row, const R* x, const R* out, R* x0) const {

@@ -42,6 +42,13 @@ def start_of(text: str | None) -> int | Literal["random"] | None:
     return int(text)
 
 
+def spacing_of(text: str) -> str:
+    """The option --spacing."""
+    if text not in SPACINGS:
+        raise ValueError(f"--spacing must be {', '.join(SPACINGS)}; got {text!r}")
+    return text
+
+
 def table_of(
     model: OpenModel,
     method: str,
@@ -59,8 +66,6 @@ def table_of(
     """
     if method not in METHODS:
         raise ValueError(f"--method must be {', '.join(METHODS)}; got {method!r}")
-    if spacing is not None and spacing not in SPACINGS:
-        raise ValueError(f"--spacing must be {', '.join(SPACINGS)}; got {spacing!r}")
     chosen = METHODS[method]
     for name, value in (("eta", eta), ("variance", variance)):
         if value is not None and name not in chosen.takes:
@@ -74,7 +79,7 @@ def table_of(
         if chosen.steps is None and model.device.type == "cpu" and steps > CPU_STEPS:
             steps = CPU_STEPS
             why = f" (the default on a CPU; --steps {length} takes all)"
-    options: dict[str, Any] = {} if spacing is None else {"spacing": spacing}
+    options: dict[str, Any] = {} if spacing is None else {"spacing": spacing_of(spacing)}
     words = f"{steps} of {T}{why}"
     if "variance" in chosen.takes:
         options["variance"] = variance or model.variance
