@@ -8,13 +8,24 @@ from ddpm_fast.chain import DynamicThreshold
 from ddpm_fast.checkpoint import Checkpoint, load, save
 from ddpm_fast.codec import Codec, image_to_image, slerp
 from ddpm_fast.engine import AcceleratedUNet, Tuner, UNetEngine, accelerate
+from ddpm_fast.gaussians import (
+    discretised_gaussian_log_likelihood,
+    gaussian_kl,
+    gaussian_kl_full,
+    gaussian_log_density,
+)
+from ddpm_fast.likelihood import VariationalBound, variational_bound
 from ddpm_fast.network import attention, group_norm
 from ddpm_fast.noise import philox_normal, philox_rng
+from ddpm_fast.objective import objective_weights
 from ddpm_fast.ops import BACKENDS
 from ddpm_fast.optimize import OptimizeReport, optimize_module
 from ddpm_fast.predictions import ConvertedModel, convert_prediction
+from ddpm_fast.respacing import respace
+from ddpm_fast.reverse import model_variance
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedules import NoiseSchedule, ScheduleWarning
+from ddpm_fast.scores import noise_from_score, score_from_noise, tweedie
 from ddpm_fast.tables import StepMemory, StepTable
 from ddpm_fast.unet import UNet, UNetConfig
 from ddpm_fast.updates import q_posterior, q_sample, q_sample_philox, reverse_step_
@@ -38,19 +49,31 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "UNetEngine",
+    "VariationalBound",
     "accelerate",
     "attention",
     "convert_prediction",
+    "discretised_gaussian_log_likelihood",
+    "gaussian_kl",
+    "gaussian_kl_full",
+    "gaussian_log_density",
     "group_norm",
     "image_to_image",
     "load",
+    "model_variance",
+    "noise_from_score",
+    "objective_weights",
     "optimize_module",
     "philox_normal",
     "philox_rng",
     "q_posterior",
     "q_sample",
     "q_sample_philox",
+    "respace",
     "reverse_step_",
     "save",
+    "score_from_noise",
     "slerp",
+    "tweedie",
+    "variational_bound",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ STREAM_END = 1 << 32
 SAMPLE_END = 1 << 63
 ELEMENTS_END = 1 << 34  # 2^32 Philox blocks of four normals
 
+Kind = TypeVar("Kind")
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` -> ``float32``."""
@@ -28,6 +30,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 def shape_text(tensor: Tensor) -> str:
     """A shape as people write it: ``[2, 3, 32, 32]``."""
     return str(list(tensor.shape))
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that tensors of ``dtype`` are computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def instance(name: str, value: Any, kind: type[Kind]) -> Kind:
+    """``value``, which must be a ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
+    return value
 
 
 def batch(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:

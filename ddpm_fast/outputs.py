@@ -29,7 +29,7 @@ def halves(
         return out[:, :channels], out[:, channels:] if learned else None
     if learned:
         raise ValueError(
-            f"{name} must have 2C channels for a table with a learned variance,"
+            f"{name} must have 2C channels for a learned variance,"
             f" {list(doubled or plain)}; got {checks.shape_text(out)}"
         )
     if tuple(out.shape) != plain:
@@ -48,12 +48,7 @@ def thresholds(
     rows: Tensor,
     step: Tensor,
 ) -> Tensor:
-    """The threshold s of each sample [N], in the dtype of x (Saharia et al. 2022, Section 2.3).
-
-    The quantile of |x0| is interpolated linearly between neighbours, as torch.quantile does, for
-    samples of any size and without sorting them. A NaN counts as the largest value. Nothing waits
-    for a GPU.
-    """
+    """The threshold s of each sample [N] in a step, in the dtype of x."""
     row = rows.index_select(0, step.clamp(0, rows.shape[0] - 1))
 
     def coef(name: str) -> Tensor:
@@ -62,10 +57,20 @@ def thresholds(
     o = out.to(x.dtype)
     if out2 is not None:
         o = coef("G0") * o + coef("G1") * out2.to(x.dtype)
-    sizes = (coef("P") * x + coef("Q") * o).abs_().flatten(1)
-    count = math.prod(x.shape[1:])
+    return threshold_of(how, coef("P") * x + coef("Q") * o)
+
+
+def threshold_of(how: DynamicThreshold, x0: Tensor) -> Tensor:
+    """The threshold s of each sample [N] of x0 [N, ...] (Saharia et al. 2022, Section 2.3).
+
+    The quantile of |x0| is interpolated linearly between neighbours, as torch.quantile does, for
+    samples of any size and without sorting them. A NaN counts as the largest value. Nothing waits
+    for a GPU.
+    """
+    sizes = x0.abs().flatten(1)
+    count = math.prod(x0.shape[1:])
     if count == 0:
-        return sizes.new_ones(x.shape[0])
+        return sizes.new_ones(len(x0))
     place = how.quantile * (count - 1)
     below = math.floor(place)
     low = sizes.kthvalue(below + 1, dim=1).values

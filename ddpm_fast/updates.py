@@ -21,16 +21,6 @@ from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.tables import StepMemory, StepTable
 
 
-def _arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _schedule(value: NoiseSchedule) -> NoiseSchedule:
-    if not isinstance(value, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule; got {type(value).__name__}")
-    return value
-
-
 def q_sample(
     x0: Tensor, t: Tensor | int, noise: Tensor, schedule: NoiseSchedule, backend: str = "auto"
 ) -> Tensor:
@@ -44,9 +34,9 @@ def q_sample(
     """
     x0 = checks.batch("x0", x0)
     noise = checks.like("noise", noise, "x0", x0, (x0.dtype,))
-    t = checks.index("t", t, x0, _schedule(schedule).T)
+    t = checks.index("t", t, x0, checks.instance("schedule", schedule, NoiseSchedule).T)
     run = implementation(backend, x0.device, x0.dtype)
-    coefs = schedule.q_sample_coefs(x0.device, _arithmetic(x0.dtype))
+    coefs = schedule.q_sample_coefs(x0.device, checks.arithmetic(x0.dtype))
     return run.q_sample(x0, t, noise, coefs)
 
 
@@ -68,9 +58,9 @@ def q_sample_philox(
     Raises as `q_sample` and `philox_rng`.
     """
     x0 = checks.batch("x0", x0)
-    t = checks.index("t", t, x0, _schedule(schedule).T)
+    t = checks.index("t", t, x0, checks.instance("schedule", schedule, NoiseSchedule).T)
     run = implementation(backend, x0.device, x0.dtype)
-    coefs = schedule.q_sample_coefs(x0.device, _arithmetic(x0.dtype))
+    coefs = schedule.q_sample_coefs(x0.device, checks.arithmetic(x0.dtype))
     return run.q_sample_philox(x0, t, coefs, philox_rng(seed, stream, first_sample, x0.device))
 
 
@@ -88,9 +78,9 @@ def q_posterior(
     """
     x_t = checks.batch("x_t", x_t)
     x0 = checks.like("x0", x0, "x_t", x_t, (x_t.dtype,))
-    t = checks.index("t", t, x_t, _schedule(schedule).T)
+    t = checks.index("t", t, x_t, checks.instance("schedule", schedule, NoiseSchedule).T)
     run = implementation(backend, x_t.device, x_t.dtype)
-    coefs = schedule.q_posterior_coefs(x_t.device, _arithmetic(x_t.dtype))
+    coefs = schedule.q_posterior_coefs(x_t.device, checks.arithmetic(x_t.dtype))
     return run.q_posterior(x0, x_t, t, coefs)
 
 

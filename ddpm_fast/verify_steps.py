@@ -82,7 +82,7 @@ def _step(table: StepTable, made: bool = False) -> Operate:
 
 def _on_cpu(before: dict[str, Any], table: StepTable) -> dict[str, Any]:
     """The step in float64, of rows that were not rounded."""
-    inputs = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in before.items()}
+    inputs: dict[str, Any] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in before.items()}
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             inputs[name] = value.double()
@@ -93,7 +93,7 @@ def _on_cpu(before: dict[str, Any], table: StepTable) -> dict[str, Any]:
 
 def _magnitudes(before: dict[str, Any], table: StepTable) -> dict[str, Any]:
     """What the step would write if nothing cancelled and nothing was clipped."""
-    inputs = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in before.items()}
+    inputs: dict[str, Any] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in before.items()}
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             inputs[name] = value.double() if name == "log_variance" else value.double().abs()

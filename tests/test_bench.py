@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from cli_runs import error_of, run
-from ddpm_fast import Tuner, UNet, UNetConfig
+from ddpm_fast import Tuner, UNet, UNetConfig, figures
 from ddpm_fast.bench import (
     ceilings,
     kernels,
@@ -247,7 +247,7 @@ def test_the_pipeline_is_left_out_at_another_size(tiny) -> None:
 
 
 def check_picture(path: Path) -> None:
-    assert path.stat().st_size < plots.MOST_BYTES
+    assert path.stat().st_size < figures.MOST_BYTES
     with Image.open(path) as image:
         assert image.format == "PNG"
         image.load()

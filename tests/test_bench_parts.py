@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast import UNetConfig
+from ddpm_fast import UNetConfig, figures
 from ddpm_fast.bench import ceilings, kernels, networks, plots, published, results
 from ddpm_fast.bench.timing import interleaved, quantiles
 from engine_cases import CPU, small
@@ -36,7 +36,7 @@ def test_large_pictures_lose_colours_rather_than_size(tmp_path) -> None:
     path = tmp_path / "noise.png"
     noise = torch.randint(0, 256, (400, 400, 3), dtype=torch.uint8).numpy()
     Image.fromarray(noise).save(path)
-    small = plots._smaller(path.read_bytes())
+    small = figures._smaller(path.read_bytes())
     assert len(small) < path.stat().st_size
     (tmp_path / "small.png").write_bytes(small)
     with Image.open(tmp_path / "small.png") as image:

@@ -251,7 +251,7 @@ def test_a_checkpoint_that_asks_for_more_is_refused(
     config = None if scheduler is None else scheduler_with(**scheduler)
     ddpm_fast.save("model", tiny_unet(**unet), scheduler_config=config)
     result = sample(Path("model"), status=2)
-    assert error_of(result).startswith("error: model: cannot be sampled here: ")
+    assert error_of(result).startswith("error: model: cannot be used here: ")
     assert reason in error_of(result)
     assert os.listdir() == ["model"]
 

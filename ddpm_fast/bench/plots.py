@@ -5,45 +5,23 @@ matplotlib is imported when a picture is drawn. Rows are those of a benchmark or
 
 from __future__ import annotations
 
-import importlib
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddpm_fast.images import replacing
+from ddpm_fast.figures import ACCENT, FAINT, INK, entitle, new_figure, save_figure
 
 Rows = Sequence[Mapping[str, Any]]
 
-INK, FAINT, GRID = "#22272e", "#6b7280", "#e5e7eb"
-OURS, PEER = "#0f766e", "#b8bec7"
+OURS, PEER = ACCENT, "#b8bec7"
 KINDS = {
     "group_norm": ("GroupNorm + SiLU", "#d97706"),
     "conv 3x3": ("convolution 3x3", "#0f766e"),
     "conv 1x1": ("convolution 1x1", "#2563eb"),
     "attention": ("attention", "#be185d"),
 }
-MOST_BYTES = 200_000  # of a picture
-_DPI = 150
 _NEEDED = {"kernels": "arithmetic", "network": "build_s", "sampling": "ms_per_step"}
-
-
-class NoMatplotlibError(RuntimeError):
-    """matplotlib cannot be imported."""
-
-
-def require_matplotlib() -> Any:
-    """The module matplotlib, drawing without a screen. Raises NoMatplotlibError."""
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise NoMatplotlibError(
-            "a picture needs the package matplotlib; `pip install matplotlib`"
-        ) from error
-    matplotlib.use("Agg")
-    return matplotlib
 
 
 def kind_of(rows: Rows) -> str:
@@ -60,22 +38,7 @@ def draw(rows: Rows, path: str | os.PathLike[str]) -> None:
     Raises ValueError for rows of no benchmark, NoMatplotlibError, OSError from the disk.
     """
     figure = roofline(rows) if kind_of(rows) == "kernels" else bars(rows)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(_smaller(buffer.getvalue()))
-
-
-def _smaller(png: bytes) -> bytes:
-    """The same picture in 256 colours where it is too large."""
-    if len(png) <= MOST_BYTES:
-        return png
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    save_figure(figure, path)
 
 
 def roofline(rows: Rows) -> Any:
@@ -91,7 +54,7 @@ def roofline(rows: Rows) -> Any:
     matmul = _number(rows[0], "matmul_TFLOP_per_s") * 1e12
     unit, scale = ("TFLOP/s", 1e12) if matmul >= 1e12 else ("GFLOP/s", 1e9)
     points = _points(rows)
-    figure, axes = _figure(8.4, 5.2)
+    figure, axes = new_figure(8.4, 5.2)
     left = min([p.across for p in points] + [matmul / copy]) / 2.5
     right = max([p.across for p in points] + [matmul / copy]) * 3
     xs = [left, matmul / copy, right]
@@ -167,7 +130,7 @@ def bars(rows: Rows) -> Any:
     sampling = kind_of(rows) == "sampling"
     batches = list(dict.fromkeys(str(row["batch"]) for row in rows))
     counts = [sum(str(row["batch"]) == batch for row in rows) for batch in batches]
-    figure, panels = _figure(8.4, 1.5 + 0.42 * sum(counts) + 0.5 * len(batches), counts)
+    figure, panels = new_figure(8.4, 1.5 + 0.42 * sum(counts) + 0.5 * len(batches), counts)
     for axes, batch in zip(panels, batches, strict=True):
         mine = [row for row in rows if str(row["batch"]) == batch]
         mine.sort(key=lambda row: _number(row, "p50_us"))
@@ -212,30 +175,8 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{row['case']}{other}  {row['dtype']}"
 
 
-def _figure(width: float, height: float, counts: Sequence[int] | None = None) -> tuple[Any, Any]:
-    """A figure with one axes, or with one below the other for each of ``counts``, in our style."""
-    require_matplotlib()
-    make = importlib.import_module("matplotlib.figure").Figure
-    figure = make(figsize=(width, height), layout="constrained", facecolor="white")
-    if counts is None:
-        found = [figure.subplots()]
-    else:
-        grid = figure.subplots(len(counts), 1, squeeze=False, height_ratios=counts)
-        found = [row[0] for row in grid]
-    for axes in found:
-        axes.set_facecolor("white")
-        axes.grid(True, color=GRID, linewidth=0.8, zorder=0)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=FAINT, labelcolor=INK, which="both", length=0)
-        for name, spine in axes.spines.items():
-            spine.set_visible(name in ("left", "bottom"))
-            spine.set_color(GRID)
-    return figure, found[0] if counts is None else found
-
-
 def _finish(figure: Any, axes: Any, title: str, rows: Rows) -> None:
     """The title, and below everything where and when it was measured."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     row = rows[0]
     on_gpu = row.get("device") == "cuda"
     where = row.get("gpu") if on_gpu else f"{row.get('cpu')}, {row.get('cores')} cores"
@@ -244,7 +185,7 @@ def _finish(figure: Any, axes: Any, title: str, rows: Rows) -> None:
         parts.append(f"diffusers {row['diffusers']}")
     if row.get("revision"):
         parts.append(f"revision {row['revision']}")
-    figure.supxlabel(", ".join(parts), x=0.01, ha="left", fontsize=8, color=FAINT)
+    entitle(figure, title, ", ".join(parts))
 
 
 def _network(rows: Rows) -> str:

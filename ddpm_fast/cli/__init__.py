@@ -1,4 +1,4 @@
-"""The command line ``ddpm-fast``: sample, noise, verify, info, bench."""
+"""The command line ``ddpm-fast``: sample, encode, decode, interpolate, bpd, noise, ..."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import typer
 
 from ddpm_fast import __version__
 from ddpm_fast.cli.bench import bench as bench_app
+from ddpm_fast.cli.bpd import bpd as bpd_command
 from ddpm_fast.cli.group import Commands
 from ddpm_fast.cli.info import info as info_command
+from ddpm_fast.cli.latents import decode, encode, interpolate
 from ddpm_fast.cli.noise import noise as noise_command
 from ddpm_fast.cli.sample import sample as sample_command
 from ddpm_fast.cli.verify import verify as verify_command
@@ -48,7 +50,10 @@ def options(
     """
 
 
-for command in (sample_command, noise_command, verify_command, info_command):
+for command in (
+    *(sample_command, encode, decode, interpolate),
+    *(bpd_command, noise_command, verify_command, info_command),
+):
     app.command()(command)
 app.add_typer(bench_app, name="bench")
 

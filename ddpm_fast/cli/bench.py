@@ -14,7 +14,8 @@ import typer
 
 from ddpm_fast.cli.devices import device_of
 from ddpm_fast.cli.model import DTYPES
-from ddpm_fast.images import prepare_folder
+from ddpm_fast.cli.output import check_file
+from ddpm_fast.figures import require_matplotlib
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -207,8 +208,8 @@ def plot(
     from ddpm_fast.bench import plots
     from ddpm_fast.bench.results import read_csv
 
-    _check_file("PNG", png, ".png")
-    plots.require_matplotlib()
+    check_file("PNG", png, ".png")
+    require_matplotlib()
     plots.draw(read_csv(csv), png)
     typer.echo(f"wrote {png}")
 
@@ -238,7 +239,7 @@ class _Setup:
         plot: Path | None,
         limit: float | None,
     ) -> _Setup:
-        from ddpm_fast.bench import networks, plots
+        from ddpm_fast.bench import networks
         from ddpm_fast.bench.results import metadata
 
         if network not in networks.NETWORKS:
@@ -251,10 +252,10 @@ class _Setup:
             raise ValueError(f"--dtype must be {', '.join(DTYPES)}; got {dtype!r}")
         if out is None:
             out = Path(f"out/bench_{what}_{network}_{place.type}.csv")
-        _check_file("--out", out, ".csv")
+        check_file("--out", out, ".csv")
         if plot is not None:
-            _check_file("--plot", plot, ".png")
-            plots.require_matplotlib()
+            check_file("--plot", plot, ".png")
+            require_matplotlib()
         facts = metadata(*_PACKAGES) | {
             "gpu": torch.cuda.get_device_name(place) if place.type == "cuda" else "",
             "cuda": torch.version.cuda or "",
@@ -305,13 +306,6 @@ class _Setup:
         if self.plot is not None:
             plots.draw([{**self.facts, **row} for row in rows], self.plot)
             typer.echo(f"wrote {self.plot}")
-
-
-def _check_file(option: str, path: Path, suffix: str) -> None:
-    """That a file can be made there, before the work begins."""
-    if path.suffix.lower() != suffix or path.is_dir():
-        raise ValueError(f"{option} must be a {suffix} file; got {str(path)!r}")
-    prepare_folder(path.parent)
 
 
 def _say(text: str) -> None:

@@ -81,13 +81,13 @@ class OpenModel:
         schedule, shape = checkpoint.schedule, checkpoint.sample_shape
         if schedule is None:
             reason = "it holds a network alone; scheduler/scheduler_config.json is needed"
-            raise ValueError(f"{folder}: cannot be sampled here: {reason}")
+            raise ValueError(f"{folder}: cannot be used here: {reason}")
         if shape is None:
             reason = "its unet/config.json has no sample_size"
-            raise ValueError(f"{folder}: cannot be sampled here: {reason}")
+            raise ValueError(f"{folder}: cannot be used here: {reason}")
         if checkpoint.unet.config.class_embed_type is not None:
             reason = "its network embeds its labels itself (class_embed_type)"
-            raise ValueError(f"{folder}: cannot be sampled here: {reason}")
+            raise ValueError(f"{folder}: cannot be used here: {reason}")
         network: Any = checkpoint.unet
         if engine:
             network = accelerate(network, dtype=DTYPES[chosen], num_timesteps=schedule.T)

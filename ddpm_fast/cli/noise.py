@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ddpm_fast.images import prepare_folder, save_png, sheet
 from ddpm_fast.noise import STREAM_TRAINING, philox_normal
+from ddpm_fast.pictures import read_picture, to_tensor
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.updates import q_sample
 
@@ -114,32 +114,10 @@ def _schedule(text: str) -> NoiseSchedule:
 
 def _read_image(path: Path, size: int | None) -> Tensor:
     """A picture as float32 [C, H, W] in [-1, 1]: C 1 for a grey one, else 3, on white."""
-    try:
-        with Image.open(path) as file:
-            picture = _flat(ImageOps.exif_transpose(file))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: is no picture that can be read") from error
-    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+    picture = read_picture(path)
     longer = max(picture.size)
     wanted = min(longer, LARGEST) if size is None else size
     if wanted != longer:
         shape = [max(1, round(side * wanted / longer)) for side in picture.size]
         picture = picture.resize((shape[0], shape[1]), Image.Resampling.LANCZOS)
-    pixels = np.asarray(picture, np.float32).reshape(picture.height, picture.width, -1)
-    return torch.from_numpy(pixels / np.float32(127.5) - 1).permute(2, 0, 1)
-
-
-def _flat(picture: Image.Image) -> Image.Image:
-    """Mode L or RGB: 16 bits rounded to 8, transparency laid on white."""
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray(np.rint(np.asarray(picture) / 257).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"mode {picture.mode} is not supported; 8 or 16 bits a channel are")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    return to_tensor(picture)

@@ -1,4 +1,4 @@
-"""Where samples go: one sheet, one array, or a folder."""
+"""Where results go: samples into one sheet, one array or a folder; tables and figures in files."""
 
 from __future__ import annotations
 
@@ -66,3 +66,13 @@ class Output:
             return f"{paths[0]}{last}"
         save_png(sheet(samples, scale=scale), self.path)
         return str(self.path)
+
+
+def check_file(option: str, path: Path, suffix: str) -> None:
+    """That a file can be made there, before the work begins.
+
+    Raises ValueError naming the option for another ending or a folder, OSError from the disk.
+    """
+    if path.suffix.lower() != suffix or path.is_dir():
+        raise ValueError(f"{option} must be a {suffix} file; got {str(path)!r}")
+    prepare_folder(path.parent)

@@ -1,0 +1,82 @@
+"""What the package's figures share: their style, and how they are written.
+
+matplotlib is imported when a figure is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ddpm_fast.images import replacing
+
+INK, FAINT, GRID, ACCENT = "#22272e", "#6b7280", "#e5e7eb", "#0f766e"
+MOST_BYTES = 200_000  # of a picture
+_DPI = 150
+
+
+class NoMatplotlibError(RuntimeError):
+    """matplotlib cannot be imported."""
+
+
+def require_matplotlib() -> Any:
+    """The module matplotlib, drawing without a screen. Raises NoMatplotlibError."""
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise NoMatplotlibError(
+            "a picture needs the package matplotlib; `pip install matplotlib`"
+        ) from error
+    matplotlib.use("Agg")
+    return matplotlib
+
+
+def new_figure(width: float, height: float, counts: Sequence[int] | None = None) -> tuple[Any, Any]:
+    """A figure with one axes, or with one below the other for each of ``counts``, in our style."""
+    require_matplotlib()
+    make = importlib.import_module("matplotlib.figure").Figure
+    figure = make(figsize=(width, height), layout="constrained", facecolor="white")
+    if counts is None:
+        found = [figure.subplots()]
+    else:
+        grid = figure.subplots(len(counts), 1, squeeze=False, height_ratios=counts)
+        found = [row[0] for row in grid]
+    for axes in found:
+        axes.set_facecolor("white")
+        axes.grid(True, color=GRID, linewidth=0.8, zorder=0)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=FAINT, labelcolor=INK, which="both", length=0)
+        for name, spine in axes.spines.items():
+            spine.set_visible(name in ("left", "bottom"))
+            spine.set_color(GRID)
+    return figure, found[0] if counts is None else found
+
+
+def entitle(figure: Any, title: str, below: str) -> None:
+    """A title, and below everything a line in small."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    figure.supxlabel(below, x=0.01, ha="left", fontsize=8, color=FAINT)
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure as a PNG, whole or not at all; folders are made. OSError from the disk."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(_smaller(buffer.getvalue()))
+
+
+def _smaller(png: bytes) -> bytes:
+    """The same picture in 256 colours where it is too large."""
+    if len(png) <= MOST_BYTES:
+        return png
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
