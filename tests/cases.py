@@ -16,6 +16,7 @@ from ddpm_fast.noise import philox_rng
 from ddpm_fast.ops import implementation
 from ddpm_fast.ops.backends import DTYPES
 from ddpm_fast.ops.registry import NOT_LOADED
+from ddpm_fast.row import ROW_WIDTH, column
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 SCHEDULE = NoiseSchedule.linear()
@@ -187,6 +188,16 @@ def sample_inputs(op: str, case: Case, device: str, made: bool = True) -> tuple[
     source = (None, rng) if made else (noise, None)
     pred_x0 = torch.zeros_like(state) if made else None
     return state, other, rows, step, *source, model_input, pred_x0, int(TABLE.flags)
+
+
+def rows_with(clip: tuple[float, float] = (0.0, 0.0), **second: float) -> Tensor:
+    """Two rows that do nothing, but for the clips and the second row's columns."""
+    rows = torch.zeros(2, ROW_WIDTH, dtype=torch.float64)
+    rows[:, [column("G0"), column("Cin")]] = 1
+    rows[:, column("clip")] = torch.tensor(clip, dtype=torch.float64)
+    for name, value in second.items():
+        rows[1, column(name)] = value
+    return rows
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

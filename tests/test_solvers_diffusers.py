@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 
+import ddpm_fast
 from cases import Backend, backends
 
 pytest.importorskip("diffusers", reason="needs diffusers")
 
 from ddpm_fast import Sampler, reverse_step_
-from peers import Pair, pairs
+from peers import Pair, ddim_pair, dpm_pair, inverse_pair, pairs, plms_pair, unipc_pair
+
+SHIPPED = Path(ddpm_fast.__file__).parent / "assets" / "triangles"
 
 SHAPE = (3, 6, 5)
 ON = backends()
@@ -72,3 +78,36 @@ def test_a_whole_chain_is_no_further_from_float64_than_diffusers(pair: Pair):
     assert float((ours - exact).abs().max()) <= bound
     # The peer is the same chain, but for its float32 tables.
     torch.testing.assert_close(theirs, exact, rtol=0, atol=2e-3 * float(exact.abs().max()))
+
+
+TRAINED = [
+    ddim_pair("linear", "epsilon"),
+    ddim_pair("linear", "epsilon", spacing="trailing", eta=0.5),
+    dpm_pair("linear", "epsilon"),
+    dpm_pair("linear", "epsilon", sde=True),
+    unipc_pair("linear", "epsilon"),
+    plms_pair("linear", "epsilon", 10),
+    inverse_pair("linear", "epsilon"),
+]
+
+
+@pytest.mark.parametrize("pair", TRAINED, ids=str)
+def test_a_chain_of_the_shipped_model_is_no_further_from_float64_than_diffusers(pair: Pair):
+    checkpoint = ddpm_fast.load(SHIPPED)
+    shape = checkpoint.sample_shape
+    wide = copy.deepcopy(checkpoint.unet).double()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, *shape, generator=generator)
+    noises = torch.randn(pair.table.steps, 2, *shape, generator=generator)
+    if pair.table.start == "data":
+        x = x.sign()
+    with torch.no_grad():
+        theirs = pair.trajectory(x, noises, checkpoint.unet)[0][-1].double()
+
+    def chain(unet, dtype):
+        sampler = Sampler(unet, pair.table, shape, 2, "cpu", dtype, noise=noises.to(dtype))
+        return sampler.sample(2, x_T=x.to(dtype), progress=False).double()
+
+    exact, ours = chain(wide, torch.float64), chain(checkpoint.unet, torch.float32)
+    bound = max(1e-4 * float(exact.abs().max()), 2 * float((theirs - exact).abs().max()))
+    assert float((ours - exact).abs().max()) <= bound

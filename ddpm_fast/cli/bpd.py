@@ -15,6 +15,7 @@ from ddpm_fast.cli.devices import device_text
 from ddpm_fast.cli.model import (
     DTYPES,
     SHIPPED,
+    DataOption,
     DeviceOption,
     EngineOption,
     LabelOption,
@@ -30,14 +31,7 @@ from ddpm_fast.reverse import VARIANCES
 
 
 def bpd(
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="A .npy (uint8, or floats in [-1, 1]; [N, C, H, W] or [N, H, W]), or a folder of"
-            " PNG and JPEG pictures.",
-            show_default=False,
-        ),
-    ],
+    data: DataOption,
     model: ModelOption = SHIPPED,
     num: Annotated[
         int | None, typer.Option(min=1, help="The first images alone.", show_default="all")

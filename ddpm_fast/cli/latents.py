@@ -16,6 +16,7 @@ from ddpm_fast.cli.methods import spacing_of
 from ddpm_fast.cli.model import (
     SHIPPED,
     BackendOption,
+    DataOption,
     DeviceOption,
     DtypeOption,
     EngineOption,
@@ -54,14 +55,7 @@ ClipOption = Annotated[
 
 
 def encode(
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="A .npy (uint8, or floats in [-1, 1]; [N, C, H, W] or [N, H, W]), or a folder of"
-            " PNG and JPEG pictures.",
-            show_default=False,
-        ),
-    ],
+    data: DataOption,
     model: ModelOption = SHIPPED,
     num: Annotated[
         int | None, typer.Option(min=1, help="The first images alone.", show_default="all")

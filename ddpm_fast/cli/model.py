@@ -22,6 +22,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 ModelOption = Annotated[
     Path, typer.Option(help="Folder of a diffusers pipeline.", show_default="triangles")
 ]
+DataOption = Annotated[
+    Path,
+    typer.Option(
+        help="A .npy (uint8, or floats in [-1, 1]; [N, C, H, W] or [N, H, W]), or a folder of PNG"
+        " and JPEG pictures.",
+        show_default=False,
+    ),
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="the GPU, if any")
 ]

@@ -1,0 +1,267 @@
+"""Steps with every term of the row, made by hand, and their equation in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from cases import (
+    F32,
+    F64,
+    FIRST,
+    SEED,
+    WRITABLE,
+    Case,
+    assert_rounded_once,
+    normals,
+    per_sample,
+)
+from ddpm_fast import philox_normal, philox_rng
+from ddpm_fast.ops import implementation
+from ddpm_fast.row import ROW_WIDTH, RowFlag, column, history_depth
+
+INF, NAN = math.inf, math.nan
+STEPS = 4
+PAST = RowFlag.H1 | RowFlag.H2 | RowFlag.H3
+EVERYTHING = RowFlag(sum(RowFlag)) & ~RowFlag.CLIP
+TERMS = {
+    "guided": RowFlag.GUIDE | RowFlag.CLIP,
+    "guided-raw": RowFlag.GUIDE | RowFlag.RAW_OUT,
+    "learned": RowFlag.LEARNED | RowFlag.CLIP,
+    "threshold": RowFlag.THRESHOLD,
+    "threshold-before-clip": RowFlag.THRESHOLD | RowFlag.CLIP,
+    "one-past": RowFlag.H1 | RowFlag.PUSH | RowFlag.CLIP,
+    "second-past-alone": RowFlag.H2 | RowFlag.PUSH,
+    "three-past-of-outputs": PAST | RowFlag.PUSH | RowFlag.PUSH_OUT | RowFlag.RAW_OUT,
+    "second": RowFlag.SECOND,
+    "second-with-past": RowFlag.SECOND | RowFlag.H1 | RowFlag.H2 | RowFlag.PUSH | RowFlag.CLIP,
+    "everything": EVERYTHING,
+}
+USED = {
+    RowFlag(0): ("P", "Q", "Xx", "Xx0", "S"),
+    RowFlag.CLIP: ("clip",),
+    RowFlag.RAW_OUT: ("Xo",),
+    RowFlag.SCALE_IN: ("Cin",),
+    RowFlag.GUIDE: ("G0", "G1"),
+    RowFlag.LEARNED: ("Lmin", "Lmax"),
+    RowFlag.H1: ("Xh1", "slot"),
+    RowFlag.H2: ("Xh2", "slot"),
+    RowFlag.H3: ("Xh3", "slot"),
+    RowFlag.PUSH: ("Hx", "Hv", "push", "slot"),
+    RowFlag.PUSH_OUT: ("Ho",),
+    RowFlag.SECOND: ("Xy", "Yx", "Yy", "Yx0"),
+    RowFlag.SECOND | RowFlag.H1: ("Yh1",),
+    RowFlag.SECOND | RowFlag.H2: ("Yh2",),
+    RowFlag.SECOND | RowFlag.H3: ("Yh3",),
+}
+
+
+@dataclass
+class Step:
+    """The arguments of the operator, in its order."""
+
+    x: Tensor
+    model_output: Tensor
+    rows: Tensor
+    step: Tensor
+    noise: Tensor | None = None
+    rng: Tensor | None = None
+    model_input: Tensor | None = None
+    pred_x0: Tensor | None = None
+    flags: int = 0
+    model_output2: Tensor | None = None
+    log_variance: Tensor | None = None
+    threshold: Tensor | None = None
+    second: Tensor | None = None
+    history: Tensor | None = None
+
+    def arguments(self) -> tuple:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def run(self, on) -> Step:
+        device = self.x.device
+        implementation(on.name, device, self.x.dtype).reverse_step_(*self.arguments())
+        return self
+
+    def copy(self) -> Step:
+        """With state of its own; the same strides."""
+        fresh = Step(*self.arguments())
+        for name in STATE:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(fresh, name, torch.empty_like(tensor).copy_(tensor))
+        return fresh
+
+    def has(self, flag: RowFlag) -> bool:
+        return bool(self.flags & flag)
+
+
+STATE = ("x", "pred_x0", "model_input", "second", "history")
+
+
+def rows_for(flags: RowFlag, depth: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Rows of coefficients in [-1, 1): every slot in turn, pushes in all rows but the first."""
+    random = torch.rand(STEPS, ROW_WIDTH, generator=torch.Generator().manual_seed(7), dtype=F64)
+    values = {"clip": 0.4, "push": [0, 1, 1, 1], "slot": [i % max(depth, 1) for i in range(STEPS)]}
+    rows = torch.full((STEPS, ROW_WIDTH), NAN, dtype=F64)
+    for flag, names in USED.items():
+        if flag & flags != flag:
+            continue
+        for name in names:
+            chosen = values.get(name, 2 * random[:, column(name)] - 1)
+            rows[:, column(name)] = torch.as_tensor(chosen, dtype=F64)
+    rows[:, column("ratio")] = rows[:, column("Q")] / rows[:, column("P")]
+    return rows.to(device, dtype)
+
+
+def halves(case: Case, device: str, split: bool) -> tuple[Tensor, Tensor]:
+    """An output and its variance, in one tensor where they can be."""
+    if not split or len(case.shape) < 2:
+        return case.others(device, 2), case.others(device, 3)
+    n, channels, *space = case.shape
+    whole = normals((n, 2 * channels, *space), case.layout, case.dtype, 2, device)
+    return whole[:, :channels], whole[:, channels:]
+
+
+def step_of(
+    flags: RowFlag,
+    case: Case,
+    device: str,
+    source: str = "given",
+    depth: int | None = None,
+    split: bool = False,
+) -> Step:
+    """A step with all the tensors that the flags need; source: given, made or none."""
+    state = F64 if case.dtype == F64 else F32
+    depth = history_depth(flags) if depth is None else depth
+    layout = case.other if case.other in WRITABLE else "contiguous"
+
+    def like_state(seed: int) -> Tensor:
+        return normals(case.shape, layout, state, seed, device)
+
+    out, variance = halves(case, device, split)
+    made = Step(
+        case.tensor(device, 1, dtype=state),
+        out,
+        rows_for(flags, depth, state, device),
+        case.timesteps(device, STEPS),
+        noise=like_state(4) if source == "given" else None,
+        rng=philox_rng(SEED, 1, FIRST, device) if source == "made" else None,
+        model_input=case.tensor(device, 5).fill_(NAN),
+        pred_x0=like_state(6).fill_(NAN),
+        flags=int(flags),
+    )
+    if flags & RowFlag.GUIDE:
+        made.model_output2 = case.others(device, 8)
+    if flags & RowFlag.LEARNED:
+        made.log_variance = variance
+    if flags & RowFlag.THRESHOLD:
+        bounds = torch.linspace(0.3, 1.2, 2 * case.shape[0], dtype=state, device=device)
+        made.threshold = bounds[::2]
+    if flags & RowFlag.SECOND:
+        made.second = like_state(9)
+    if depth:
+        slots = [normals(case.shape, case.layout, state, 10 + i, device) for i in range(depth)]
+        ring = normals((depth * case.shape[0], *case.shape[1:]), case.layout, state, 20, device)
+        made.history = ring.unflatten(0, (depth, case.shape[0]))
+        for slot, values in zip(made.history, slots, strict=True):
+            slot.copy_(values)
+    return made
+
+
+def made_noise(step: Step, on) -> Tensor | None:
+    """The noise of each sample's row, bit for bit."""
+    if step.rng is None:
+        return step.noise
+    shape = step.x.shape
+    each_sample = [
+        philox_normal(1, shape[1:], SEED, 1 + i, FIRST + n, on.device, on.name)
+        for n, i in enumerate(step.step.tolist())
+    ]
+    return torch.cat(each_sample).to(step.x.dtype) if each_sample else torch.empty_like(step.x)
+
+
+class Value:
+    """A float64 value and the sum of the magnitudes of its terms."""
+
+    def __init__(self, value: Tensor, magnitude: Tensor | None = None):
+        self.value = value
+        self.magnitude = value.abs() if magnitude is None else magnitude
+
+    def __add__(self, other: Value) -> Value:
+        return Value(self.value + other.value, self.magnitude + other.magnitude)
+
+    def __rmul__(self, factor: Tensor) -> Value:
+        return Value(factor * self.value, factor.abs() * self.magnitude)
+
+
+def exact(step: Step, noise: Tensor | None) -> dict[str, Value]:
+    """The equation of ddpm_fast.row, in float64: of every tensor that is written."""
+    rows = step.rows.cpu().double()[step.step.cpu()]
+
+    def of(name: str) -> Tensor:
+        return per_sample(rows[:, column(name)], step.x)
+
+    def read(tensor: Tensor) -> Value:
+        return Value(tensor.cpu().double())
+
+    x, o = read(step.x), read(step.model_output)
+    if step.has(RowFlag.GUIDE):
+        o = of("G0") * o + of("G1") * read(step.model_output2)
+    x0 = of("P") * x + of("Q") * o
+    if step.has(RowFlag.THRESHOLD):
+        s = per_sample(step.threshold.cpu().double(), step.x)
+        x0 = Value(torch.maximum(torch.minimum(x0.value, s), -s) / s, x0.magnitude / s)
+    elif step.has(RowFlag.CLIP):
+        c = of("clip")
+        x0 = Value(torch.maximum(torch.minimum(x0.value, c), -c), x0.magnitude)
+    next_x, next_y = of("Xx") * x + of("Xx0") * x0, None
+    if step.has(RowFlag.RAW_OUT):
+        next_x += of("Xo") * o
+    if step.has(RowFlag.SECOND):
+        y = read(step.second)
+        next_x += of("Xy") * y
+        next_y = of("Yx") * x + of("Yx0") * x0 + of("Yy") * y
+    for k in (1, 2, 3):
+        if not step.has(RowFlag[f"H{k}"]):
+            continue
+        depth = step.history.shape[0]
+        slots = [(int(i) - k) % depth for i in rows[:, column("slot")]]
+        h = torch.stack([step.history[i, n] for n, i in enumerate(slots)]) if slots else step.x
+        next_x += of(f"Xh{k}") * read(h)
+        if next_y is not None:
+            next_y += of(f"Yh{k}") * read(h)
+    if noise is not None:
+        z = read(noise)
+        if step.has(RowFlag.LEARNED):
+            low, spread = of("Lmin"), of("Lmax") - of("Lmin")
+            v = step.log_variance.cpu().double()
+            e = torch.exp((low + v * spread) / 2)
+            z = Value(e * z.value, e * z.magnitude * (1 + low.abs() + (v * spread).abs()))
+        next_x += of("S") * z
+    scale = of("Cin") if step.has(RowFlag.SCALE_IN) else torch.ones(())
+    written = {"x": next_x, "pred_x0": x0, "model_input": scale * next_x}
+    if next_y is not None:
+        written["second"] = next_y
+    if step.history is not None:
+        pushed = of("Hx") * x + of("Hv") * x0
+        if step.has(RowFlag.PUSH_OUT):
+            pushed += of("Ho") * o
+        ring = step.history.cpu().double().clone()
+        magnitude = torch.zeros_like(ring)
+        for n, row in enumerate(rows):
+            if row[column("push")]:
+                slot = int(row[column("slot")])
+                ring[slot, n], magnitude[slot, n] = pushed.value[n], pushed.magnitude[n]
+        written["history"] = Value(ring, magnitude)
+    return written
+
+
+def assert_exact(step: Step, on) -> None:
+    """Runs a step. There are up to eight terms in a sum: twice the roundings of a plain step."""
+    expected = exact(step, made_noise(step, on))
+    step.run(on)
+    for name, result in expected.items():
+        assert_rounded_once(getattr(step, name), result.value, 2 * result.magnitude)
