@@ -67,7 +67,10 @@ SHAPES = {
     "empty-batch": (0, 3, 4, 4),
     "no-elements": (2, 3, 0, 4),
 }
-LARGE = {"many-blocks": (32, 3, 64, 32)}  # enough for two threads
+LARGE = {
+    "many-blocks": (32, 3, 64, 32),  # enough for two threads
+    "many-samples": (16, 3, 9, 7),
+}
 
 
 def _poisoned(like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -140,7 +140,7 @@ def test_a_chain_reads_what_it_has_pushed(on, reads, depth):
 @pytest.mark.parametrize("source", ["given", "made"])
 def test_a_sample_outside_the_table_is_left_alone(on, source):
     """In every tensor, also where its values are NaN."""
-    case = Case("many-blocks", "channels-last")
+    case = Case("many-samples", "channels-last")
     step = step_of(EVERYTHING, case, on.device, source, split=True)
     ended = torch.arange(case.shape[0], device=on.device) % 2 == 0
     far = torch.tensor([-1, STEPS, -(2**62), 2**62], device=on.device)
@@ -211,7 +211,7 @@ def test_a_variance_without_noise_is_not_read(on):
 
 @KERNELS_ON
 @pytest.mark.parametrize(
-    "case", [Case("partial-block", "channels-last"), Case("many-blocks")], ids=str
+    "case", [Case("partial-block", "channels-last"), Case("many-samples")], ids=str
 )
 def test_kernels_agree_bit_for_bit(on, case):
     """Every backend with kernels, and on the CPU every instruction set."""
