@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import torch
 from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, StepTable
@@ -29,6 +30,16 @@ def closed_form(schedule: NoiseSchedule, prediction: str) -> Callable[[Tensor, T
         return {"epsilon": epsilon, "x0": x0, "v": v}[prediction].to(x.dtype)
 
     return model
+
+
+def rough(model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model with outputs that change from step to step, so that every past value counts."""
+
+    def waved(x: Tensor, t: Tensor) -> Tensor:
+        phase = t.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) / 37
+        return model(x, t) + 0.3 * torch.sin(5 * x + phase)
+
+    return waved
 
 
 @dataclass(frozen=True)

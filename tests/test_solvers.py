@@ -55,6 +55,34 @@ def test_the_variance_exploding_form_is_ddim_to_rounding(schedule, clip, predict
     torch.testing.assert_close(scaled, states, rtol=1e-10, atol=1e-10)
 
 
+def test_a_generator_draws_for_the_variance_exploding_form_what_it_draws_for_ddim():
+    model = closed_form(LINEAR, "epsilon")
+    images = [
+        Sampler(model, table, (2, 3), 3, "cpu", F64, noise=torch.Generator().manual_seed(1))
+        for table in (StepTable.ddim(LINEAR, 9), StepTable.ve_ode(LINEAR, 9))
+    ]
+    ddim, ve = (sampler.sample(3, progress=False) for sampler in images)
+    torch.testing.assert_close(ve, ddim, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc", "plms"])
+def test_a_chain_remembers_nothing_of_the_one_before(name):
+    """Not even a NaN, which a coefficient of 0 would let through."""
+    model, broken = closed_form(LINEAR, "epsilon"), True
+    sampler = Sampler(
+        lambda x, t: x * math.nan if broken else model(x, t),
+        SOLVERS[name](LINEAR, 6),
+        (2, 3),
+        3,
+        "cpu",
+        F64,
+    )
+    assert sampler.sample(3, progress=False).isnan().all()
+    broken = False
+    expected = Sampler(model, sampler.table, (2, 3), 3, "cpu", F64).sample(3, progress=False)
+    assert torch.equal(sampler.sample(3, progress=False), expected)
+
+
 def test_the_variance_exploding_form_is_eulers_step_in_sigma():
     """Eq. 11 of the notes: d x = epsilon d sigma, sigma(t) = sqrt(1/abar(t) - 1)."""
     table = StepTable.ve_ode(LINEAR, 10, clip=None)
