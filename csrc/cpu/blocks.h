@@ -62,39 +62,7 @@ DDPM_HD bool is_buffer(const View& view) {
   return view.linear && view.dtype == kNative<R>;
 }
 
-#if defined(DDPM_PERMUTES)  // of the instruction set that this is compiled for
-typedef float Floats16 __attribute__((vector_size(64)));
-
-DDPM_HD Floats16 sixteen_at(const float* from) {
-  Floats16 values;
-  __builtin_memcpy(&values, from, sizeof values);
-  return values;
-}
-
-// [pixels, 3] out of [pixels, 6], sixteen pixels at a time; returns how many. The results lie in
-// three registers, and each has its elements from within 32. The last pixel is left, because one
-// channel too many is read.
-DDPM_HD int64_t pack_sixteens(const float* from, int64_t pixels, float* to) {
-  int64_t done = 0;
-  for (; done + 16 < pixels; done += 16, from += 96, to += 48) {
-    // clang-format off
-    const Floats16 first = __builtin_shufflevector(
-        sixteen_at(from), sixteen_at(from + 16),
-        0, 1, 2, 6, 7, 8, 12, 13, 14, 18, 19, 20, 24, 25, 26, 30);
-    const Floats16 second = __builtin_shufflevector(
-        sixteen_at(from + 31), sixteen_at(from + 47),
-        0, 1, 5, 6, 7, 11, 12, 13, 17, 18, 19, 23, 24, 25, 29, 30);
-    const Floats16 third = __builtin_shufflevector(
-        sixteen_at(from + 62), sixteen_at(from + 78),
-        0, 4, 5, 6, 10, 11, 12, 16, 17, 18, 22, 23, 24, 28, 29, 30);
-    // clang-format on
-    __builtin_memcpy(to, &first, sizeof first);
-    __builtin_memcpy(to + 16, &second, sizeof second);
-    __builtin_memcpy(to + 32, &third, sizeof third);
-  }
-  return done;
-}
-#endif
+#include "cpu/triples.h"
 
 // [pixels, kSize], a few channels side by side, out of [pixels, stride]. All but the last pixel are
 // moved in one piece of four, whose surplus the next one overwrites; what it reads lies before the
@@ -104,7 +72,9 @@ DDPM_HD void pack_pixels(const T* from, int64_t stride, int64_t pixels, T* to) {
   int64_t p = 0;
 #if defined(DDPM_PERMUTES)
   if constexpr (kSize == 3 && std::is_same_v<T, float>) {
-    if (stride == 6) p = pack_sixteens(from, pixels, to);
+    constexpr int kPixels = kTriples / 3;
+    for (; stride == 6 && p + kPixels <= pixels; p += kPixels)
+      pack_triples(from + p * 6, to + p * 3);
   }
 #endif
 #pragma GCC unroll 4

@@ -8,7 +8,8 @@
 
 namespace ddpm {
 
-constexpr int64_t kBlock = 4096;  // elements; a multiple of the four normals of a Philox block
+// Elements: a multiple of the four normals of a Philox block, and of the channels of most images.
+constexpr int64_t kBlock = 3072;
 
 // At least one: q_posterior has a variance for a sample without elements too.
 DDPM_HD int64_t blocks_per_sample(int64_t elements) {

@@ -3,6 +3,7 @@
 // inline, so that the linker cannot mix the sets.
 
 #include <type_traits>
+#include <utility>
 
 #include "core/group_norm.h"
 #include "core/half.h"

@@ -6,6 +6,11 @@
 #endif
 #define DDPM_ISA avx2
 #define DDPM_F16C
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define DDPM_PERMUTES 8
+#endif
+#endif
 #include "cpu/kernels.inl"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -8,7 +8,7 @@
 #define DDPM_F16C
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
-#define DDPM_PERMUTES
+#define DDPM_PERMUTES 16
 #endif
 #endif
 #include "cpu/kernels.inl"

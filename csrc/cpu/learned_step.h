@@ -1,0 +1,141 @@
+// A plain step but for its learned variance, in float32: one loop, over groups that are packed,
+// looked through and stepped while they are in registers, so that what waits for memory overlaps
+// with the exponentials.
+//
+// Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
+
+// Few enough that all of a group stays in registers; a multiple of any vector.
+constexpr int kGroup = 48;
+
+struct LearnedBlock {
+  float* x;
+  const float* out;
+  const float* v;
+  const float* noise;
+  float* pred_x0;
+
+  DDPM_HD LearnedBlock with(int64_t i, const float* new_out, const float* new_v) const {
+    return {x + i, new_out, new_v, noise + i, pred_x0 ? pred_x0 + i : nullptr};
+  }
+  DDPM_HD LearnedBlock at(int64_t i) const { return with(i, out + i, v + i); }
+};
+
+// The logarithms of the scales, and whether half of the exponential has nothing to do for them, as
+// in nearly every step of a chain.
+DDPM_HD bool log_scales(const float* v, const Row<float>& row, float* sizes) {
+  uint32_t largest = 0;  // a NaN is larger than any number
+  for (int i = 0; i < kGroup; ++i) {
+    const float size = log_scale(v[i], row);
+    const uint32_t bits = bits_of(size) & 0x7FFFFFFFu;
+    sizes[i] = size;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest <= bits_of(kNear0);
+}
+
+template <bool kUsesOut, bool kStoresX0>
+DDPM_HD void learned_group(const LearnedBlock& b, const Row<float>& row) {
+  alignas(64) float noise[kGroup];
+  if (log_scales(b.v, row, noise)) {
+    for (int i = 0; i < kGroup; ++i) noise[i] = exponential_near_0(noise[i]) * b.noise[i];
+  } else {
+    for (int i = 0; i < kGroup; ++i) noise[i] = exponential(noise[i]) * b.noise[i];
+  }
+#pragma GCC ivdep
+  for (int i = 0; i < kGroup; ++i) {
+    const float x = b.x[i], out = b.out[i];
+    const float x0 = clip(predict_x0(x, out, row), row.clip);
+    if constexpr (kStoresX0) b.pred_x0[i] = x0;
+    b.x[i] = add_noise(step_mean<kUsesOut>(x, x0, out, row), noise[i], row);
+  }
+}
+
+// Less than a group. Here and below the row is passed by value: then no store may change it.
+template <bool kUsesOut, bool kStoresX0>
+void learned_rest(LearnedBlock b, int64_t count, Row<float> row) {
+  alignas(64) float x[kGroup]{}, out[kGroup]{}, v[kGroup]{}, noise[kGroup]{}, x0[kGroup];
+  const uint64_t bytes = static_cast<uint64_t>(count) * sizeof(float);
+  __builtin_memcpy(x, b.x, bytes);
+  __builtin_memcpy(out, b.out, bytes);
+  __builtin_memcpy(v, b.v, bytes);
+  __builtin_memcpy(noise, b.noise, bytes);
+  learned_group<kUsesOut, kStoresX0>({x, out, v, noise, x0}, row);
+  __builtin_memcpy(b.x, x, bytes);
+  if constexpr (kStoresX0) __builtin_memcpy(b.pred_x0, x0, bytes);
+}
+
+// The output and the variance lie as they are stepped.
+template <bool kUsesOut, bool kStoresX0>
+void learned_dense(LearnedBlock b, int64_t count, Row<float> row) {
+  const int64_t whole = count - count % kGroup;
+  for (int64_t i = 0; i < whole; i += kGroup) learned_group<kUsesOut, kStoresX0>(b.at(i), row);
+  if (whole < count) learned_rest<kUsesOut, kStoresX0>(b.at(whole), count - whole, row);
+}
+
+#if defined(DDPM_PERMUTES)
+static_assert(kBlock % 3 == 0 && kGroup == kTriples);
+
+// They are the halves of one tensor, three channels of six each, and the block begins with a pixel.
+template <bool kUsesOut, bool kStoresX0>
+void learned_halves(LearnedBlock b, int64_t count, Row<float> row) {
+  alignas(64) float out[kGroup], v[kGroup];
+  const int64_t whole = count - count % kGroup;
+  for (int64_t i = 0; i < whole; i += kGroup) {
+    pack_halves(b.out + 2 * i, out, v);
+    learned_group<kUsesOut, kStoresX0>(b.with(i, out, v), row);
+  }
+  if (whole == count) return;
+  const float* from = b.out + 2 * whole;
+  for (int64_t i = 0; i < count - whole; ++i) {
+    out[i] = from[i + i / 3 * 3];
+    v[i] = from[i + i / 3 * 3 + 3];
+  }
+  learned_rest<kUsesOut, kStoresX0>(b.with(whole, out, v), count - whole, row);
+}
+
+inline bool are_halves(const View& out, const View& v) {
+  return out.dtype == DType::f32 && v.dtype == DType::f32 && is_pixels(out) && is_pixels(v) &&
+         out.sizes[1] == 3 && out.strides[0] == 6 && v.sizes[1] == 3 && v.strides[0] == 6 &&
+         static_cast<const float*>(v.data) == static_cast<const float*>(out.data) + 3 &&
+         v.sample_stride == out.sample_stride;
+}
+#endif
+
+template <bool kUsesOut, bool kStoresX0>
+void learned_block(const ReverseStepArgs& a, const Block& b, int64_t index, const Row<float>& row) {
+  alignas(64) float x[kBlock], out[kBlock], v[kBlock], noise[kBlock], x0[kBlock], normals[kBlock];
+  LearnedBlock block;
+  block.x = updated_block(a.x, b, x);
+  block.noise = step_noise(a, b, index, normals, noise);
+  block.pred_x0 = kStoresX0 ? target_block(a.pred_x0, b.sample, b.first, x0) : nullptr;
+#if defined(DDPM_PERMUTES)
+  if (are_halves(a.out, a.log_variance)) {
+    block.out = sample_pointer<const float>(a.out, b.sample) + 2 * b.first;
+    learned_halves<kUsesOut, kStoresX0>(block, b.count, row);
+  } else
+#endif
+  {
+    block.out = read_block(a.out, b.sample, b.first, b.count, out);
+    block.v = read_block(a.log_variance, b.sample, b.first, b.count, v);
+    learned_dense<kUsesOut, kStoresX0>(block, b.count, row);
+  }
+  if (kStoresX0) write_block(a.pred_x0, b.sample, b.first, b.count, block.pred_x0);
+  write_state(a, b, row, block.x, out);
+}
+
+inline void learned_step(const ReverseStepArgs& a, const Block& b, int64_t index) {
+  Row<float> row = load_row(static_cast<const float*>(a.rows), index);
+  if (!(a.flags & kClip)) row.clip = __builtin_inff();
+  if (a.flags & kRawOut) {
+    a.pred_x0.data ? learned_block<true, true>(a, b, index, row)
+                   : learned_block<true, false>(a, b, index, row);
+  } else {
+    a.pred_x0.data ? learned_block<false, true>(a, b, index, row)
+                   : learned_block<false, false>(a, b, index, row);
+  }
+}
+
+inline bool is_learned_step(const ReverseStepArgs& a) {
+  const bool noisy = a.noise.data || a.rng.words;
+  return noisy && (a.flags & kMoreTerms) == kLearned;
+}
