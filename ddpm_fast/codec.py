@@ -16,7 +16,7 @@ from ddpm_fast.noise import STREAM_PARTNER, STREAM_X_T
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.solvers.ddpm import Variance
-from ddpm_fast.spacing import check_int, check_name, check_real
+from ddpm_fast.spacing import as_list, check_int, check_name, check_real
 from ddpm_fast.tables import StepTable
 from ddpm_fast.updates import q_sample_philox
 
@@ -81,10 +81,13 @@ class Codec:
     Encoding runs ``StepTable.ddim_inverse``, decoding ``StepTable.ddim`` with eta = 0 over the same
     timesteps, so that decode(encode(x)) is x up to the error of the steps.
 
-    model, sample_shape, and options (micro_batch, device, dtype, backend, graph, ...): as `Sampler`
-    takes them; only the wanted samples are run (pad is False). schedule, steps, prediction, clip,
-    spacing: as `StepTable.ddim` takes them; a clip, off unless given, makes encoding lossy.
-    variance: of the ancestral chain that the mode "stochastic" of interpolate ends with.
+    model, sample_shape, and options (micro_batch, device, dtype, backend, null_label, ...): as
+    `Sampler` takes them; only the wanted samples are run (pad is False). schedule, steps,
+    prediction, clip, spacing: as `StepTable.ddim` takes them (steps: None for listed timesteps; at
+    most as many as there are timesteps below a code's); "linspace" and "trailing" reach exactly the
+    timestep of a code, "leading" and "quad" end below it. A clip, off unless given, makes encoding
+    lossy. variance: of the ancestral chain that the mode "stochastic" of interpolate ends with.
+    guidance: the scale of classifier-free guidance in every chain (`StepTable.with_guidance`).
 
     Raises TypeError or ValueError naming the argument.
     """
@@ -94,16 +97,19 @@ class Codec:
         model: Model,
         schedule: NoiseSchedule,
         sample_shape: Sequence[int],
-        steps: int = 50,
+        steps: int | None = 50,
         prediction: Prediction = "epsilon",
         clip: Clip = None,
-        spacing: str | Sequence[int] = "leading",
+        spacing: str | Sequence[int] = "linspace",
         variance: Variance = "posterior",
+        guidance: float | None = None,
         **options: Any,
     ) -> None:
-        self.schedule, self.steps = schedule, steps
+        self.schedule = schedule
+        listed = as_list(spacing)
+        self.steps = None if isinstance(listed, list) else steps
         self._chain: dict[str, Any] = {"prediction": prediction, "clip": clip}
-        self._spacing, self._variance = spacing, variance
+        self._spacing, self._variance, self._guidance = listed, variance, guidance
         table = self._table("decode", None)
         self._sampler = Sampler(model, table, sample_shape, pad=False, **options)
 
@@ -116,8 +122,8 @@ class Codec:
     ) -> Tensor:
         """The latent codes of images [N, *sample_shape] in [-1, 1]: float32 of that shape.
 
-        t: the timestep that noise is reached at, 0-based; None: the top of the chain, where codes
-        of data that the model knows look like N(0, I).
+        t: the timestep of the codes, 0-based; None: the top of the chain, where codes of data that
+        the model knows look like N(0, I).
         """
         return self._run("encode", images, t, labels, progress)
 
@@ -135,7 +141,7 @@ class Codec:
         self,
         x_a: Tensor,
         x_b: Tensor,
-        weights: float | Sequence[float],
+        weights: float | Sequence[float] | Tensor,
         mode: Mode = "latent-slerp",
         t: int | None = None,
         seed: int = 0,
@@ -158,16 +164,17 @@ class Codec:
         dtypes = (torch.float32, torch.float64)
         x_a = checks.batch("x_a", x_a, dtypes)
         x_b = checks.like("x_b", x_b, "x_a", x_a, dtypes)
-        chosen = weights if isinstance(weights, Sequence) else [weights]
+        listed = as_list(weights)
         chosen = [
-            check_real(f"weights[{i}]", w, -math.inf, math.inf, "()") for i, w in enumerate(chosen)
+            check_real(f"weights[{i}]", w, -math.inf, math.inf, "()")
+            for i, w in enumerate(listed if isinstance(listed, list) else [listed])
         ]
         if not chosen:
             raise ValueError("weights must be a number or a sequence of at least one; got none")
         if mode == "stochastic":
             return self._stochastic(x_a, x_b, chosen, t, seed, labels, progress)
         codes = self.encode(torch.cat([x_a, x_b]), t, _repeated(labels, 2), progress)
-        a, b = codes.split(len(x_a))
+        a, b = codes.chunk(2) if len(codes) else (codes, codes)
         between: Any = slerp if mode == "latent-slerp" else torch.lerp
         mixed = torch.cat([between(a, b, w) for w in chosen])
         images = self.decode(mixed, t, _repeated(labels, len(chosen)), progress)
@@ -184,14 +191,13 @@ class Codec:
         progress: bool,
     ) -> Tensor:
         t = self.schedule.T // 2 if t is None else check_int("t", t, 0, self.schedule.T - 1)
-        table = StepTable.ddpm(
-            self.schedule,
-            min(self.steps, t + 1),
-            self._variance,
-            spacing="trailing",
-            start=t + 1,
-            **self._chain,
-        )
+        steps = t + 1 if self.steps is None else min(self.steps, t + 1)
+        options: dict[str, Any] = {
+            "variance": self._variance,
+            "spacing": "trailing",
+            "start": t + 1,
+        }
+        table = self._guided(StepTable.ddpm(self.schedule, steps, **options, **self._chain))
         sampler = self._sampler.with_table(table)
 
         def noised(x: Tensor, stream: int) -> Tensor:
@@ -206,11 +212,21 @@ class Codec:
         return torch.stack(images)
 
     def _table(self, way: str, t: int | None) -> StepTable:
-        T = self.schedule.T
+        T, steps, spacing = self.schedule.T, self.steps, self._spacing
         start = None if t is None else check_int("t", t, 0, T - 1) + 1
-        steps = self.steps if start is None else min(self.steps, start)
+        if start is not None and isinstance(spacing, list):
+            spacing = [kept for kept in spacing if kept < start]
+            if t not in spacing:
+                raise ValueError(f"t must be one of the listed timesteps of spacing; got {t}")
+        elif start is not None and steps is not None:
+            steps = min(steps, start)
+            if steps == 1 and spacing == "linspace":
+                spacing = "trailing"  # a single one is t, not 0
         make: Any = StepTable.ddim if way == "decode" else StepTable.ddim_inverse
-        return make(self.schedule, steps, spacing=self._spacing, start=start, **self._chain)
+        return self._guided(make(self.schedule, steps, spacing=spacing, start=start, **self._chain))
+
+    def _guided(self, table: StepTable) -> StepTable:
+        return table if self._guidance is None else table.with_guidance(self._guidance)
 
     def _run(
         self, way: str, x: Tensor, t: int | None, labels: Tensor | int | None, progress: bool

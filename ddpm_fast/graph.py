@@ -130,3 +130,14 @@ def _without_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
+
+
+def state_of(model: Any) -> object:
+    """What a captured graph of the model depends on besides its inputs: addresses and modes."""
+    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    if not isinstance(model, torch.nn.Module):
+        own = getattr(model, "captured_state", None)
+        return autocast, own() if callable(own) else None
+    tensors = (*model.parameters(), *model.buffers())
+    modes = tuple((type(module), module.training) for module in model.modules())
+    return autocast, modes, tuple(tensor.data_ptr() for tensor in tensors)

@@ -97,6 +97,7 @@ def variational_bound(
     first_sample: int = 0,
     micro_batch: int = 64,
     pad: bool = True,
+    labels: Tensor | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     backend: str = "auto",
     progress: bool = True,
@@ -106,9 +107,10 @@ def variational_bound(
     -log p(x_0) <= E[L_T + sum of L_{t-1} + L_0], of which this is an unbiased estimate: every t is
     visited, with one x_t each. A forward pass of the model for each item and each timestep kept.
 
-    model: any callable ``model(x_t, t, **model_kwargs)``: x_t [B, ...] in the dtype of x0, t int64
-    [B]; returns the prediction in any floating dtype, or an object whose ``.sample`` is it, with
-    twice the channels for a learned variance (the prediction first). It must not write to x_t.
+    model: any callable ``model(x_t, t)``, or ``model(x_t, t, labels)`` where labels are given: x_t
+    [B, ...] in the dtype of x0, t int64 [B]; returns the prediction in any floating dtype, or an
+    object whose ``.sample`` is it, with twice the channels for a learned variance (the prediction
+    first). It must not write to x_t.
     x0: data, float32 or float64 [N, ...], on the model's device; for the discretised decoder one of
     256 values evenly spaced over [-1, 1], as ``pixels / 127.5 - 1`` gives them.
     prediction: what the model returns: "epsilon", "x0", "v" or "score". clip: the x_0 it stands for
@@ -122,7 +124,8 @@ def variational_bound(
     STREAM_TRAINING + t: the same whatever the batch, device or steps.
     micro_batch, pad: how many items go through the model together. Padded, an item keeps its slot
     and with it the last bits of its terms whatever items are beside it; False saves the forwards.
-    model_kwargs: a tensor [N, ...], such as labels, is cut as x0 is, all else is passed on.
+    labels: [N, ...], for a conditional model, passed as `Sampler.sample` passes them. model_kwargs:
+    further keywords of the model; a tensor [N, ...] is cut as x0 is, all else is passed on.
     progress: shows a bar, which never waits for the GPU.
 
     Raises TypeError or ValueError naming the argument, also for what the model returns.
@@ -132,6 +135,9 @@ def variational_bound(
     check_name("decoder", decoder, DECODERS)
     x0 = _checked_data(x0, decoder)
     chain, kept = respace(schedule, steps, spacing)
+    if labels is not None and (not isinstance(labels, Tensor) or labels.shape[:1] != x0.shape[:1]):
+        got = checks.shape_text(labels) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels must be a tensor [{len(x0)}, ...]; got {got}")
     num, size = len(x0), checks.integer("micro_batch", micro_batch, 1, 1 << 31)
     checks.integer("first_sample", first_sample, 0, checks.SAMPLE_END - num)
     terms = _Terms(chain, prediction, variance, log_variance, clip, decoder, x0)
@@ -142,6 +148,7 @@ def variational_bound(
     with tqdm(total=len(cuts) * chain.T, desc="bound", unit="step", disable=not progress) as bar:
         for cut in cuts:
             items = cut.of(x0)
+            told_labels = () if labels is None else (cut.of(labels),)
             given = {
                 name: cut.of(value)
                 if isinstance(value, Tensor) and value.ndim > 0 and len(value) == num
@@ -154,7 +161,7 @@ def variational_bound(
                     items, index, chain, seed, STREAM_TRAINING + t, cut.first_sample, backend
                 )
                 told = torch.full((len(items),), t, dtype=torch.int64, device=x0.device)
-                found = terms.at(index, items, x_t, model(x_t, told, **given))
+                found = terms.at(index, items, x_t, model(x_t, told, *told_labels, **given))
                 vb[cut.place, column], xstart_mse[cut.place, column] = (
                     values[cut.slots] for values in found
                 )
@@ -237,13 +244,7 @@ class _Terms:
 
     def _split(self, output: Any, x0: Tensor) -> tuple[Tensor, Tensor | None]:
         """The prediction, and what a learned variance is made from, in the dtype of x0."""
-        out = output if isinstance(output, Tensor) else getattr(output, "sample", output)
-        if not isinstance(out, Tensor) or not out.is_floating_point():
-            got = out.dtype if isinstance(out, Tensor) else type(out).__name__
-            raise TypeError(
-                "model must return a floating-point tensor, or an object whose .sample is one;"
-                f" it returned {got}"
-            )
+        out = outputs.tensor_of(output)
         if out.device != x0.device:
             raise ValueError(
                 f"model must return a tensor on {x0.device}, the device of x0; it returned one on"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm_fast import checks
 from ddpm_fast.noise import STREAM_STEPS, STREAM_X_T, empty_samples, philox_rng
 from ddpm_fast.ops import Implementation
-from ddpm_fast.outputs import halves, thresholds
+from ddpm_fast.outputs import halves, tensor_of, thresholds
 from ddpm_fast.row import RowFlag
 from ddpm_fast.tables import StepTable
 
@@ -163,13 +163,7 @@ class StepLoop:
 
     def _outputs(self, out: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The prediction, the learned v and the unconditional prediction of a call, checked."""
-        if not isinstance(out, Tensor):
-            out = getattr(out, "sample", out)  # the output objects of diffusers
-        if not isinstance(out, Tensor):
-            raise TypeError(
-                "model must return a tensor, or an object whose .sample is one;"
-                f" it returned {type(out).__name__}"
-            )
+        out = tensor_of(out)
         if out.device != self.x.device:
             raise ValueError(
                 f"model must return a tensor on {self.x.device}, the device of its input;"

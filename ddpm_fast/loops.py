@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ddpm_fast.graph import UNROLLED, CaptureError, GraphedStep
+from ddpm_fast.graph import UNROLLED, CaptureError, GraphedStep, state_of
 from ddpm_fast.loop import Model, StepLoop
 
 Advance = Callable[[int], None]
@@ -51,7 +51,7 @@ class LoopCache:
             return
         if self._done is not None:
             torch.cuda.current_stream(self._device).wait_event(self._done)
-        state = _state_of(self._model)
+        state = state_of(self._model)
         if state != self._captured_state:
             self._loops.clear()
         self._captured_state = state
@@ -81,14 +81,3 @@ class LoopCache:
                 warnings.warn(f"sampling without a CUDA graph: {error}", stacklevel=7)
                 self._graph = False
         return KeptLoop(loop, loop.advance, 1)
-
-
-def _state_of(model: Model) -> object:
-    """What a captured graph of the model depends on besides its inputs: addresses and modes."""
-    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    if not isinstance(model, torch.nn.Module):
-        own = getattr(model, "captured_state", None)
-        return autocast, own() if callable(own) else None
-    tensors = (*model.parameters(), *model.buffers())
-    modes = tuple((type(module), module.training) for module in model.modules())
-    return autocast, modes, tuple(tensor.data_ptr() for tensor in tensors)

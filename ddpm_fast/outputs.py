@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,21 @@ from torch import Tensor
 from ddpm_fast import checks
 from ddpm_fast.chain import DynamicThreshold
 from ddpm_fast.row import column
+
+
+def tensor_of(out: Any) -> Tensor:
+    """What a model returned: a floating-point tensor, or an object whose ``.sample`` is one.
+
+    Raises TypeError for anything else.
+    """
+    tensor = out if isinstance(out, Tensor) else getattr(out, "sample", out)
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        got = checks.dtype_name(tensor.dtype) if isinstance(tensor, Tensor) else type(out).__name__
+        raise TypeError(
+            "model must return a floating-point tensor, or an object whose .sample is one;"
+            f" it returned {got}"
+        )
+    return tensor
 
 
 def halves(
@@ -57,7 +73,10 @@ def thresholds(
     o = out.to(x.dtype)
     if out2 is not None:
         o = coef("G0") * o + coef("G1") * out2.to(x.dtype)
-    return threshold_of(how, coef("P") * x + coef("Q") * o)
+    direct = coef("P") == 0
+    return threshold_of(
+        how, torch.where(direct, coef("Q") * o, coef("P") * (x + coef("ratio") * o))
+    )
 
 
 def threshold_of(how: DynamicThreshold, x0: Tensor) -> Tensor:

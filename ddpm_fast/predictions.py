@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ddpm_fast import checks
 from ddpm_fast.chain import PREDICTIONS, Chain, Prediction
+from ddpm_fast.graph import state_of
+from ddpm_fast.outputs import tensor_of
 from ddpm_fast.schedules import Frozen, NoiseSchedule
 from ddpm_fast.spacing import check_name
 
@@ -27,8 +29,9 @@ def convert_prediction(
 ) -> Tensor:
     """A network's output, a prediction of kind ``source``, as one of kind ``target``.
 
-    out, x_t: [N, ...] of one shape, float; t: int64 [N] or an int, in [0, T). Arithmetic is in
-    float32 (float64 where out or x_t is); returns the dtype of out. Differentiable in both.
+    out, x_t: [N, ...] of one shape, float; t: int64 [N] or an int, in [0, T), clamped on a GPU.
+    Returns float32 (float64 where out or x_t is), like the arithmetic: an x0 made from a half
+    overflows it. Differentiable in both.
 
     Raises TypeError or ValueError naming the argument; ValueError where alphas_cumprod ends at 0
     and epsilon or the score is converted from or to, of which x_t says nothing there.
@@ -44,7 +47,8 @@ class ConvertedModel:
 
     model: returns a prediction of kind ``source``, of x's shape or, with a learned variance, of
     twice its channels, of which the second half passes as it is. It may return an object whose
-    ``.sample`` is the tensor. device, dtype: the model's, where it has any.
+    ``.sample`` is the tensor. What it returns is float32 (float64 where the model's is). device,
+    dtype: the model's, where it has any.
 
     Raises as `convert_prediction`.
     """
@@ -61,20 +65,19 @@ class ConvertedModel:
             placed = next((p for p in model.parameters() if p.is_floating_point()), None)
         self.device, self.dtype = getattr(placed, "device", None), getattr(placed, "dtype", None)
 
-    def __call__(self, x: Tensor, t: Tensor, *labels: Any) -> Tensor:
-        """The converted prediction, of the dtype and shape of the model's output."""
-        out = self.model(x, t, *labels)
-        out = out if isinstance(out, Tensor) else out.sample
+    def __call__(self, x: Tensor, t: Tensor, *labels: Any, **options: Any) -> Tensor:
+        """The converted prediction, of the shape of the model's output."""
+        out = tensor_of(self.model(x, t, *labels, **options))
         channels = x.shape[1] if x.ndim > 1 else 0
         if channels and out.shape[1] == 2 * channels:
             mean, rest = out.split(channels, dim=1)
-            return torch.cat([self._convert(mean, x, t), rest], dim=1)
+            mean = self._convert(mean, x, t)
+            return torch.cat([mean, rest.to(mean.dtype)], dim=1)
         return self._convert(out, x, t)
 
     def captured_state(self) -> object:
         """What a CUDA graph of the model depends on (`Sampler`)."""
-        state = getattr(self.model, "captured_state", None)
-        return state() if callable(state) else None
+        return state_of(self.model)
 
 
 class _Conversion(Frozen):
@@ -110,6 +113,7 @@ class _Conversion(Frozen):
     def __call__(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         wide = torch.float64 in (out.dtype, x_t.dtype)
         arithmetic = torch.float64 if wide else torch.float32
-        chosen = self._on("factors", out.device, arithmetic).index_select(0, t)
+        factors = self._on("factors", out.device, arithmetic)
+        chosen = factors.index_select(0, t.clamp(0, len(factors) - 1))
         of_out, of_x = (chosen[:, i].view(-1, *[1] * (out.ndim - 1)) for i in (0, 1))
-        return (of_out * out.to(arithmetic) + of_x * x_t.to(arithmetic)).to(out.dtype)
+        return of_out * out.to(arithmetic) + of_x * x_t.to(arithmetic)

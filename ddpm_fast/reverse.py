@@ -37,8 +37,9 @@ def model_variance(
     x_t: [N, ...]. t: int64 [N] or an int, in [0, T). raw: of the shape and device of x_t, the
     second half of what a network returns that has twice the channels; for the learned kinds alone.
     log_variance: the posterior variance is 0 at index 0. "repeat" takes its logarithm at index 1
-    there (OpenAI's convention), "clamp" that of 1e-20, as the samplers of diffusers and lucidrains
-    do. A likelihood needs "repeat": a decoder of variance 1e-20 finds next to no data possible.
+    there, for "beta" too (OpenAI's convention). "clamp" takes that of 1e-20, as the samplers of
+    diffusers and lucidrains do, and of beta_1 for "beta". A likelihood needs "repeat": a decoder of
+    variance 1e-20 finds next to no data possible.
 
     Returns float32 (float64 for float64), [N, 1, ...] for the fixed kinds, the shape of x_t for the
     learned ones. Differentiable in raw.
@@ -70,9 +71,13 @@ def log_variances(
     `model_variance`.
     """
     beta = schedule.betas.log()
-    if kind in ("beta", "learned"):
+    if kind == "learned" or (kind == "beta" and schedule.T == 1):
         return torch.stack([beta, beta], 1)
     posterior = schedule.q_posterior_coefs("cpu", torch.float64, log_variance)[:, 3]
+    if kind == "beta":
+        if log_variance == "repeat":
+            beta[0] = posterior[0]
+        return torch.stack([beta, beta], 1)
     return torch.stack([posterior, posterior if kind == "posterior" else beta], 1)
 
 

@@ -148,5 +148,7 @@ def complete(rows: Tensor, depth: int) -> Tensor:
     rows = rows.clone()
     push, P, Q = (rows[:, _COLUMNS[name]] for name in ("push", "P", "Q"))
     rows[:, _COLUMNS["slot"]] = (push.cumsum(0) - push) % max(depth, 1)
+    # A P below the rounding of Q takes no part, and its ratio would be beyond float32.
+    P[P.abs() < 1e-30 * Q.abs()] = 0
     rows[:, _COLUMNS["ratio"]] = torch.where(P != 0, Q / P, 0)
     return rows

@@ -336,8 +336,24 @@ class Sampler:
         of_chunk = labels[chunk.place]
         slots = torch.arange(chunk.batch) - chunk.slots.start
         of_slots = of_chunk[slots.clamp(0, len(of_chunk) - 1).to(labels.device)]
-        null = torch.as_tensor(self._null_label).to(labels) if self.table.guided else None
-        loop.label(of_slots, null)
+        loop.label(of_slots, self._null_of(labels) if self.table.guided else None)
+
+    def _null_of(self, labels: Tensor) -> Tensor:
+        """The null label, as one of the labels."""
+        null = self._null_label
+        if isinstance(null, Tensor):
+            fits = null.shape in (labels.shape[1:], ()) and null.dtype == labels.dtype
+            got = f"{checks.dtype_name(null.dtype)} {checks.shape_text(null)}"
+        else:
+            whole = isinstance(null, int) and not isinstance(null, bool) and null >= 0
+            fits, got = whole and not labels.is_floating_point() and labels.ndim == 1, repr(null)
+        if not fits:
+            accepted = f"{checks.dtype_name(labels.dtype)} {list(labels.shape[1:])}"
+            raise ValueError(
+                f"null_label must be a label, {accepted}, or an int >= 0 for integer labels;"
+                f" got {got}"
+            )
+        return torch.as_tensor(null).to(labels.device, labels.dtype)
 
     def _start_rows(self, chunk: _Chunk, seed: int) -> Tensor | None:
         """Each sample's first row for a chain of random length, uniform over the table."""

@@ -167,7 +167,9 @@ def describe_schedule(
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     variances = {
         "posterior": "fixed_small",
+        "posterior_log": "fixed_small_log",
         "beta": "fixed_large",
+        "beta_log": "fixed_large_log",
         "learned": "learned",
         "learned_range": "learned_range",
     }

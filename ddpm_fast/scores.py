@@ -15,7 +15,7 @@ from ddpm_fast import checks
 from ddpm_fast.schedules import NoiseSchedule
 
 
-def tweedie(x_t: Tensor, score: Tensor, schedule: NoiseSchedule, t: Tensor | int) -> Tensor:
+def tweedie(x_t: Tensor, score: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:
     """E[x_0 | x_t] = (x_t + (1 - abar_t) score) / sqrt(abar_t), Tweedie's formula for x_t.
 
     Theorem 3 of Khungurn 2022 with the forward process of Eq. 4, Ho et al. 2020. x_t, score:
@@ -35,7 +35,7 @@ def tweedie(x_t: Tensor, score: Tensor, schedule: NoiseSchedule, t: Tensor | int
     return ((x_t.to(noise.dtype) + noise.square() * score) / signal).to(x_t.dtype)
 
 
-def score_from_noise(epsilon: Tensor, schedule: NoiseSchedule, t: Tensor | int) -> Tensor:
+def score_from_noise(epsilon: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:
     """The score -epsilon / sqrt(1 - abar_t) of a predicted noise (Eq. 9, Khungurn 2022).
 
     epsilon: [N, ...]. t: int64 [N] or an int, in [0, T). Differentiable.
@@ -47,7 +47,7 @@ def score_from_noise(epsilon: Tensor, schedule: NoiseSchedule, t: Tensor | int) 
     return (-epsilon / noise).to(epsilon.dtype)
 
 
-def noise_from_score(score: Tensor, schedule: NoiseSchedule, t: Tensor | int) -> Tensor:
+def noise_from_score(score: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:
     """The noise -sqrt(1 - abar_t) score, the inverse of `score_from_noise`; errors are the same."""
     score = checks.batch("score", score)
     _, noise = _coefficients(score, schedule, t)

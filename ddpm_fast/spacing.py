@@ -6,6 +6,7 @@ import numbers
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -45,6 +46,13 @@ def check_real(name: str, value: object, low: float, high: float, closed: str) -
     if not (above and below):
         raise ValueError(f"{name} must be {accepted}, got {number}")
     return number
+
+
+def as_list(value: Any) -> Any:
+    """A list of a sequence, array or tensor; a number, a string or anything else as it is."""
+    if isinstance(value, np.ndarray | np.generic | Tensor):
+        return value.tolist()
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def check_name(argument: str, value: object, accepted: tuple[str, ...]) -> None:

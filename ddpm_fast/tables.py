@@ -22,7 +22,7 @@ from ddpm_fast.solvers.ddpm import ddpm
 from ddpm_fast.solvers.dpm_solver import dpmpp_2m, dpmpp_2m_sde
 from ddpm_fast.solvers.plms import plms
 from ddpm_fast.solvers.unipc import unipc
-from ddpm_fast.spacing import check_int, check_name, check_real
+from ddpm_fast.spacing import as_list, check_int, check_name, check_real
 
 
 class StepMemory(NamedTuple):
@@ -127,7 +127,7 @@ class StepTable(Frozen):
             learned=bool(flags & RowFlag.LEARNED),
         )
 
-    def with_guidance(self, scale: float | Sequence[float]) -> Self:
+    def with_guidance(self, scale: float | Sequence[float] | Tensor) -> Self:
         """The table under classifier-free guidance (Ho & Salimans 2022).
 
         Each output becomes scale * conditional + (1 - scale) * unconditional, whatever the network
@@ -137,7 +137,8 @@ class StepTable(Frozen):
 
         Raises TypeError, ValueError for another scale.
         """
-        given = scale if isinstance(scale, Sequence) else [scale] * self.steps
+        given = as_list(scale)
+        given = given if isinstance(given, list) else [given] * self.steps
         if len(given) != self.steps:
             raise ValueError(
                 f"scale must be a number or one for each of {self.steps} rows, got {len(given)}"

@@ -51,6 +51,44 @@ def test_a_code_may_be_of_any_timestep():
     torch.testing.assert_close(back, images, rtol=0, atol=0.04)
 
 
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", [999, 500, 99, 98, 0]])
+@pytest.mark.parametrize("t", [0, 98, 99, 500, 999])
+def test_a_chain_reaches_the_timestep_that_is_asked_for(t, spacing):
+    told = []
+
+    def model(x, at):
+        told.append(int(at[0]))
+        return 0.1 * x
+
+    ours = Codec(model, LINEAR, SHAPE, 50, spacing=spacing, device="cpu", dtype=F64)
+    codes = ours.encode(data(1), t, progress=False)
+    assert told[-1] == max(told) == t
+    told.clear()
+    ours.decode(codes, t, progress=False)
+    assert told[0] == max(told) == t
+
+
+def test_nothing_is_encoded_and_interpolated_too():
+    none = data(0)
+    assert codec(5).encode(none, progress=False).shape == (0, *SHAPE)
+    for mode in ("latent-slerp", "latent-lerp", "stochastic"):
+        got = codec(5).interpolate(none, none, torch.tensor([0.0, 1.0]), mode, progress=False)
+        assert got.shape == (2, 0, *SHAPE)
+
+
+def test_guidance_is_that_of_the_tables():
+    def model(x, t, labels):
+        return 0.1 * x * (1 + labels.view(-1, 1, 1, 1))
+
+    place = {"device": "cpu", "dtype": F64, "null_label": 3}
+    ours = Codec(model, LINEAR, SHAPE, 5, guidance=2.0, **place)
+    images, labels = data(2), torch.tensor([0, 1])
+    table = StepTable.ddim_inverse(LINEAR, 5, spacing="linspace").with_guidance(2.0)
+    sampler = Sampler(model, table, SHAPE, pad=False, **place)
+    expected = sampler.sample(2, x_T=images, labels=labels, progress=False)
+    assert same_bits(ours.encode(images, labels=labels, progress=False), expected)
+
+
 def test_encoding_and_decoding_are_the_tables_of_their_names():
     images = data(8, dtype=F32)
     ours = codec(20, dtype=F32, clip=0.8, spacing="trailing")
@@ -180,6 +218,7 @@ BAD = {
     "images": (lambda: codec().encode(X[:, :1]), r"images must be \[N, 2, 4, 3\]"),
     "latents": (lambda: codec().decode(X[:, :1]), r"latents must be \[N, 2, 4, 3\]"),
     "steps": (lambda: codec(0), "steps must"),
+    "t-of-a-list": (lambda: codec(spacing=[9, 99]).encode(X, t=50), "t must be one of the listed"),
     "data-table": (
         lambda: image_to_image(
             Sampler(closed_form(LINEAR, "v"), StepTable.ddim_inverse(LINEAR, 5), SHAPE, 2, "cpu"),

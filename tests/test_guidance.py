@@ -81,8 +81,9 @@ def test_a_scale_for_each_row():
         return w * model(x, t, labels) + (1 - w) * model(x, t, null)
 
     expected = Sampler(combined, table, SHAPE, 5, "cpu", F64).sample(5, seed=3, progress=False)
-    got = guided(table, Classes(), scales, labels)
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    for given in (scales, torch.tensor(scales)):
+        got = guided(table, Classes(), given, labels)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
@@ -160,6 +161,24 @@ BAD = {
     "count": (
         lambda: guided(DDPM, Classes(), 2.0, torch.arange(4)),
         r"labels must.*\[5, ...\]; got \[4\]",
+    ),
+    "null-float": (
+        lambda: Sampler(Classes(), DDPM.with_guidance(2.0), SHAPE, null_label=1.7).sample(
+            1, labels=1, progress=False
+        ),
+        r"null_label must be a label, int64 \[\], or an int >= 0.*got 1.7",
+    ),
+    "null-negative": (
+        lambda: Sampler(Classes(), DDPM.with_guidance(2.0), SHAPE, null_label=-1).sample(
+            1, labels=1, progress=False
+        ),
+        "null_label must be a label.*got -1",
+    ),
+    "null-shape": (
+        lambda: Sampler(
+            Classes(), DDPM.with_guidance(2.0), SHAPE, null_label=torch.tensor([1, 2])
+        ).sample(1, labels=1, progress=False),
+        r"null_label must be a label.*got int64 \[2\]",
     ),
     "nan": (lambda: DDPM.with_guidance(float("nan")), "scale must be a number in"),
     "scales": (lambda: DDPM.with_guidance([1.0, 2.0]), "one for each of 6 rows, got 2"),

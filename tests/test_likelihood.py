@@ -203,7 +203,9 @@ def openai_bound(model, betas, timestep_map, x0, noises, kind, clip):
         noise = noises(timestep_map[i])
         x_t = math.sqrt(abar[i]) * x0 + math.sqrt(1 - abar[i]) * noise
         out = model(x_t, torch.full((len(x0),), timestep_map[i]))
-        log_p = torch.tensor(clipped[i] if kind == "posterior" else np.log(betas[i]))
+        # fixed_large is log(append(posterior_variance[1], betas[1:])) there.
+        large = np.log(betas[i]) if i else clipped[0]
+        log_p = torch.tensor(clipped[i] if kind == "posterior" else large)
         if "learned" in kind:
             out, raw = torch.split(out, x0.shape[1], dim=1)
             frac = (raw + 1) / 2

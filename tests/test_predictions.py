@@ -10,6 +10,7 @@ import torch
 
 from ddpm_fast import ConvertedModel, NoiseSchedule, Sampler, StepTable, convert_prediction
 from ddpm_fast.chain import PREDICTIONS
+from ddpm_fast.graph import state_of
 from peers import closed_form
 
 LINEAR = NoiseSchedule.linear()
@@ -31,8 +32,32 @@ def test_every_kind_as_every_other(source, target, t):
     x_t, kinds = all_of(LINEAR, t, x0, epsilon)
     got = convert_prediction(kinds[source], x_t, t, LINEAR, source, target)
     torch.testing.assert_close(got, kinds[target], rtol=1e-9, atol=1e-9)
-    half = kinds[source].half()
-    assert convert_prediction(half, x_t.half(), t, LINEAR, source, target).dtype == torch.half
+    half = convert_prediction(kinds[source].half(), x_t.half(), t, LINEAR, source, target)
+    assert half.dtype == torch.float32
+
+
+def test_an_x0_of_a_half_precision_network_does_not_overflow():
+    """1/sqrt(abar) is 20,000 at the end of the cosine schedule."""
+    cosine = NoiseSchedule.cosine()
+    model = closed_form(cosine, "epsilon")
+    wrapped = ConvertedModel(lambda x, t: -model(x, t), cosine, "epsilon", "x0")
+    x, t = torch.randn(2, 3, 4).half(), torch.full((2,), 999)
+    out = wrapped(x, t)
+    assert out.dtype == torch.float32
+    assert out.isfinite().all()
+    assert float(out.abs().max()) > 1e4
+
+
+def test_a_graph_of_a_wrapped_model_is_dropped_with_its_weights():
+    module = torch.nn.Linear(3, 3)
+    wrapped = ConvertedModel(module, LINEAR, "epsilon", "v")
+    states = [state_of(wrapped)]
+    module.eval()
+    states.append(state_of(wrapped))
+    module.weight = torch.nn.Parameter(torch.zeros(3, 3))
+    states.append(state_of(wrapped))
+    assert len({str(state) for state in states}) == 3
+    assert state_of(wrapped) == states[-1]
 
 
 def test_each_sample_has_its_timestep():

@@ -55,6 +55,11 @@ def ddim(steps=50, eta=0.0, raw=True, prediction="epsilon", clip=1.0):
     return scheduler, table, options, MODELS[prediction]
 
 
+def sde(steps=20):
+    scheduler = diffusers.DPMSolverMultistepScheduler(**COMMON, algorithm_type="sde-dpmsolver++")
+    return scheduler, StepTable.dpmpp_2m_sde(SCHEDULE, steps, clip=None), {}, smooth
+
+
 CHAINS = [
     pytest.param(lambda: ddpm(1000), id="ddpm-all-steps"),
     pytest.param(lambda: ddpm(1000, variance="beta"), id="ddpm-beta-all-steps"),
@@ -71,6 +76,7 @@ CHAINS = [
     pytest.param(lambda: ddim(eta=0.5), id="ddim-eta"),
     pytest.param(lambda: ddim(eta=1.0, raw=False), id="ddim-eta-1-rederived"),
     pytest.param(lambda: ddim(prediction="v", clip=None), id="ddim-v-unclipped"),
+    pytest.param(lambda: sde(), id="dpmpp-sde"),
 ]
 
 

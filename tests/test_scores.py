@@ -33,7 +33,7 @@ def mixture_score(x_t, t):
 @pytest.mark.parametrize("t", TIMES)
 def test_tweedie_is_the_mean_of_x0_given_x_t(t: int) -> None:
     x_t = torch.tensor([[-1.1], [-0.2], [0.4], [1.3]], dtype=F64)
-    found = tweedie(x_t, mixture_score(x_t, t), SCHEDULE, t)
+    found = tweedie(x_t, mixture_score(x_t, t), t, SCHEDULE)
     abar = float(SCHEDULE.alphas_cumprod[t])
     signal, noise = math.sqrt(abar), math.sqrt(1 - abar)
     for value, got in zip(x_t.flatten().tolist(), found.flatten().tolist(), strict=True):
@@ -57,21 +57,21 @@ def test_score_and_noise_are_each_others_inverse_and_eq_9(dtype: torch.dtype) ->
     abar = SCHEDULE.alphas_cumprod[t].view(-1, 1, 1)
     # The data of `smooth` is N(0.2, 0.25), so that x_t is a Gaussian too.
     exact = -(x_t - 0.2 * abar.sqrt()) / (0.25 * abar + 1 - abar)
-    found = score_from_noise(epsilon.to(dtype), SCHEDULE, t)
+    found = score_from_noise(epsilon.to(dtype), t, SCHEDULE)
     assert found.dtype == dtype
     tolerance = {F64: 1e-12, F32: 1e-5, F16: 1e-2}[dtype]
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
-    back = noise_from_score(found, SCHEDULE, t)
+    back = noise_from_score(found, t, SCHEDULE)
     torch.testing.assert_close(back.double(), epsilon, rtol=tolerance, atol=tolerance)
 
 
 def test_an_int_is_every_samples_timestep_and_gradients_pass() -> None:
     x, s = (torch.randn(2, 3, dtype=F64, requires_grad=True) for _ in range(2))
     t = torch.tensor([7, 7])
-    assert torch.equal(tweedie(x, s, SCHEDULE, 7), tweedie(x, s, SCHEDULE, t))
-    assert torch.autograd.gradcheck(lambda a, b: tweedie(a, b, SCHEDULE, t), (x, s))
-    assert torch.autograd.gradcheck(lambda a: score_from_noise(a, SCHEDULE, t), (x,))
-    assert torch.autograd.gradcheck(lambda a: noise_from_score(a, SCHEDULE, t), (x,))
+    assert torch.equal(tweedie(x, s, 7, SCHEDULE), tweedie(x, s, t, SCHEDULE))
+    assert torch.autograd.gradcheck(lambda a, b: tweedie(a, b, t, SCHEDULE), (x, s))
+    assert torch.autograd.gradcheck(lambda a: score_from_noise(a, t, SCHEDULE), (x,))
+    assert torch.autograd.gradcheck(lambda a: noise_from_score(a, t, SCHEDULE), (x,))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,6 @@ def test_an_x_t_without_signal_has_no_estimate(t) -> None:
     schedule = NoiseSchedule.linear().rescale_zero_terminal_snr()
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"t must be below 999.*alphas_cumprod is 0.*got 999"):
-        tweedie(x, x, schedule, t)
-    assert tweedie(x, x, schedule, 998).isfinite().all()
-    assert score_from_noise(x, schedule, t).isfinite().all()
+        tweedie(x, x, t, schedule)
+    assert tweedie(x, x, 998, schedule).isfinite().all()
+    assert score_from_noise(x, t, schedule).isfinite().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -12,6 +13,7 @@ import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, StepTable
 from ddpm_fast.chain import PREDICTIONS
+from ddpm_fast.row import ROW_FIELDS
 from mixture import F64, MIXTURE
 
 BACKEND = "cpu"
@@ -119,3 +121,55 @@ def test_a_chain_is_the_same_whatever_the_network_predicts(name: str, prediction
     make, _ = SOLVERS[name]
     ours, epsilon = (IN_LAMBDA.denoised(make, 20, kind) for kind in (prediction, "epsilon"))
     torch.testing.assert_close(ours, epsilon, rtol=0, atol=1e-9)
+
+
+MEAN, VARIANCE = 0.3, 0.4  # of Gaussian data, whose chains stay Gaussian
+
+
+def law_at_the_clean_end(table: StepTable) -> tuple[float, float]:
+    """Mean and variance of the state before the last row, without sampling.
+
+    With the exact epsilon of Gaussian data, a line in x, a row is an affine map of (x, h1, 1).
+    """
+    abar = ABAR[table.timesteps].tolist()
+    scale = abar[0] * VARIANCE + 1 - abar[0]
+    law = np.array([[scale, 0, 0], [0, 0, 0], [0, 0, 0]])
+    mean = np.array([math.sqrt(abar[0]) * MEAN, 0.0, 1.0])
+    for level, row in zip(abar[:-1], table.rows.tolist(), strict=False):
+        of = dict(zip(ROW_FIELDS, row, strict=False))
+        slope = math.sqrt(1 - level) / (level * VARIANCE + 1 - level)
+        epsilon = np.array([slope, 0, -slope * math.sqrt(level) * MEAN])
+        x0 = np.array([of["P"], 0, 0]) + of["Q"] * epsilon
+        step = np.array(
+            [
+                np.array([of["Xx"], of["Xh1"], 0]) + of["Xx0"] * x0 + of["Xo"] * epsilon,
+                of["Hv"] * x0,
+                [0, 0, 1],
+            ]
+        )
+        mean, law = step @ mean, step @ law @ step.T
+        law[0, 0] += of["S"] ** 2
+    return float(mean[0]), float(law[0, 0])
+
+
+STOCHASTIC = {
+    "ddpm": (StepTable.ddpm, 1),
+    "ddpm-beta": (partial(StepTable.ddpm, variance="beta"), 1),
+    "ddim-eta-half": (partial(StepTable.ddim, eta=0.5), 1),
+    "ddim-eta-1": (partial(StepTable.ddim, eta=1.0), 1),
+    "dpmpp_2m_sde-midpoint": (StepTable.dpmpp_2m_sde, 2),
+    "dpmpp_2m_sde-heun": (partial(StepTable.dpmpp_2m_sde, solver_type="heun"), 2),
+}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_the_law_of_a_noisy_chain_converges_with_its_weak_order(name: str):
+    make, order = STOCHASTIC[name]
+    errors = []
+    for steps in STEPS:
+        table = make(SCHEDULE, spacing=IN_LAMBDA.timesteps(steps), clip=None)
+        mean, variance = law_at_the_clean_end(table)
+        abar = float(ABAR[table.timesteps[-1]])
+        exact = math.sqrt(abar) * MEAN, abar * VARIANCE + 1 - abar
+        errors.append(torch.tensor([mean - exact[0], variance - exact[1]], dtype=F64))
+    assert order - 0.1 < slope(errors) < order + 0.25

@@ -98,7 +98,7 @@ def bpd(
         seed=seed,
         micro_batch=batch,
         pad=False,
-        model_kwargs=None if labels is None else {"class_labels": labels.to(opened.device)},
+        labels=None if labels is None else labels.to(opened.device),
         progress=progress,
     )
     rows, texts = summary(bound)

@@ -28,6 +28,7 @@ from ddpm_fast.cli.model import (
 )
 from ddpm_fast.cli.output import FORMATS, Output, say
 from ddpm_fast.images import prepare_folder, save_png, sheet
+from ddpm_fast.row import column
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.tables import StepTable
 
@@ -67,7 +68,7 @@ def sample(
     variance: Annotated[
         str | None,
         typer.Option(
-            help="Of a step of ddpm: posterior, beta, learned or learned_range.",
+            help="Of ddpm: posterior, beta (both also with _log), learned or learned_range.",
             show_default="the model's",
         ),
     ] = None,
@@ -242,5 +243,9 @@ def _strip(
     if table.start != "random":
         names = [f"t = {t}" for t in table.timesteps[counts[:-1]].tolist()] + ["x_0"]
     rows = [str(first_sample + i) for i in range(states.shape[1])]
+    if table.init_scale != 1:
+        # States of the variance-exploding form, as the network reads them.
+        scales = [1 / table.init_scale, *table.rows[:, column("Cin")].tolist()]
+        states = states * torch.tensor([scales[i] for i in counts]).view(-1, 1, 1, 1, 1)
     images = states.transpose(0, 1).flatten(0, 1)
     return sheet(images, len(counts), 4, scale, rows, names)

@@ -108,17 +108,21 @@ def ddim_inverse(
     told = up if evaluate_at == "next" else [up[0], *up[:-1]]
     abar, rest = c.abar.flip(0), c.rest.flip(0)  # where a step leads
     here = replace(c, abar=c.abar_prev.flip(0), rest=c.rest_prev.flip(0))
-    if rederived:
-        # At x_0 itself an x0 says nothing of epsilon.
-        here.abar[0], here.rest[0] = abar[0], rest[0]
     P, Q, of_x, of_out = _told_of(here, replace(here, abar=abar, rest=rest), evaluate_at)
-    columns = {"P": P, "Q": Q, "Xx0": abar.sqrt()}
+    of_x0 = torch.zeros_like(of_x)
     if rederived:
-        of_x, of_x0 = here.epsilon_of_x0()
-        columns["Xx0"] = abar.sqrt() + rest.sqrt() * of_x0
-    else:
-        columns["Xo"] = rest.sqrt() * of_out
-    rows = c.rows(clip, Xx=rest.sqrt() * of_x, **columns)
+        # Not in the first row: at x_0 itself an x0 says nothing of epsilon.
+        clipped_of_x, clipped_of_x0 = here.epsilon_of_x0()
+        of_x[1:], of_x0[1:], of_out[1:] = clipped_of_x[1:], clipped_of_x0[1:], 0
+    direction = rest.sqrt()
+    rows = c.rows(
+        clip,
+        P=P,
+        Q=Q,
+        Xx=direction * of_x,
+        Xx0=abar.sqrt() + direction * of_x0,
+        Xo=direction * of_out,
+    )
     return cls(rows, told, prediction, "data", "ddim_inverse", threshold=threshold_of(clip))
 
 

@@ -38,12 +38,13 @@ def ddpm(
     variance of the noise: "posterior" (Eq. 7) or "beta"; "posterior_log" and "beta_log", the same
     through the logarithm of no less than 1e-20. For networks of 2C channels, whose second half is
     v: "learned", exp(v), and "learned_range", exp(u log beta + (1 - u) log posterior) with
-    u = (v + 1)/2 (Eq. 15, Nichol & Dhariwal 2021).
+    u = (v + 1)/2 (Eq. 15, Nichol & Dhariwal 2021). A chain of one row adds no noise and reads none.
 
     steps, spacing: the timesteps kept (spacing.timesteps). The chain's betas are rebuilt to lead
     from each to the next (Nichol & Dhariwal 2021, Section 4); every variance means those.
-    start: 1..T begins at x_start, the timesteps spaced over 0..start-1; "random" gives the table of
-    None, of which each sample draws its first row.
+    start: 1..T begins at x_start, the timesteps spaced over 0..start-1, of which "leading" and
+    "quad" may leave out the highest (timesteps[0] is where the chain begins); "random" gives the
+    table of None, of which each sample draws its first row.
 
     Raises TypeError, ValueError for other arguments, and for epsilon or score prediction where
     alphas_cumprod is 0.

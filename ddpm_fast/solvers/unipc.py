@@ -40,6 +40,11 @@ def unipc(
     refuse_random(start, "unipc")
     c = Chain.of(schedule, steps, spacing, start, prediction, to_data=True)
     h = half_logsnr_steps(c)
+    if solver_type == "bh1" and c.abar[0] == 0:
+        raise ValueError(
+            "solver_type must be 'bh2' for a schedule of zero terminal SNR, where the first step in"
+            " log-SNR has no length; got 'bh1'"
+        )
     columns = {name: torch.zeros_like(h) for name in ("Yx", "Yy", "Yx0", "Yh1", "Yh2")}
     columns["Yx"][0] = 1
     for i in range(1, len(h)):
