@@ -3,7 +3,6 @@
 // inline, so that the linker cannot mix the sets.
 
 #include <type_traits>
-#include <utility>
 
 #include "core/group_norm.h"
 #include "core/half.h"

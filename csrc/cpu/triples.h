@@ -16,49 +16,38 @@ DDPM_HD Floats floats_at(const float* from) {
 }
 
 #if DDPM_PERMUTES == 16
-// Where element `i` of a half lies, counted from register kFirst.
-template <int kOffset, int kFirst>
-constexpr int place_of(int i) {
-  return i / 3 * 6 + i % 3 + kOffset - 16 * kFirst;
+DDPM_HD void put(float* to, Floats values) {
+  __builtin_memcpy(to, &values, sizeof values);
 }
 
-// Those from kDone on that lie in registers kFirst and kFirst + 1.
-template <int kOffset, int kFirst, int kDone, int... kLanes>
-DDPM_HD Floats from_two(const Floats* six, std::integer_sequence<int, kLanes...>) {
-  return __builtin_shufflevector(six[kFirst], six[kFirst + 1],
-                                 (place_of<kOffset, kFirst>(kDone + kLanes) & 31)...);
-}
-
-// The rest of them, from the register after those.
-template <int kOffset, int kThird, int kDone, int... kLanes>
-DDPM_HD Floats from_third(Floats two, Floats third, std::integer_sequence<int, kLanes...>) {
-  return __builtin_shufflevector(two, third,
-                                 (place_of<kOffset, kThird>(kDone + kLanes) < 0
-                                      ? kLanes
-                                      : 16 + place_of<kOffset, kThird>(kDone + kLanes))...);
-}
-
-// One half of sixteen pixels that lie in six registers.
-template <int kOffset, int kDone = 0>
-DDPM_HD void half_of_six(const Floats* six, float* to) {
-  if constexpr (kDone < kTriples) {
-    constexpr auto kLanes = std::make_integer_sequence<int, 16>{};
-    constexpr int kFirst = place_of<kOffset, 0>(kDone) / 16;
-    constexpr int kLast = place_of<kOffset, 0>(kDone + 15) / 16;
-    Floats values = from_two<kOffset, kFirst, kDone>(six, kLanes);
-    if constexpr (kLast > kFirst + 1) {
-      values = from_third<kOffset, kLast, kDone>(values, six[kLast], kLanes);
-    }
-    __builtin_memcpy(to + kDone, &values, sizeof values);
-    half_of_six<kOffset, kDone + 16>(six, to);
-  }
-}
-
+// Both halves of sixteen pixels. Sixteen elements of a half lie in two registers, but for one at
+// most: it is first put where one of the two has an element of the other half.
 DDPM_HD void pack_halves(const float* from, float* first, float* second) {
-  const Floats six[6] = {floats_at(from),      floats_at(from + 16), floats_at(from + 32),
-                         floats_at(from + 48), floats_at(from + 64), floats_at(from + 80)};
-  half_of_six<0>(six, first);
-  half_of_six<3>(six, second);
+  const Floats a = floats_at(from), b = floats_at(from + 16), c = floats_at(from + 32);
+  const Floats d = floats_at(from + 48), e = floats_at(from + 64), f = floats_at(from + 80);
+  Floats filled;
+  // clang-format off
+  put(first + 0, __builtin_shufflevector(a, b,
+      0, 1, 2, 6, 7, 8, 12, 13, 14, 18, 19, 20, 24, 25, 26, 30));
+  filled = __builtin_shufflevector(c, b,
+      0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 31);
+  put(first + 16, __builtin_shufflevector(filled, d,
+      15, 0, 4, 5, 6, 10, 11, 12, 16, 17, 18, 22, 23, 24, 28, 29));
+  filled = __builtin_shufflevector(f, d,
+      0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 30, 15);
+  put(first + 32, __builtin_shufflevector(e, filled,
+      30, 2, 3, 4, 8, 9, 10, 14, 15, 16, 20, 21, 22, 26, 27, 28));
+  filled = __builtin_shufflevector(a, c,
+      0, 17, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  put(second + 0, __builtin_shufflevector(filled, b,
+      3, 4, 5, 9, 10, 11, 15, 16, 17, 21, 22, 23, 27, 28, 29, 1));
+  filled = __builtin_shufflevector(c, e,
+      16, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  put(second + 16, __builtin_shufflevector(filled, d,
+      2, 3, 7, 8, 9, 13, 14, 15, 19, 20, 21, 25, 26, 27, 31, 0));
+  put(second + 32, __builtin_shufflevector(e, f,
+      1, 5, 6, 7, 11, 12, 13, 17, 18, 19, 23, 24, 25, 29, 30, 31));
+  // clang-format on
 }
 #endif
 
