@@ -334,8 +334,8 @@ class Sampler:
         if labels is None:
             return
         of_chunk = labels[chunk.place]
-        slots = torch.arange(chunk.batch) - chunk.slots.start
-        of_slots = of_chunk[slots.clamp(0, len(of_chunk) - 1).to(labels.device)]
+        slots = torch.arange(chunk.batch, device=labels.device) - chunk.slots.start
+        of_slots = of_chunk[slots.clamp(0, len(of_chunk) - 1)]
         loop.label(of_slots, self._null_of(labels) if self.table.guided else None)
 
     def _null_of(self, labels: Tensor) -> Tensor:
