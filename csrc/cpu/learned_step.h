@@ -7,6 +7,17 @@
 // Few enough that all of a group stays in registers; a multiple of any vector.
 constexpr int kGroup = 48;
 
+// Elements whose blocks stay in the first cache where they must be gathered or made; whole pixels
+// of three, whole groups and what make_normals makes together.
+constexpr int64_t kLearnedPart = 768;
+static_assert(kBlock % kLearnedPart == 0 && kLearnedPart % (4 * kLanes) == 0);
+static_assert(kLearnedPart % 3 == 0 && kLearnedPart % kGroup == 0);
+
+struct LearnedScratch {
+  alignas(64) float x[kLearnedPart], out[kLearnedPart], v[kLearnedPart], noise[kLearnedPart];
+  alignas(64) float x0[kLearnedPart], spare[kLearnedPart], normals[kLearnedPart];
+};
+
 struct LearnedBlock {
   float* x;
   const float* out;
@@ -73,9 +84,9 @@ void learned_dense(LearnedBlock b, int64_t count, Row<float> row) {
 }
 
 #if defined(DDPM_PERMUTES)
-static_assert(kBlock % 3 == 0 && kGroup == kTriples);
+static_assert(kGroup == kTriples);
 
-// They are the halves of one tensor, three channels of six each, and the block begins with a pixel.
+// They are the halves of one tensor, three channels of six each, and the part begins with a pixel.
 template <bool kUsesOut, bool kStoresX0>
 void learned_halves(LearnedBlock b, int64_t count, Row<float> row) {
   alignas(64) float out[kGroup], v[kGroup];
@@ -102,12 +113,12 @@ inline bool are_halves(const View& out, const View& v) {
 #endif
 
 template <bool kUsesOut, bool kStoresX0>
-void learned_block(const ReverseStepArgs& a, const Block& b, int64_t index, const Row<float>& row) {
-  alignas(64) float x[kBlock], out[kBlock], v[kBlock], noise[kBlock], x0[kBlock], normals[kBlock];
+void learned_part(const ReverseStepArgs& a, const Block& b, int64_t index, const Row<float>& row,
+                  LearnedScratch& s) {
   LearnedBlock block;
-  block.x = updated_block(a.x, b, x);
-  block.noise = step_noise(a, b, index, normals, noise);
-  block.pred_x0 = kStoresX0 ? target_block(a.pred_x0, b.sample, b.first, x0) : nullptr;
+  block.x = updated_block(a.x, b, s.x);
+  block.noise = step_noise(a, b, index, s.normals, s.noise);
+  block.pred_x0 = kStoresX0 ? target_block(a.pred_x0, b.sample, b.first, s.x0) : nullptr;
 #if defined(DDPM_PERMUTES)
   if (are_halves(a.out, a.log_variance)) {
     block.out = sample_pointer<const float>(a.out, b.sample) + 2 * b.first;
@@ -115,23 +126,26 @@ void learned_block(const ReverseStepArgs& a, const Block& b, int64_t index, cons
   } else
 #endif
   {
-    block.out = read_block(a.out, b.sample, b.first, b.count, out);
-    block.v = read_block(a.log_variance, b.sample, b.first, b.count, v);
+    block.out = read_block(a.out, b.sample, b.first, b.count, s.out);
+    block.v = read_block(a.log_variance, b.sample, b.first, b.count, s.v);
     learned_dense<kUsesOut, kStoresX0>(block, b.count, row);
   }
   if (kStoresX0) write_block(a.pred_x0, b.sample, b.first, b.count, block.pred_x0);
-  write_state(a, b, row, block.x, out);
+  write_state(a, b, row, block.x, s.spare);
 }
 
-inline void learned_step(const ReverseStepArgs& a, const Block& b, int64_t index) {
+inline void learned_step(const ReverseStepArgs& a, const Block& block, int64_t index) {
+  LearnedScratch scratch;
   Row<float> row = load_row(static_cast<const float*>(a.rows), index);
   if (!(a.flags & kClip)) row.clip = __builtin_inff();
-  if (a.flags & kRawOut) {
-    a.pred_x0.data ? learned_block<true, true>(a, b, index, row)
-                   : learned_block<true, false>(a, b, index, row);
-  } else {
-    a.pred_x0.data ? learned_block<false, true>(a, b, index, row)
-                   : learned_block<false, false>(a, b, index, row);
+  const bool stores_x0 = a.pred_x0.data != nullptr;
+  const auto part = a.flags & kRawOut
+                        ? (stores_x0 ? learned_part<true, true> : learned_part<true, false>)
+                        : (stores_x0 ? learned_part<false, true> : learned_part<false, false>);
+  for (int64_t done = 0; done < block.count; done += kLearnedPart) {
+    const int64_t left = block.count - done;
+    part(a, {block.sample, block.first + done, left < kLearnedPart ? left : kLearnedPart}, index,
+         row, scratch);
   }
 }
 
