@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_fast import checks
+from ddpm_fast.labels import as_null_label, sample_labels, slot_labels
 from ddpm_fast.loop import Model, StepLoop
 from ddpm_fast.loops import Graph, KeptLoop, LoopCache
 from ddpm_fast.noise import STREAM_START, empty_samples, philox_rng
@@ -318,42 +319,14 @@ class Sampler:
         if self.table.guided and (labels is None or self._null_label is None):
             missing = "labels" if labels is None else "null_label"
             raise ValueError(f"{missing} must be given for a table with guidance; got None")
-        if labels is None:
-            return None
-        if not isinstance(labels, Tensor):
-            label = checks.integer("labels", labels, 0, 1 << 62)
-            return torch.full((num,), label, dtype=torch.int64, device=self.device)
-        if labels.ndim == 0 or labels.shape[0] != num:
-            raise ValueError(
-                f"labels must be an int or a tensor [{num}, ...]; got {checks.shape_text(labels)}"
-            )
-        return labels.to(self.device)
+        return sample_labels(labels, num, self.device)
 
-    def _label(self, loop: StepLoop, chunk: _Chunk, labels: Tensor | None) -> None:
-        """Give the slots of a micro-batch their labels; the slots not wanted repeat one of them."""
-        if labels is None:
+    def _label(self, loop: StepLoop, chunk: _Chunk, classes: Tensor | None) -> None:
+        """Give the slots of a micro-batch their labels, and the null label under guidance."""
+        if classes is None:
             return
-        of_chunk = labels[chunk.place]
-        slots = torch.arange(chunk.batch, device=labels.device) - chunk.slots.start
-        of_slots = of_chunk[slots.clamp(0, len(of_chunk) - 1)]
-        loop.label(of_slots, self._null_of(labels) if self.table.guided else None)
-
-    def _null_of(self, labels: Tensor) -> Tensor:
-        """The null label, as one of the labels."""
-        null = self._null_label
-        if isinstance(null, Tensor):
-            fits = null.shape in (labels.shape[1:], ()) and null.dtype == labels.dtype
-            got = f"{checks.dtype_name(null.dtype)} {checks.shape_text(null)}"
-        else:
-            whole = isinstance(null, int) and not isinstance(null, bool) and null >= 0
-            fits, got = whole and not labels.is_floating_point() and labels.ndim == 1, repr(null)
-        if not fits:
-            accepted = f"{checks.dtype_name(labels.dtype)} {list(labels.shape[1:])}"
-            raise ValueError(
-                f"null_label must be a label, {accepted}, or an int >= 0 for integer labels;"
-                f" got {got}"
-            )
-        return torch.as_tensor(null).to(labels.device, labels.dtype)
+        null = as_null_label(self._null_label, classes) if self.table.guided else None
+        loop.label(slot_labels(classes[chunk.place], chunk.slots.start, chunk.batch), null)
 
     def _start_rows(self, chunk: _Chunk, seed: int) -> Tensor | None:
         """Each sample's first row for a chain of random length, uniform over the table."""

@@ -1,0 +1,47 @@
+"""The labels of a conditional model: what a caller gives, as what the slots of a loop read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import checks
+
+
+def sample_labels(labels: Tensor | int | None, num: int, device: torch.device) -> Tensor | None:
+    """The label of each of num samples [num, ...] on a device; None for none."""
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor):
+        label = checks.integer("labels", labels, 0, 1 << 62)
+        return torch.full((num,), label, dtype=torch.int64, device=device)
+    if labels.ndim == 0 or labels.shape[0] != num:
+        raise ValueError(
+            f"labels must be an int or a tensor [{num}, ...]; got {checks.shape_text(labels)}"
+        )
+    return labels.to(device)
+
+
+def slot_labels(labels: Tensor, first: int, slots: int) -> Tensor:
+    """The labels [slots, ...] of a micro-batch that holds the samples from slot first on.
+
+    The slots beside them, whose samples nobody asked for, repeat one of the labels.
+    """
+    slot = torch.arange(slots, device=labels.device) - first
+    return labels[slot.clamp(0, len(labels) - 1)]
+
+
+def as_null_label(null: Tensor | int | None, labels: Tensor) -> Tensor:
+    """The null label, as one of the labels."""
+    if isinstance(null, Tensor):
+        fits = null.shape in (labels.shape[1:], ()) and null.dtype == labels.dtype
+        got = f"{checks.dtype_name(null.dtype)} {checks.shape_text(null)}"
+    else:
+        whole = isinstance(null, int) and not isinstance(null, bool) and null >= 0
+        fits, got = whole and not labels.is_floating_point() and labels.ndim == 1, repr(null)
+    if not fits:
+        accepted = f"{checks.dtype_name(labels.dtype)} {list(labels.shape[1:])}"
+        raise ValueError(
+            f"null_label must be a label, {accepted}, or an int >= 0 for integer labels; got {got}"
+        )
+    return torch.as_tensor(null).to(labels.device, labels.dtype)
