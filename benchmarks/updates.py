@@ -2,9 +2,10 @@
 
     python benchmarks/updates.py [--device cpu|cuda] [--backend NAME] [--out FILE]
 
-All cases of a shape take turns in one run. `of_copy` is the share of the copy's bandwidth that a
-case reaches with the bytes it must move; `speedup` is against the preallocated expression with the
-same noise. Prints a table and writes benchmarks/results/updates_<device>.csv.
+All cases of a shape take turns in one run. `of_copy` is the share of the bandwidth of a copy of x
+that a case reaches with the bytes it must move; `of_equal_copy` is the time of a copy of as many
+bytes over that of the case, which a cache treats alike; `speedup` is against the preallocated
+expression with the same noise. Prints a table and writes benchmarks/results/updates_<device>.csv.
 """
 
 from __future__ import annotations
@@ -109,7 +110,16 @@ def cases_of(
         out_half, input_half = out.half(), torch.empty_like(x, dtype=torch.float16)
         cases["reverse_step float16 in and out"] = partial(reverse, out_half, None, rng, input_half)
         sizes["reverse_step float16 in and out"] = 12
+    for size in sorted(set(sizes.values()) - {sizes["copy"]}):
+        source = torch.randn(n * size // 8, device=device)
+        cases[equal_copy(size)] = partial(torch.empty_like(source).copy_, source)
+        sizes[equal_copy(size)] = size
     return cases, {name: size * n for name, size in sizes.items()}
+
+
+def equal_copy(size: int) -> str:
+    """The copy that moves as many bytes."""
+    return f"copy of {size} bytes an element" if size != 8 else "copy"
 
 
 def solver_tables() -> dict[str, tuple[StepTable, int]]:
@@ -206,9 +216,11 @@ def measure(device: torch.device, backend: str, rounds: int) -> list[dict[str, o
         ) -> dict[str, object]:
             peer = SPEEDUPS.get(name)
             rate = sizes[name] / median[name] if name in sizes else None
+            equal = equal_copy(sizes[name] * 8 // sizes["copy"]) if rate else None
             return {
                 "GB_per_s": round(rate / 1e9, 2) if rate else "",
                 "of_copy": round(rate / copy_rate, 3) if rate else "",
+                "of_equal_copy": round(median[equal] / median[name], 3) if equal else "",
                 "speedup": round(median[peer] / median[name], 3) if peer else "",
                 "of_bare": "",
             }
@@ -223,6 +235,7 @@ def measure(device: torch.device, backend: str, rounds: int) -> list[dict[str, o
             lambda name, chain=chain, bare=bare: {
                 "GB_per_s": "",
                 "of_copy": "",
+                "of_equal_copy": "",
                 "speedup": "",
                 "of_bare": round(statistics.median(chain[name]) / bare, 3),
             },
@@ -244,7 +257,8 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['shape']:<14}{row['case']:<36}{row['p50_us']:>11.1f} us"
-            f"{row['of_copy']!s:>8} of copy{row['speedup']!s:>8} x{row['of_bare']!s:>8} of bare"
+            f"{row['of_copy']!s:>8} of copy{row['of_equal_copy']!s:>8} of equal copy"
+            f"{row['speedup']!s:>8} x{row['of_bare']!s:>8} of bare"
         )
     path = args.out or RESULTS / f"updates_{device.type}_{backend}.csv"
     write_csv(path, rows)
