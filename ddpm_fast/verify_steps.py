@@ -28,6 +28,7 @@ def step_operators(schedule: NoiseSchedule) -> Iterator[tuple[str, Operate]]:
     yield "reverse_step ddpm, noise given", _step(ddpm)
     yield "reverse_step ddpm, noise made", _step(ddpm, made=True)
     yield "reverse_step ddpm, no clip", _step(StepTable.ddpm(schedule, clip=None))
+    yield "reverse_step ddpm, x0 predicted", _step(StepTable.ddpm(schedule, prediction="x0"))
     yield "reverse_step ddpm, learned", _step(learned)
     yield "reverse_step ddim, raw epsilon", _step(ddim)
     yield "reverse_step ddim, guided", _step(ddim.with_guidance(2.5))

@@ -19,17 +19,26 @@ from ddpm_fast.verify_network import NETWORK_LAYOUTS
 
 CPU = implementation("cpu", torch.device("cpu"), torch.float32)
 COEFFICIENTS = {"q_sample": (3, 2), "q_sample_philox": (2, 2), "q_posterior": (3, 4)}
-ROWS = ("P", "Q", "Xx", "Xx0", "Xo", "S", "clip")
+ROWS = ("P", "Q", "ratio", "Xx", "Xx0", "Xo", "S", "clip")
+
+
+def _scaled_column(table, index):
+    table = table.clone()
+    table[:, index] *= 1.001
+    return table
 
 
 def scaled(op, position, index):
     """The operator with one column of its coefficients a thousandth too large."""
     original = getattr(CPU, op)
 
-    def run(*args):
-        table = args[position].clone()
-        table[:, index] *= 1.001
-        return original(*args[:position], table, *args[position + 1 :])
+    def run(*args, **named):
+        if "rows" in named:
+            named = named | {"rows": _scaled_column(named["rows"], index)}
+        else:
+            changed = _scaled_column(args[position], index)
+            args = (*args[:position], changed, *args[position + 1 :])
+        return original(*args, **named)
 
     return run
 
