@@ -26,7 +26,7 @@ from ddpm_fast.cli.model import (
     ProgressOption,
     clip_of,
 )
-from ddpm_fast.cli.output import FORMATS, Output, check_file, say
+from ddpm_fast.cli.output import FormOption, Output, check_drawable, check_file, say
 from ddpm_fast.codec import MODES, Codec
 from ddpm_fast.images import save_npy, save_png, sheet
 from ddpm_fast.pictures import read_image, read_images
@@ -45,10 +45,6 @@ TimestepOption = Annotated[
     typer.Option("--t", min=0, help="Timestep of the codes, from 0.", show_default="the last"),
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images at a time; sets their last bits.")]
-FormOption = Annotated[
-    str | None,
-    typer.Option("--format", help=" or ".join(FORMATS) + ".", show_default="as --out, or png"),
-]
 ClipOption = Annotated[
     str, typer.Option(help="Of x0: none, a bound, or dynamic[:QUANTILE[:CAP]]; cuts encodings.")
 ]
@@ -87,8 +83,8 @@ def encode(
     codec = _codec(opened, steps, spacing, clip, batch, backend)
     images = read_images(data, opened.sample_shape, num)
     labels = opened.labels(label, len(images))
-    if picture is not None and opened.sample_shape[0] not in (1, 3):
-        raise ValueError(f"--picture draws 1 or 3 channels, {model} has {opened.sample_shape[0]}")
+    if picture is not None:
+        check_drawable("--picture", opened.sample_shape[0], str(model))
     say("model", opened.in_words)
     say("data", f"{data}, {len(images)} image{'s' if len(images) > 1 else ''}")
     say("device", device_text(opened.device))
@@ -140,7 +136,7 @@ def decode(
     if given.ndim != 4 or tuple(given.shape[1:]) != opened.sample_shape:
         wanted = ", ".join(map(str, opened.sample_shape))
         raise ValueError(f"{codes}: must be [N, {wanted}]; got {list(given.shape)}")
-    _check_channels(output, opened)
+    output.check_channels(opened.sample_shape[0], "the model")
     output.prepare()
     images = codec.decode(given, t, opened.labels(label, len(given)), progress)
     say("wrote", output.write(images.cpu(), 0, None))
@@ -182,7 +178,7 @@ def interpolate(
     opened = OpenModel.open(model, device, dtype, engine)
     codec = _codec(opened, steps, spacing, clip, batch, backend)
     x_a, x_b = (read_image(path, opened.sample_shape)[None] for path in (first, second))
-    _check_channels(output, opened)
+    output.check_channels(opened.sample_shape[0], "the model")
     output.prepare()
     weights = [i / (frames - 1) for i in range(frames)]
     chosen: Any = mode
@@ -211,14 +207,6 @@ def _codec(
         device=opened.device,
         backend=backend,
     )
-
-
-def _check_channels(output: Output, opened: OpenModel) -> None:
-    channels = opened.sample_shape[0]
-    if output.form == "png" and channels not in (1, 3):
-        raise ValueError(
-            f"--format png draws 1 or 3 channels, the model has {channels}; take --format npy"
-        )
 
 
 def _visible(codes: Tensor) -> Tensor:

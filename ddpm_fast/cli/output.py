@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from torch import Tensor
@@ -12,6 +13,10 @@ from torch import Tensor
 from ddpm_fast.images import prepare_folder, save_images, save_npy, save_png, sheet
 
 FORMATS = ("png", "npy")
+FormOption = Annotated[
+    str | None,
+    typer.Option("--format", help=" or ".join(FORMATS) + ".", show_default="as --out, or png"),
+]
 # Endings that promise a kind of file that is not written; any other ending may be a folder's.
 _OTHER_FILES = {".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npz", ".pt"}
 
@@ -50,6 +55,11 @@ class Output:
             raise ValueError(f"--format {form} does not fit --out {out}")
         return cls(path, suffix.removeprefix("."), False)
 
+    def check_channels(self, channels: int, model: str) -> None:
+        """That the form can hold images of a model. Raises ValueError."""
+        if self.form == "png":
+            check_drawable("--format png", channels, model, "; take --format npy")
+
     def prepare(self) -> None:
         """Make the folder and check that it takes files. Raises OSError naming it."""
         prepare_folder(self.path if self.is_folder else self.path.parent)
@@ -66,6 +76,12 @@ class Output:
             return f"{paths[0]}{last}"
         save_png(sheet(samples, scale=scale), self.path)
         return str(self.path)
+
+
+def check_drawable(option: str, channels: int, model: str, advice: str = "") -> None:
+    """That images of a model can be drawn. Raises ValueError naming the option that asks for it."""
+    if channels not in (1, 3):
+        raise ValueError(f"{option} draws 1 or 3 channels, {model} has {channels}{advice}")
 
 
 def check_file(option: str, path: Path, suffix: str) -> None:

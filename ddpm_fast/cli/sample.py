@@ -26,7 +26,7 @@ from ddpm_fast.cli.model import (
     ProgressOption,
     clip_of,
 )
-from ddpm_fast.cli.output import FORMATS, Output, say
+from ddpm_fast.cli.output import FormOption, Output, check_drawable, say
 from ddpm_fast.images import prepare_folder, save_png, sheet
 from ddpm_fast.row import column
 from ddpm_fast.sampler import Sampler
@@ -100,10 +100,7 @@ def sample(
             show_default="out/<model>.png",
         ),
     ] = None,
-    form: Annotated[
-        str | None,
-        typer.Option("--format", help=" or ".join(FORMATS) + ".", show_default="as --out, or png"),
-    ] = None,
+    form: FormOption = None,
     scale: Annotated[
         int | None,
         typer.Option(
@@ -144,11 +141,9 @@ def sample(
         backend=backend,
         null_label=null_label,
     )
-    channels = opened.sample_shape[0]
-    if channels not in (1, 3) and (output.form == "png" or trajectory is not None):
-        raise ValueError(
-            f"--format png draws 1 or 3 channels, {model} has {channels}; take --format npy"
-        )
+    output.check_channels(opened.sample_shape[0], str(model))
+    if trajectory is not None:
+        check_drawable("--trajectory", opened.sample_shape[0], str(model))
     output.prepare()
     if trajectory is not None:
         prepare_folder(trajectory.parent)
