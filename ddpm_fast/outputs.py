@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddpm_fast import checks
 from ddpm_fast.chain import DynamicThreshold
-from ddpm_fast.row import column
+from ddpm_fast.ops.reference import predicted_x0
 
 
 def tensor_of(out: Any) -> Tensor:
@@ -66,17 +66,7 @@ def thresholds(
 ) -> Tensor:
     """The threshold s of each sample [N] in a step, in the dtype of x."""
     row = rows.index_select(0, step.clamp(0, rows.shape[0] - 1))
-
-    def coef(name: str) -> Tensor:
-        return row[:, column(name)].view(-1, *[1] * (x.ndim - 1))
-
-    o = out.to(x.dtype)
-    if out2 is not None:
-        o = coef("G0") * o + coef("G1") * out2.to(x.dtype)
-    direct = coef("P") == 0
-    return threshold_of(
-        how, torch.where(direct, coef("Q") * o, coef("P") * (x + coef("ratio") * o))
-    )
+    return threshold_of(how, predicted_x0(row, x, out, out2)[1])
 
 
 def threshold_of(how: DynamicThreshold, x0: Tensor) -> Tensor:

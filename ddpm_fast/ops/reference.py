@@ -72,10 +72,7 @@ def reverse_step_(
     def coef(name: str) -> Tensor:
         return per_sample(row[:, column(name)], x)
 
-    out = model_output.to(x.dtype)
-    if model_output2 is not None:
-        out = coef("G0") * out + coef("G1") * model_output2.to(x.dtype)
-    x0 = torch.where(coef("P") == 0, coef("Q") * out, coef("P") * (x + coef("ratio") * out))
+    out, x0 = predicted_x0(row, x, model_output, model_output2)
     if threshold is not None:
         bound = per_sample(threshold, x)
         x0 = torch.clamp(x0, -bound, bound) / bound
@@ -118,6 +115,21 @@ def reverse_step_(
     if model_input is not None:
         scaled = coef("Cin") * x if flags & RowFlag.SCALE_IN else x
         model_input.copy_(torch.where(active, scaled.to(model_input.dtype), model_input))
+
+
+def predicted_x0(
+    row: Tensor, x: Tensor, model_output: Tensor, model_output2: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The (guided) output in the dtype of x, and x0 before a clip. row: one of each sample."""
+
+    def coef(name: str) -> Tensor:
+        return per_sample(row[:, column(name)], x)
+
+    out = model_output.to(x.dtype)
+    if model_output2 is not None:
+        out = coef("G0") * out + coef("G1") * model_output2.to(x.dtype)
+    x0 = torch.where(coef("P") == 0, coef("Q") * out, coef("P") * (x + coef("ratio") * out))
+    return out, x0
 
 
 def _past_values(
