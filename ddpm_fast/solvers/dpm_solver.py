@@ -38,7 +38,8 @@ def dpmpp_2m(
     spacing: named ones place the timesteps as for a chain that goes on to x_0 (to_data of
     `spacing.timesteps`). start: None or 1..T. The other arguments and errors are those of ddpm.
     """
-    c, h, ratio = _half_logsnr(schedule, steps, spacing, start, prediction, solver_type, "dpmpp_2m")
+    check_name("solver_type", solver_type, ("midpoint", "heun"))
+    c, h, ratio = half_logsnr_steps(schedule, steps, spacing, start, prediction, "dpmpp_2m")
     gain = c.abar_prev.sqrt() * -torch.expm1(-h)
     rise = gain / 2
     if solver_type == "heun":
@@ -64,7 +65,8 @@ def dpmpp_2m_sde(
     variance.
     """
     name = "dpmpp_2m_sde"
-    c, h, ratio = _half_logsnr(schedule, steps, spacing, start, prediction, solver_type, name)
+    check_name("solver_type", solver_type, ("midpoint", "heun"))
+    c, h, ratio = half_logsnr_steps(schedule, steps, spacing, start, prediction, name)
     share = -torch.expm1(-2 * h)
     gain = c.abar_prev.sqrt() * share
     rise = gain / 2
@@ -83,26 +85,23 @@ def dpmpp_2m_sde(
     )
 
 
-def half_logsnr_steps(c: Chain) -> Tensor:
-    """The step of each row in lambda = log(alpha/sigma), infinite out of noise and into x_0."""
-    half_logsnr = (c.abar.log() - c.rest.log()) / 2
-    return torch.cat([half_logsnr[1:], half_logsnr.new_tensor([torch.inf])]) - half_logsnr
-
-
-def _half_logsnr(
+def half_logsnr_steps(
     schedule: NoiseSchedule,
     steps: int | None,
     spacing: str | Sequence[int],
     start: int | None,
     prediction: str,
-    solver_type: str,
     name: str,
 ) -> tuple[Chain, Tensor, Tensor]:
-    """The chain, h of each step, and h over the step before it: 0 where the order is first."""
-    check_name("solver_type", solver_type, ("midpoint", "heun"))
+    """The chain of a multistep solver, h of each step, and h over the step before it.
+
+    h is the step of a row in lambda = log(alpha/sigma), infinite out of noise and into x_0. The
+    ratio is 0 in the first and the last row, where the order is first.
+    """
     refuse_random(start, name)
     c = Chain.of(schedule, steps, spacing, start, prediction, to_data=True)
-    h = half_logsnr_steps(c)
+    half_logsnr = (c.abar.log() - c.rest.log()) / 2
+    h = torch.cat([half_logsnr[1:], half_logsnr.new_tensor([torch.inf])]) - half_logsnr
     ratio = torch.zeros_like(h)
     ratio[1:-1] = h[1:-1] / h[:-2]
     return c, h, ratio

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.chain import Chain, Clip, Prediction, refuse_random, threshold_of
+from ddpm_fast.chain import Chain, Clip, Prediction, threshold_of
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.solvers.dpm_solver import half_logsnr_steps
 from ddpm_fast.spacing import check_name
@@ -37,9 +37,7 @@ def unipc(
     errors are those of dpmpp_2m.
     """
     check_name("solver_type", solver_type, ("bh1", "bh2"))
-    refuse_random(start, "unipc")
-    c = Chain.of(schedule, steps, spacing, start, prediction, to_data=True)
-    h = half_logsnr_steps(c)
+    c, h, ratio = half_logsnr_steps(schedule, steps, spacing, start, prediction, "unipc")
     if solver_type == "bh1" and c.abar[0] == 0:
         raise ValueError(
             "solver_type must be 'bh2' for a schedule of zero terminal SNR, where the first step in"
@@ -56,7 +54,7 @@ def unipc(
     # Half of B times the step before it over h; only inner steps are of second order.
     rise = torch.zeros_like(h)
     rise[1:-1] = (gain if solver_type == "bh2" else c.abar_prev.sqrt() * h)[1:-1] / 2
-    rise[1:-1] *= h[1:-1] / h[:-2]
+    rise[1:-1] *= ratio[1:-1]
     rows = c.rows(
         clip,
         **columns,
