@@ -203,7 +203,7 @@ class Sampler:
             _check_given("x_T", x_T, shape)
         elif self.table.start == "data":
             raise ValueError("x_T: this table begins at data, which x_T must give; got None")
-        classes = self._check_labels(labels, num)
+        classes, null = self._check_labels(labels, num)
         if isinstance(self.noise, Tensor):
             _check_given("noise", self.noise, (self.table.steps, *shape))
         result = empty_samples(num, self.sample_shape, self.state_dtype, self.device)
@@ -221,7 +221,9 @@ class Sampler:
             self._loops.take_over()
             for chunk in chunks:
                 loop = self._loop(chunk.batch, classes)
-                self._label(loop.loop, chunk, classes)
+                if classes is not None:
+                    of_chunk = classes[chunk.place]
+                    loop.loop.label(slot_labels(of_chunk, chunk.slots.start, chunk.batch), null)
                 result[chunk.place] = self._run_chunk(
                     loop, chunk, seed, x_T, wanted or {}, states, bar
                 )
@@ -314,19 +316,17 @@ class Sampler:
         kept.loop.load(self.table)
         return kept
 
-    def _check_labels(self, labels: Tensor | int | None, num: int) -> Tensor | None:
-        """The label of each sample [num, ...] on the sampler's device."""
+    def _check_labels(
+        self, labels: Tensor | int | None, num: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The label of each sample [num, ...], and under guidance the null label, on the device."""
         if self.table.guided and (labels is None or self._null_label is None):
             missing = "labels" if labels is None else "null_label"
             raise ValueError(f"{missing} must be given for a table with guidance; got None")
-        return sample_labels(labels, num, self.device)
-
-    def _label(self, loop: StepLoop, chunk: _Chunk, classes: Tensor | None) -> None:
-        """Give the slots of a micro-batch their labels, and the null label under guidance."""
-        if classes is None:
-            return
-        null = as_null_label(self._null_label, classes) if self.table.guided else None
-        loop.label(slot_labels(classes[chunk.place], chunk.slots.start, chunk.batch), null)
+        classes = sample_labels(labels, num, self.device)
+        if classes is None or not self.table.guided:
+            return classes, None
+        return classes, as_null_label(self._null_label, classes)
 
     def _start_rows(self, chunk: _Chunk, seed: int) -> Tensor | None:
         """Each sample's first row for a chain of random length, uniform over the table."""
