@@ -13,7 +13,7 @@ import torch
 import typer
 
 from ddpm_fast.cli.devices import device_of
-from ddpm_fast.cli.model import DTYPES
+from ddpm_fast.cli.model import DTYPES, DeviceOption
 from ddpm_fast.cli.output import check_file
 from ddpm_fast.figures import require_matplotlib
 
@@ -23,9 +23,6 @@ Network = Annotated[str, typer.Option(help="cifar32, ddpm256 or triangles.")]
 Batch = Annotated[
     list[int] | None,
     typer.Option(min=1, help="Images at a time; may be given several times.", show_default="1"),
-]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="the GPU, if any")
 ]
 Dtype = Annotated[
     str | None,
@@ -65,7 +62,7 @@ def about() -> None:
 def kernels(
     network: Network = "cifar32",
     batch: Batch = None,
-    device: Device = None,
+    device: DeviceOption = None,
     dtype: Dtype = None,
     size: Size = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 20,
@@ -109,7 +106,7 @@ def kernels(
 def network(
     network: Network = "cifar32",
     batch: Batch = None,
-    device: Device = None,
+    device: DeviceOption = None,
     dtype: Dtype = None,
     size: Size = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 20,
@@ -163,7 +160,7 @@ def sampling(
     network: Network = "cifar32",
     batch: Batch = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Of each chain.")] = 1000,
-    device: Device = None,
+    device: DeviceOption = None,
     dtype: Dtype = None,
     size: Size = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each job.")] = 3,
