@@ -84,8 +84,7 @@ class _Conversion(Frozen):
     """Factors of out and of x_t at each timestep, float64 [T, 2]."""
 
     def __init__(self, schedule: NoiseSchedule, source: str, target: str) -> None:
-        if not isinstance(schedule, NoiseSchedule):
-            raise TypeError(f"schedule must be a NoiseSchedule; got {type(schedule).__name__}")
+        checks.instance("schedule", schedule, NoiseSchedule)
         for name, kind in (("source", source), ("target", target)):
             check_name(name, kind, PREDICTIONS)
             ends_at_0 = float(schedule.alphas_cumprod[-1]) == 0 and source != target

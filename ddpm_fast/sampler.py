@@ -83,8 +83,7 @@ class Sampler:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t); got {type(model).__name__}")
-        if not isinstance(table, StepTable):
-            raise TypeError(f"table must be a StepTable; got {type(table).__name__}")
+        checks.instance("table", table, StepTable)
         if graph not in ("auto", True, False):
             raise ValueError(f"graph must be 'auto', True or False; got {graph!r}")
         if not (isinstance(noise, (torch.Generator, Tensor)) or noise == "philox"):
@@ -119,8 +118,7 @@ class Sampler:
         A table of the same length and the same terms replays the graph that is already captured.
         Both samplers may be used from any thread; they take turns.
         """
-        if not isinstance(table, StepTable):
-            raise TypeError(f"table must be a StepTable; got {type(table).__name__}")
+        checks.instance("table", table, StepTable)
         other = object.__new__(Sampler)
         other.__dict__.update(self.__dict__ | {"_table": table})
         return other

@@ -117,8 +117,7 @@ def reverse_step_(
     wide = (torch.float64,)
     x = checks.written("x", checks.batch("x", x, (torch.float32, torch.float64)))
     outputs = wide if x.dtype == torch.float64 else checks.FLOATS[:3]
-    if not isinstance(table, StepTable):
-        raise TypeError(f"table must be a StepTable; got {type(table).__name__}")
+    checks.instance("table", table, StepTable)
     out, v, out2 = _outputs(x, model_output, model_output2, table, outputs)
     second, history = _memory(memory, x, table)
     if not table.uses_noise:
