@@ -11,7 +11,6 @@ Weights are read from safetensors alone: nothing is unpickled.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import secrets
 import shutil
@@ -23,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 from ddpm_fast.chain import Clip
+from ddpm_fast.json_files import read_json, write_json
 from ddpm_fast.scheduler_config import SchedulerOptions, describe_schedule, parse_scheduler
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.unet import UNet, UNetConfig
@@ -96,7 +96,7 @@ def load(
     if index.exists():
         _check_index(index)
     config_path = _locate(folder, "unet", CONFIG)
-    raw = _read_json(config_path)
+    raw = read_json(config_path)
     if raw.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise ValueError(f"{config_path}: expected a UNet2DModel, found {raw['_class_name']!r}")
     try:
@@ -136,21 +136,8 @@ def _locate(folder: Path, part: str, name: str) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not a JSON number")
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def _check_index(path: Path) -> None:
-    index = _read_json(path)
+    index = read_json(path)
     if index.get("_class_name") not in _PIPELINES.values():
         accepted = " or ".join(_PIPELINES.values())
         raise ValueError(f"{path}: expected a {accepted}, found {index.get('_class_name')!r}")
@@ -169,7 +156,7 @@ def _read_scheduler(
         if required:
             raise
         return None, None
-    raw = _read_json(path)
+    raw = read_json(path)
     try:
         return parse_scheduler(raw), raw
     except ValueError as error:
@@ -243,7 +230,7 @@ def save(
         temporary.mkdir()
         try:
             for name, document in documents.items():
-                _write_json(temporary / name, document)
+                write_json(temporary / name, document)
             write_weights(unet, temporary / weights)
             # The safetensors library makes its file readable by the owner alone.
             mode = (temporary / weights).with_name(CONFIG).stat().st_mode
@@ -274,15 +261,6 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
     if others:
         reason = f"folder holds files that are not part of a checkpoint ({', '.join(others[:3])})"
         raise FileExistsError(errno.EEXIST, reason, str(target))
-
-
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2, sort_keys=True, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _folders(root: Path) -> list[Path]:

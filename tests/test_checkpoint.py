@@ -291,7 +291,7 @@ class TestSave:
 
             return wrapped
 
-        for name in ("_write_json", "write_weights"):
+        for name in ("write_json", "write_weights"):
             monkeypatch.setattr(checkpoint, name, watch(getattr(checkpoint, name)))
         save(target, unet, overwrite=exists)
         assert same_state(load(target).unet, unet)

@@ -1,7 +1,6 @@
 """Checkpoints that are corrupt, foreign or missing, and disks that fail under a save."""
 
 import errno
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +91,14 @@ CORRUPTIONS = [
     ),
     pytest.param(
         edit_json(CONFIG, norm_eps=float("nan")), "config.json.*NaN is not", id="config-nan"
+    ),
+    pytest.param(
+        write(CONFIG, b'{"act_fn": "silu", "act_fn": "gelu"}'),
+        "config.json.*'act_fn' is given twice",
+        id="config-key-twice",
+    ),
+    pytest.param(
+        edit_json(CONFIG, norm_eps=float("inf")), "config.json.*norm_eps=inf", id="config-infinite"
     ),
     pytest.param(edit_json(CONFIG, act_fn="gelu"), "config.json.*act_fn='gelu'", id="config-value"),
     pytest.param(edit_json(CONFIG, extra=1), "config.json.*extra=1", id="config-unknown-key"),
@@ -261,7 +268,7 @@ FAILURES = [
         lambda m: m.setattr(weights, "save_file", full_disk_in_safetensors), id="safetensors"
     ),
     pytest.param(lambda m: m.setattr(checkpoint, "_flush", full_disk), id="fsync"),
-    pytest.param(lambda m: m.setattr(json, "dump", full_disk), id="json"),
+    pytest.param(lambda m: m.setattr(checkpoint, "write_json", full_disk), id="json"),
     pytest.param(fails_at_last_rename, id="rename"),
     pytest.param(fails_after_last_rename, id="fsync-of-parent"),
 ]
@@ -338,6 +345,12 @@ except OSError as error:
                 ValueError,
                 "beta_schedule='",
                 id="config",
+            ),
+            pytest.param(
+                {"schedule": None, "scheduler_config": {"_note": float("nan")}},
+                ValueError,
+                "NaN is not",
+                id="config-nan",
             ),
         ],
     )
