@@ -5,7 +5,7 @@
     scheduler/scheduler_config.json
 
 Files of `unet` and `scheduler` may also lie in the folder itself, as in google/ddpm-cifar10-32.
-Weights are read from safetensors alone: nothing is unpickled.
+Weights go by the names in `weight_files`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -27,19 +27,15 @@ from ddpm_fast.scheduler_config import SchedulerOptions, describe_schedule, pars
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.unet import UNet, UNetConfig
 from ddpm_fast.unet.weights import read_unet, write_weights
+from ddpm_fast.weight_files import check_variant, find_weights, is_weights, single_name
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler_config.json"
 
 _PIPELINES = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_OWN_FILES = {
-    *(INDEX, CONFIG, WEIGHTS, SCHEDULER),
-    *(f"unet/{CONFIG}", f"unet/{WEIGHTS}", f"scheduler/{SCHEDULER}"),
-}
+_DOCUMENTS = {INDEX, CONFIG, SCHEDULER, f"unet/{CONFIG}", f"scheduler/{SCHEDULER}"}
 
 
 @dataclass(frozen=True)
@@ -68,19 +64,25 @@ def load(
     folder: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    *,
+    variant: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint from a diffusers pipeline folder, or from a folder with a U-Net alone.
 
     A U-Net alone (config.json and weights, no model_index.json) comes without a schedule, unless
     scheduler_config.json lies beside it. `dtype` is float32 (the default), float16, bfloat16 or
-    float64, and `device` the CPU by default. Nothing is downloaded.
+    float64, and `device` the CPU by default. `variant` picks weights by the name they were saved
+    under, such as "fp16"; they are cast to `dtype` as all are. safetensors come before .bin
+    files, of which nothing but tensors is unpickled; either may be split into shards.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is missing.
+        FileNotFoundError: the folder or one of its files is missing, or the variant is not there.
         ValueError: a file is corrupt, truncated, of another kind, or does not fit the others, or
-            dtype or device is none that is accepted; the message names the file and what is wrong.
+            dtype, device or variant is none that is accepted; the message names the file or the
+            argument, and what is wrong.
     """
     folder = Path(folder)
+    check_variant(variant)
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     try:
@@ -88,7 +90,7 @@ def load(
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device: expected a torch device, got {device!r}") from error
     if folder.is_file():
-        _refuse_file(folder)
+        raise ValueError(f"{folder}: is a file; expected a folder with {INDEX} or {CONFIG}")
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such checkpoint folder", str(folder))
 
@@ -105,7 +107,7 @@ def load(
         raise ValueError(f"{config_path}: {error}") from error
 
     options, scheduler = _read_scheduler(folder, required=index.exists())
-    weights = _locate(folder, "unet", WEIGHTS)
+    weights = find_weights(config_path.parent, variant)
     unet = read_unet(config, weights, dtype or torch.float32, device)
     return Checkpoint(
         unet=unet,
@@ -120,19 +122,11 @@ def load(
     )
 
 
-def _refuse_file(path: Path) -> NoReturn:
-    kind = "a pickle, which is never loaded" if path.suffix in _PICKLES else "a file"
-    raise ValueError(f"{path}: is {kind}; expected a folder with {INDEX} or {CONFIG}")
-
-
 def _locate(folder: Path, part: str, name: str) -> Path:
     """`folder/part/name`, or `folder/name` where there is no folder `part`."""
-    home = folder / part if (folder / part).is_dir() else folder
-    path = home / name
+    path = (folder / part if (folder / part).is_dir() else folder) / name
     if not path.is_file():
-        pickles = sorted(p.name for p in home.iterdir() if p.suffix in _PICKLES)
-        held = f" (there is {', '.join(pickles)}: pickles are never loaded)" if pickles else ""
-        raise FileNotFoundError(errno.ENOENT, f"checkpoint file is missing{held}", str(path))
+        raise FileNotFoundError(errno.ENOENT, "checkpoint file is missing", str(path))
     return path
 
 
@@ -174,13 +168,14 @@ def save(
     spacing: str = "leading",
     scheduler_config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    variant: str | None = None,
 ) -> Path:
     """Write a checkpoint that `load` and diffusers' from_pretrained read; returns the folder.
 
     The scheduler is described either by `schedule` and the four options after it, or by
     `scheduler_config` verbatim (what `Checkpoint.scheduler_config` holds). With neither, the
     folder holds the U-Net alone and is one for diffusers' UNet2DModel.from_pretrained.
-    Weights keep their dtype.
+    Weights keep their dtype. With `variant`, such as "fp16", they are found under that name alone.
 
     All is written and flushed to a folder beside the target, which then takes its name; after an
     error the target is as it was and nothing else is left. With `overwrite` an existing
@@ -191,11 +186,12 @@ def save(
         ValueError: both ways of describing the scheduler at once, an option that is not accepted,
             or weights that are not finite.
         FileExistsError: the folder exists and `overwrite` is False, or it holds files that are
-            not part of a checkpoint, which would be lost.
+            not part of a checkpoint, or weights of another variant, which would be lost.
         OSError: the folder cannot be written; the message has the path and the reason.
     """
     if not isinstance(unet, UNet):
         raise TypeError(f"unet: expected a UNet, got {type(unet).__name__}")
+    check_variant(variant)
     if schedule is not None:
         if scheduler_config is not None:
             raise ValueError("scheduler_config: give either it or schedule, not both")
@@ -205,12 +201,12 @@ def save(
     documents: dict[str, Mapping[str, Any]] = {
         CONFIG: {"_class_name": "UNet2DModel", **unet.config.to_dict()}
     }
-    weights = WEIGHTS
+    weights = single_name(variant)
     if scheduler_config is not None:
         scheduler = {"_class_name": "DDPMScheduler", **scheduler_config}
         parse_scheduler(scheduler)
         kind = scheduler["_class_name"]
-        weights = f"unet/{WEIGHTS}"
+        weights = f"unet/{weights}"
         documents = {
             f"unet/{CONFIG}": documents[CONFIG],
             f"scheduler/{SCHEDULER}": scheduler,
@@ -222,7 +218,7 @@ def save(
         }
 
     target = Path(folder).resolve()
-    _check_target(target, overwrite=overwrite)
+    _check_target(target, variant, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         token = secrets.token_hex(4)
@@ -247,7 +243,7 @@ def save(
     return Path(folder)
 
 
-def _check_target(target: Path, *, overwrite: bool) -> None:
+def _check_target(target: Path, variant: str | None, *, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
@@ -255,12 +251,18 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
         raise FileExistsError(errno.EEXIST, reason, str(target))
     if not target.is_dir():
         raise FileExistsError(errno.EEXIST, "a file has the checkpoint's name", str(target))
-    held = (path for path in target.rglob("*") if not path.is_dir())
-    others = sorted(str(path.relative_to(target)) for path in held)
-    others = [name for name in others if name not in _OWN_FILES]
-    if others:
+    held = (path.relative_to(target) for path in target.rglob("*") if not path.is_dir())
+    if others := sorted(str(path) for path in held if not _is_own(path, variant)):
         reason = f"folder holds files that are not part of a checkpoint ({', '.join(others[:3])})"
         raise FileExistsError(errno.EEXIST, reason, str(target))
+
+
+def _is_own(path: Path, variant: str | None) -> bool:
+    """Whether a file in a checkpoint's folder is part of it, weights of other variants not."""
+    home = path.parent.as_posix()
+    return path.as_posix() in _DOCUMENTS or (
+        home in (".", "unet") and is_weights(path.name, variant)
+    )
 
 
 def _folders(root: Path) -> list[Path]:

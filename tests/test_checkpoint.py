@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import ddpm_fast
 from checkpoint_cases import (
@@ -218,17 +218,6 @@ class TestLoad:
         want = unet.state_dict()
         for name, value in found.state_dict().items():
             assert torch.equal(value, want[name].to(value.dtype)), name
-
-    def test_old_attention_keys(self, folder, unet):
-        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-        state = {}
-        for name, value in load_file(folder / UNET_FILE).items():
-            for new, former in old.items():
-                name = name.replace(f".{new}.", f".{former}.")
-            state[name] = value
-        assert "mid_block.attentions.0.proj_attn.bias" in state
-        save_file(state, folder / UNET_FILE)
-        assert same_state(load(folder).unet, unet)
 
 
 class TestSave:

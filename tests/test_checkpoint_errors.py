@@ -60,8 +60,8 @@ def edit_weights(change):
     return apply
 
 
-def pickled(folder):
-    (folder / UNET_FILE).rename(folder / "unet/diffusion_pytorch_model.bin")
+def other_kind(folder):
+    (folder / UNET_FILE).rename(folder / "unet/model.ckpt")
 
 
 BIAS = "conv_out.bias"
@@ -198,7 +198,7 @@ class TestRefusedOnLoad:
             pytest.param(remove(CONFIG), "missing.*unet/config.json", id="config"),
             pytest.param(remove(SCHEDULER), "missing.*scheduler_config.json", id="scheduler"),
             pytest.param(remove(UNET_FILE), "missing.*safetensors", id="weights"),
-            pytest.param(pickled, r"model\.bin: pickles are never loaded", id="pickle-instead"),
+            pytest.param(other_kind, r"missing; model\.ckpt is of another kind", id="ckpt-instead"),
         ],
     )
     def test_missing_file(self, folder, corrupt, match):
@@ -213,9 +213,9 @@ class TestRefusedOnLoad:
             load(tmp_path)
 
     @pytest.mark.parametrize("name", ["model.ckpt", "diffusion_pytorch_model.bin", "ema.pt"])
-    def test_pickle_file(self, tmp_path, name):
+    def test_file_instead_of_a_folder(self, tmp_path, name):
         (tmp_path / name).write_bytes(b"\x80\x02.")
-        with pytest.raises(ValueError, match=f"{name}: is a pickle, which is never loaded"):
+        with pytest.raises(ValueError, match=rf"{name}: is a file; expected a folder"):
             load(tmp_path / name)
 
     def test_dtype(self, folder):

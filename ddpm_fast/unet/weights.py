@@ -1,21 +1,24 @@
-"""The U-Net's weights in a safetensors file, under diffusers' keys."""
+"""The U-Net's weights on disk, under diffusers' keys."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ddpm_fast.unet.config import UNetConfig
 from ddpm_fast.unet.model import UNet
+from ddpm_fast.unet.tensor_files import FLOATING, TensorFile, open_tensors
+from ddpm_fast.weight_files import WeightFiles
 
-_FLOATING = ("F64", "F32", "F16", "BF16")
 _OLD_ATTENTION = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.")
 _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# As a 1x1 convolution it has two axes more.
+_PROJECTION = re.compile(r"attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
 
 
 def current_key(key: str) -> str:
@@ -23,56 +26,75 @@ def current_key(key: str) -> str:
     return _OLD_ATTENTION.sub(lambda m: f"{m[1]}.{_NEW_ATTENTION[m[2]]}.", key)
 
 
-def read_unet(config: UNetConfig, path: Path, dtype: torch.dtype, device: torch.device) -> UNet:
-    """A `UNet` in eval mode with the weights of `path`, cast to `dtype`, on `device`.
+def read_unet(
+    config: UNetConfig, files: WeightFiles, dtype: torch.dtype, device: torch.device
+) -> UNet:
+    """A `UNet` in eval mode with the weights of `files`, cast to `dtype`, on `device`.
 
-    Nothing is allocated before the file's header fits the network.
+    Nothing is allocated before the files' headers fit the network.
 
     Raises:
-        ValueError: not a safetensors file, keys missing or left over, a shape or dtype that does
-            not fit, weights that are not finite in `dtype`; the message names file and key.
+        ValueError: a file that is damaged or of another kind, keys missing, left over, given
+            twice or not where the index has them, a shape or dtype that does not fit, weights
+            that are not finite in `dtype`; the message names file and key.
     """
     with torch.device("meta"):
         unet = UNet(config).to(dtype).eval()
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = _match(unet, file, path)
-            unet.to_empty(device=device)
-            with torch.no_grad():
-                for name, parameter in unet.state_dict().items():
-                    value = file.get_tensor(keys[name])
-                    parameter.copy_(value)
-                    if not parameter.isfinite().all():
-                        cause = (
-                            f"values {dtype} cannot hold"
-                            if value.isfinite().all()
-                            else "values that are not finite"
-                        )
-                        raise ValueError(f"{path}: {keys[name]} has {cause}")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    opened = {path: open_tensors(path) for path in files.paths}
+    if files.index is not None:
+        for path, file in opened.items():
+            _check_shard(files.source, files.index, path, file)
+    places = _match(unet, opened, files.source)
+    unet.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in unet.state_dict().items():
+            path, key = places[name]
+            value = opened[path].read(key)
+            parameter.copy_(value.reshape(parameter.shape))
+            if not parameter.isfinite().all():
+                cause = (
+                    f"values {dtype} cannot hold"
+                    if value.isfinite().all()
+                    else "values that are not finite"
+                )
+                raise ValueError(f"{path}: {key} has {cause}")
     return unet
 
 
-def _match(unet: UNet, file: safe_open, path: Path) -> dict[str, str]:
-    """The file's key of each of the network's, after comparing names, shapes and dtypes."""
-    keys: dict[str, str] = {}
-    for key in file.keys():  # noqa: SIM118
-        if keys.setdefault(current_key(key), key) != key:
-            raise ValueError(f"{path}: {keys[current_key(key)]} and {key} are the same weight")
+def _check_shard(source: Path, index: Mapping[str, Path], path: Path, file: TensorFile) -> None:
+    """That a file holds the keys that the index of shards places there, and no other."""
+    held = set(file.keys())
+    if lost := {key for key, home in index.items() if home == path} - held:
+        raise ValueError(f"{path}: keys are missing that {source.name} places there: {_some(lost)}")
+    if astray := sorted(key for key in held if index.get(key) != path):
+        home = index.get(astray[0])
+        place = f"in {home.name}" if home else "nowhere"
+        raise ValueError(f"{path}: holds {astray[0]}, which {source.name} places {place}")
+
+
+def _match(
+    unet: UNet, opened: Mapping[Path, TensorFile], source: Path
+) -> dict[str, tuple[Path, str]]:
+    """The file and the key of each of the network's weights, names, shapes and dtypes compared."""
+    places: dict[str, tuple[Path, str]] = {}
+    for path, file in opened.items():
+        for key in file.keys():  # noqa: SIM118
+            held = places.setdefault(current_key(key), (path, key))
+            if held != (path, key):
+                raise ValueError(f"{path}: {held[1]} and {key} are the same weight")
     wanted = {name: list(value.shape) for name, value in unet.state_dict().items()}
-    if missing := wanted.keys() - keys.keys():
-        raise ValueError(f"{path}: keys are missing: {_some(missing)}")
-    if extra := keys.keys() - wanted.keys():
-        raise ValueError(f"{path}: keys the network does not have: {_some(extra)}")
+    if missing := wanted.keys() - places.keys():
+        raise ValueError(f"{source}: keys are missing: {_some(missing)}")
+    if extra := places.keys() - wanted.keys():
+        raise ValueError(f"{source}: keys the network does not have: {_some(extra)}")
     for name, shape in wanted.items():
-        found = file.get_slice(keys[name])
-        if found.get_shape() != shape or found.get_dtype() not in _FLOATING:
-            raise ValueError(
-                f"{path}: {keys[name]} is {found.get_dtype()} {found.get_shape()}, "
-                f"expected {shape} in one of {', '.join(_FLOATING)}"
-            )
-    return keys
+        path, key = places[name]
+        dtype, found = opened[path].describe(key)
+        fitting = [shape, [*shape, 1, 1]] if _PROJECTION.search(name) else [shape]
+        if found not in fitting or dtype not in FLOATING:
+            accepted = f"{shape} in one of {', '.join(FLOATING)}"
+            raise ValueError(f"{path}: {key} is {dtype} {found}, expected {accepted}")
+    return places
 
 
 def _some(keys: Iterable[str]) -> str:
