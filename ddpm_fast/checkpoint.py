@@ -23,7 +23,13 @@ import torch
 
 from ddpm_fast.chain import Clip
 from ddpm_fast.json_files import read_json, write_json
-from ddpm_fast.scheduler_config import SchedulerOptions, describe_schedule, parse_scheduler
+from ddpm_fast.scheduler_config import (
+    SCHEDULERS,
+    SchedulerOptions,
+    describe_schedule,
+    diffusers_scheduler,
+    parse_scheduler,
+)
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.unet import UNet, UNetConfig
 from ddpm_fast.unet.weights import read_unet, write_weights
@@ -33,7 +39,7 @@ INDEX = "model_index.json"
 CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
 
-_PIPELINES = {"DDPMScheduler": "DDPMPipeline", "DDIMScheduler": "DDIMPipeline"}
+_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DOCUMENTS = {INDEX, CONFIG, SCHEDULER, f"unet/{CONFIG}", f"scheduler/{SCHEDULER}"}
 
@@ -45,7 +51,8 @@ class Checkpoint:
     unet: in eval mode, channels_last.
     schedule, prediction, variance, clip, spacing, steps_offset: see
         `SchedulerOptions`; None (0) for a folder that holds a U-Net alone.
-    scheduler_config: scheduler_config.json as read; None for a U-Net alone.
+    scheduler_config: scheduler_config.json as read, with the class that model_index.json names;
+        None for a U-Net alone.
     sample_shape: (C, H, W) of an image; None where the U-Net's config has no sample_size.
     """
 
@@ -95,8 +102,7 @@ def load(
         raise FileNotFoundError(errno.ENOENT, "no such checkpoint folder", str(folder))
 
     index = folder / INDEX
-    if index.exists():
-        _check_index(index)
+    named = _read_index(index) if index.exists() else None
     config_path = _locate(folder, "unet", CONFIG)
     raw = read_json(config_path)
     if raw.get("_class_name", "UNet2DModel") != "UNet2DModel":
@@ -106,7 +112,7 @@ def load(
     except ValueError as error:
         raise ValueError(f"{config_path}: {error}") from error
 
-    options, scheduler = _read_scheduler(folder, required=index.exists())
+    options, scheduler = _read_scheduler(folder, named)
     weights = find_weights(config_path.parent, variant)
     unet = read_unet(config, weights, dtype or torch.float32, device)
     return Checkpoint(
@@ -130,27 +136,36 @@ def _locate(folder: Path, part: str, name: str) -> Path:
     return path
 
 
-def _check_index(path: Path) -> None:
+def _read_index(path: Path) -> str:
+    """The scheduler that model_index.json names, after a check of all that it names."""
     index = read_json(path)
-    if index.get("_class_name") not in _PIPELINES.values():
-        accepted = " or ".join(_PIPELINES.values())
+    if index.get("_class_name") not in _PIPELINES:
+        accepted = " or ".join(_PIPELINES)
         raise ValueError(f"{path}: expected a {accepted}, found {index.get('_class_name')!r}")
-    for part, kinds in (("unet", ("UNet2DModel",)), ("scheduler", tuple(_PIPELINES))):
+    for part, kinds in (("unet", ("UNet2DModel",)), ("scheduler", SCHEDULERS)):
         entry = index.get(part)
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in kinds:
             raise ValueError(f"{path}: {part} is {entry!r}, expected {' or '.join(kinds)}")
+    return index["scheduler"][1]
 
 
 def _read_scheduler(
-    folder: Path, *, required: bool
+    folder: Path, named: str | None
 ) -> tuple[SchedulerOptions | None, dict[str, Any] | None]:
+    """The scheduler's config; `named` is its class where there is a model_index.json."""
     try:
         path = _locate(folder, "scheduler", SCHEDULER)
     except FileNotFoundError:
-        if required:
+        if named:
             raise
         return None, None
     raw = read_json(path)
+    # diffusers reads the file with the class that the index names, whichever the file names.
+    held = raw.get("_class_name", named)
+    if named and held in SCHEDULERS and diffusers_scheduler(held) != diffusers_scheduler(named):
+        held = named
+    if held is not None:
+        raw["_class_name"] = held
     try:
         return parse_scheduler(raw), raw
     except ValueError as error:
@@ -205,13 +220,14 @@ def save(
     if scheduler_config is not None:
         scheduler = {"_class_name": "DDPMScheduler", **scheduler_config}
         parse_scheduler(scheduler)
-        kind = scheduler["_class_name"]
+        kind = diffusers_scheduler(scheduler["_class_name"])
+        pipeline = kind.replace("Scheduler", "Pipeline")
         weights = f"unet/{weights}"
         documents = {
             f"unet/{CONFIG}": documents[CONFIG],
             f"scheduler/{SCHEDULER}": scheduler,
             INDEX: {
-                "_class_name": _PIPELINES[kind],
+                "_class_name": pipeline if pipeline in _PIPELINES else "DDPMPipeline",
                 "scheduler": ["diffusers", kind],
                 "unet": ["diffusers", "UNet2DModel"],
             },

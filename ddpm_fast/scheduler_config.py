@@ -1,17 +1,16 @@
-"""scheduler_config.json of diffusers' DDPMScheduler and DDIMScheduler, in this package's terms."""
+"""scheduler_config.json of diffusers' schedulers, in this package's terms."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ddpm_fast.chain import Clip, DynamicThreshold
 from ddpm_fast.schedules import NoiseSchedule, ScheduleWarning
 
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {
     "fixed_small": "posterior",
@@ -40,15 +39,73 @@ _DEFAULTS: dict[str, Any] = {
     "steps_offset": 0,
     "rescale_betas_zero_snr": False,
 }
-# Read by diffusers, but with a bearing on the final step of DDIM alone.
-_UNREAD = ("set_alpha_to_one",)
+_CLIP = ("clip_sample", "clip_sample_range")
+_THRESHOLD = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a scheduler of diffusers reads.
+
+    lacks: options of `_DEFAULTS` that it has not; it samples as if they were off.
+    spacing: its default.
+    own: options that say how it steps, and nothing of the chain.
+    fixed: options that would move the steps or change what the network returns, and the one
+        value that leaves both alone.
+    """
+
+    lacks: tuple[str, ...] = ()
+    spacing: str = "leading"
+    own: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+_SIGMAS = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
+    "use_dynamic_shifting": False,
+    "time_shift_type": "exponential",
+}
+_MULTISTEP = ("solver_order", "solver_type", "lower_order_final", "final_sigmas_type")
+_ANCESTRAL = _Kind(own=("set_alpha_to_one",))
+_KINDS = {
+    "DDPMScheduler": _ANCESTRAL,
+    "DDIMScheduler": _ANCESTRAL,
+    "DPMSolverMultistepScheduler": _Kind(
+        lacks=_CLIP,
+        spacing="linspace",
+        own=(*_MULTISTEP, "algorithm_type", "euler_at_final"),
+        fixed={**_SIGMAS, "use_lu_lambdas": False, "lambda_min_clipped": -math.inf},
+    ),
+    "UniPCMultistepScheduler": _Kind(
+        lacks=_CLIP,
+        spacing="linspace",
+        own=(*_MULTISTEP, "predict_x0", "disable_corrector", "solver_p"),
+        fixed={**_SIGMAS, "sigma_min": None, "sigma_max": None, "shift_terminal": None},
+    ),
+    "PNDMScheduler": _Kind(
+        lacks=(*_CLIP, *_THRESHOLD, "rescale_betas_zero_snr"),
+        own=("skip_prk_steps", "set_alpha_to_one"),
+    ),
+}
+_REPLACEMENTS = {"FastDDPMScheduler": "DDPMScheduler", "FastDDIMScheduler": "DDIMScheduler"}
+SCHEDULERS = (*_KINDS, *_REPLACEMENTS)
+
+
+def diffusers_scheduler(kind: str) -> str:
+    """The class of diffusers that reads the config of `kind`, one of `SCHEDULERS`."""
+    return _REPLACEMENTS.get(kind, kind)
 
 
 @dataclass(frozen=True)
 class SchedulerOptions:
     """What a scheduler config says about the chain.
 
-    schedule: from beta_schedule or trained_betas, rescaled where rescale_betas_zero_snr is on.
+    schedule: from beta_schedule or trained_betas, rescaled where rescale_betas_zero_snr is on (its
+        last alphas_cumprod is then 0; diffusers' DPM-Solver++ and UniPC step from 2^-24 instead).
     prediction: what the network returns, "epsilon", "x0" or "v".
     variance: "posterior" (fixed_small), "beta" (fixed_large), "learned" or "learned_range".
     clip: x0 is clipped to [-clip, clip]; None leaves it; a `DynamicThreshold` thresholds it.
@@ -70,18 +127,32 @@ def _refuse(option: str, value: object, accepted: str) -> NoReturn:
 def parse_scheduler(config: Mapping[str, Any]) -> SchedulerOptions:
     """Options of a parsed scheduler_config.json; missing ones have diffusers' defaults.
 
-    Options without a meaning here are ignored with a warning, as diffusers does.
+    Options that say how a solver steps are left to it. Options that the scheduler does not have
+    are ignored with a warning, as diffusers does.
 
     Raises:
         ValueError: another scheduler, or a value that is not supported; the message names both.
     """
-    kind = config.get("_class_name", "DDPMScheduler")
-    if kind not in SCHEDULERS:
-        _refuse("_class_name", kind, ", ".join(SCHEDULERS))
+    name = config.get("_class_name", "DDPMScheduler")
+    if name not in SCHEDULERS:
+        _refuse("_class_name", name, ", ".join(SCHEDULERS))
+    kind = _KINDS[diffusers_scheduler(name)]
     given = {key: value for key, value in config.items() if not key.startswith("_")}
-    if unread := sorted(given.keys() - _DEFAULTS.keys() - set(_UNREAD)):
+    for option, value in kind.fixed.items():
+        if option in given and given.pop(option) != value:
+            _refuse(option, config[option], repr(value))
+    read = _DEFAULTS.keys() - set(kind.lacks)
+    if unread := sorted(given.keys() - read - set(kind.own)):
         warnings.warn(f"scheduler options ignored: {', '.join(unread)}", stacklevel=2)
-    options = {**_DEFAULTS, **given}
+    options = {
+        **_DEFAULTS,
+        "timestep_spacing": kind.spacing,
+        **dict.fromkeys({"clip_sample"} & set(kind.lacks), False),
+        **{option: given[option] for option in given.keys() & read},
+    }
+    # null is DPM-Solver's, and DDPM's variance is then fixed_small's.
+    if options["variance_type"] is None:
+        options["variance_type"] = _DEFAULTS["variance_type"]
     for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
         if not isinstance(options[name], bool):
             _refuse(name, options[name], "true or false")

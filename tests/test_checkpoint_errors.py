@@ -78,8 +78,8 @@ CORRUPTIONS = [
         id="other-unet",
     ),
     pytest.param(
-        edit_json("model_index.json", scheduler=["diffusers", "PNDMScheduler"]),
-        "model_index.json.*PNDMScheduler",
+        edit_json("model_index.json", scheduler=["diffusers", "LMSDiscreteScheduler"]),
+        "model_index.json.*LMSDiscreteScheduler",
         id="other-scheduler",
     ),
     pytest.param(edit_json("model_index.json", unet=None), "unet is None", id="index-no-unet"),

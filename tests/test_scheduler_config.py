@@ -1,0 +1,202 @@
+"""Pipelines with each of diffusers' schedulers, in this package's terms."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+
+from checkpoint_cases import OPTIONS, SCHEDULER, edit
+from ddpm_fast import DynamicThreshold
+from ddpm_fast.checkpoint import load, save
+from ddpm_fast.scheduler_config import parse_scheduler
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.unet import UNet
+
+DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
+PNDM = "PNDMScheduler"
+
+
+@pytest.fixture(scope="module")
+def peer():
+    return pytest.importorskip("diffusers", reason="parity needs diffusers")
+
+
+@pytest.fixture(scope="module")
+def theirs(peer):
+    return peer.UNet2DModel(**OPTIONS).eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save(tmp_path / "model", UNet(**OPTIONS), NoiseSchedule.linear())
+
+
+def saved(peer, theirs, folder, kind, **options):
+    scheduler = getattr(peer, kind)(**options)
+    peer.DDPMPipeline(theirs, scheduler).save_pretrained(folder)
+    return scheduler
+
+
+CASES = [
+    pytest.param("DDPMScheduler", {}, id="ddpm"),
+    pytest.param("DDIMScheduler", {"set_alpha_to_one": False, "steps_offset": 1}, id="ddim"),
+    pytest.param(DPM, {}, id="dpm"),
+    pytest.param(
+        DPM,
+        {
+            "solver_order": 3,
+            "algorithm_type": "sde-dpmsolver++",
+            "solver_type": "heun",
+            "euler_at_final": True,
+            "lower_order_final": False,
+            "final_sigmas_type": "sigma_min",
+            "timestep_spacing": "trailing",
+            "prediction_type": "v_prediction",
+            "beta_schedule": "squaredcos_cap_v2",
+            "variance_type": "learned_range",
+        },
+        id="dpm-options",
+    ),
+    pytest.param(DPM, {"rescale_betas_zero_snr": True}, id="dpm-zero-snr"),
+    pytest.param(UNIPC, {}, id="unipc"),
+    pytest.param(UNIPC, {"rescale_betas_zero_snr": True}, id="unipc-zero-snr"),
+    pytest.param(
+        UNIPC,
+        {"predict_x0": False, "solver_type": "bh1", "disable_corrector": [0, 1]},
+        id="unipc-options",
+    ),
+    pytest.param(PNDM, {}, id="pndm"),
+    pytest.param(
+        PNDM,
+        {"skip_prk_steps": True, "set_alpha_to_one": True, "beta_end": 0.01},
+        id="pndm-options",
+    ),
+]
+PREDICTION = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
+
+
+@pytest.mark.filterwarnings("error:scheduler options")
+@pytest.mark.parametrize(("kind", "options"), CASES)
+def test_scheduler_of_diffusers(peer, theirs, tmp_path, kind, options):
+    scheduler = saved(peer, theirs, tmp_path / "a", kind, **options)
+    ours, config = load(tmp_path / "a"), scheduler.config
+    assert torch.allclose(ours.schedule.betas.float(), scheduler.betas, rtol=1e-5, atol=1e-6)
+    assert ours.prediction == PREDICTION[config.prediction_type]
+    assert (ours.spacing, ours.steps_offset) == (config.timestep_spacing, config.steps_offset)
+    assert ours.clip == (1.0 if config.get("clip_sample") else None)
+    assert ours.variance == (options.get("variance_type") or "posterior")
+    assert {"_class_name": kind, **options}.items() <= ours.scheduler_config.items()
+
+    again = save(tmp_path / "b", ours.unet, scheduler_config=ours.scheduler_config)
+    assert load(again).scheduler_config == ours.scheduler_config
+    pipelines = {"DDIMScheduler": "DDIMPipeline", PNDM: "PNDMPipeline"}
+    back = getattr(peer, pipelines.get(kind, "DDPMPipeline")).from_pretrained(again).scheduler
+    assert type(back) is type(scheduler)
+    assert dict(back.config) | {"_use_default_values": 0} == dict(config) | {
+        "_use_default_values": 0
+    }
+
+
+@pytest.mark.parametrize("kind", [DPM, UNIPC])
+def test_threshold_of_a_multistep_solver(peer, theirs, tmp_path, kind):
+    saved(peer, theirs, tmp_path, kind, thresholding=True, sample_max_value=2.0)
+    assert load(tmp_path).clip == DynamicThreshold(0.995, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "ignored"),
+    [
+        (DPM, {"clip_sample": True, "clip_sample_range": 2.0}, "clip_sample, clip_sample_range"),
+        (UNIPC, {"clip_sample": True}, "clip_sample"),
+        (PNDM, {"thresholding": True, "clip_sample": True}, "clip_sample, thresholding"),
+        (PNDM, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ("DDPMScheduler", {"solver_order": 2}, "solver_order"),
+        ("DDIMScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas"),
+    ],
+)
+def test_what_a_scheduler_does_not_have_is_off_and_warned_of(kind, options, ignored):
+    with pytest.warns(UserWarning, match=f"ignored: {ignored}$"):
+        found = parse_scheduler({"_class_name": kind, **options})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert found == parse_scheduler({"_class_name": kind})
+
+
+def refused(kind, option, value, accepted):
+    short = {DPM: "dpm", UNIPC: "unipc"}.get(kind, kind)
+    return pytest.param(kind, option, value, accepted, id=f"{short}-{option}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value", "accepted"),
+    [
+        *(
+            refused(kind, name, True, "False")
+            for kind in (DPM, UNIPC)
+            for name in (
+                "use_karras_sigmas",
+                "use_exponential_sigmas",
+                "use_beta_sigmas",
+                "use_flow_sigmas",
+                "use_dynamic_shifting",
+            )
+        ),
+        *(refused(kind, "flow_shift", 3.0, "1.0") for kind in (DPM, UNIPC)),
+        *(refused(kind, "time_shift_type", "linear", "'exponential'") for kind in (DPM, UNIPC)),
+        refused(DPM, "use_lu_lambdas", True, "False"),
+        refused(DPM, "lambda_min_clipped", -5.1, "-inf"),
+        *(refused(UNIPC, name, 0.1, "None") for name in ("sigma_min", "sigma_max")),
+        refused(UNIPC, "shift_terminal", 0.1, "None"),
+        *(
+            refused(kind, "prediction_type", "flow_prediction", "epsilon, sample, v_prediction")
+            for kind in (DPM, UNIPC, PNDM, "DDPMScheduler")
+        ),
+        *(
+            refused(kind, "beta_schedule", "laplace", "linear, scaled_linear")
+            for kind in (DPM, UNIPC, PNDM, "DDIMScheduler")
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:scheduler options ignored")
+def test_option_that_would_change_the_chain(folder, kind, option, value, accepted):
+    edit(folder / SCHEDULER, {"_class_name": kind, option: value})
+    edit(folder / "model_index.json", {"scheduler": ["diffusers", kind]})
+    match = rf"{SCHEDULER}: scheduler option {option}={value!r} is not .*accepted: {accepted}"
+    with pytest.raises(ValueError, match=match):
+        load(folder)
+
+
+@pytest.mark.parametrize("kind", ["DDPM", "DDIM"])
+@pytest.mark.parametrize("library", ["ddpm_fast", "ddpm_fast.interop.schedulers", None])
+def test_this_package_in_the_place_of_diffusers(peer, folder, tmp_path, kind, library):
+    name = f"Fast{kind}Scheduler"
+    edit(folder / SCHEDULER, {"_class_name": name, "beta_end": 0.03})
+    edit(folder / "model_index.json", {"scheduler": [library, name]})
+    ours = load(folder)
+    assert ours.schedule == NoiseSchedule.linear(1000, 1e-4, 0.03)
+    assert ours.scheduler_config["_class_name"] == name
+    again = save(tmp_path / "again", ours.unet, scheduler_config=ours.scheduler_config)
+    assert load(again).scheduler_config == ours.scheduler_config
+    theirs = getattr(peer, f"{kind}Pipeline").from_pretrained(again).scheduler
+    assert isinstance(theirs, getattr(peer, f"{kind}Scheduler"))
+    assert theirs.betas[-1] == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize("held", [{"_class_name": "DDPMScheduler"}, {}], ids=["other", "none"])
+def test_the_index_names_the_class_that_reads(folder, held):
+    (folder / SCHEDULER).write_text(json.dumps({**held, "use_flow_sigmas": False}))
+    edit(folder / "model_index.json", {"scheduler": ["diffusers", DPM]})
+    found = load(folder)
+    assert (found.spacing, found.clip) == ("linspace", None)
+    assert found.scheduler_config["_class_name"] == DPM
+
+
+@pytest.mark.filterwarnings("ignore:scheduler options ignored")
+def test_an_option_that_is_off_may_be_infinite(folder, tmp_path):
+    edit(folder / SCHEDULER, {"_class_name": DPM, "lambda_min_clipped": -math.inf})
+    edit(folder / "model_index.json", {"scheduler": ["diffusers", DPM]})
+    found = load(folder)
+    again = save(tmp_path / "again", found.unet, scheduler_config=found.scheduler_config)
+    assert "-Infinity" in (again / SCHEDULER).read_text()
