@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ddpm_fast.chain import Clip
+from ddpm_fast.hub import fetch, fetch_weights, is_repository_id
 from ddpm_fast.json_files import read_json, write_json
 from ddpm_fast.scheduler_config import (
     SCHEDULERS,
@@ -73,8 +74,14 @@ def load(
     device: torch.device | str | None = None,
     *,
     variant: str | None = None,
+    revision: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint from a diffusers pipeline folder, or from a folder with a U-Net alone.
+
+    A string that is no path here but could be a repository of the Hugging Face Hub, such as
+    "google/ddpm-cifar10-32", is read from there by huggingface_hub: the configs, then the weights
+    that are asked for, and from its cache where the Hub is out of reach. `revision` is a branch,
+    tag or commit of it.
 
     A U-Net alone (config.json and weights, no model_index.json) comes without a schedule, unless
     scheduler_config.json lies beside it. `dtype` is float32 (the default), float16, bfloat16 or
@@ -83,12 +90,12 @@ def load(
     files, of which nothing but tensors is unpickled; either may be split into shards.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is missing, or the variant is not there.
+        FileNotFoundError: the folder or repository or one of its files is missing, or the variant
+            is not there, or huggingface_hub, which a repository needs.
         ValueError: a file is corrupt, truncated, of another kind, or does not fit the others, or
-            dtype, device or variant is none that is accepted; the message names the file or the
-            argument, and what is wrong.
+            an argument is none that is accepted; the message names the file or the argument, and
+            what is wrong.
     """
-    folder = Path(folder)
     check_variant(variant)
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
@@ -96,6 +103,8 @@ def load(
         device = torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device: expected a torch device, got {device!r}") from error
+    repository = _repository(folder, revision)
+    folder = fetch(repository, revision, _DOCUMENTS) if repository else Path(folder)
     if folder.is_file():
         raise ValueError(f"{folder}: is a file; expected a folder with {INDEX} or {CONFIG}")
     if not folder.is_dir():
@@ -113,8 +122,10 @@ def load(
         raise ValueError(f"{config_path}: {error}") from error
 
     options, scheduler = _read_scheduler(folder, named)
-    weights = find_weights(config_path.parent, variant)
-    unet = read_unet(config, weights, dtype or torch.float32, device)
+    home = config_path.parent
+    if repository:
+        fetch_weights(repository, folder, home.relative_to(folder).as_posix(), variant)
+    unet = read_unet(config, find_weights(home, variant), dtype or torch.float32, device)
     return Checkpoint(
         unet=unet,
         schedule=options.schedule if options else None,
@@ -126,6 +137,18 @@ def load(
         scheduler_config=scheduler,
         sample_shape=config.sample_shape,
     )
+
+
+def _repository(folder: str | os.PathLike[str], revision: str | None) -> str | None:
+    """`folder` where it is the name of a repository rather than a path."""
+    if isinstance(folder, str) and is_repository_id(folder) and not os.path.lexists(folder):
+        if revision is None or (isinstance(revision, str) and revision):
+            return folder
+        raise ValueError(f"revision: expected a branch, tag or commit, got {revision!r}")
+    if revision is not None:
+        reason = f"{os.fspath(folder)} is a folder, which has none"
+        raise ValueError(f"revision: is for a repository of the Hub, got {revision!r}; {reason}")
+    return None
 
 
 def _locate(folder: Path, part: str, name: str) -> Path:

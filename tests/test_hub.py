@@ -1,0 +1,283 @@
+"""Checkpoints named by a repository of the Hub, without a network: huggingface_hub's own cache."""
+
+import errno
+import fnmatch
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_cases import CONFIG, OPTIONS, SCHEDULER, UNET_FILE, edit, same_state
+from ddpm_fast.checkpoint import load, save
+from ddpm_fast.hub import is_repository_id
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.unet import UNet
+
+hub = pytest.importorskip("huggingface_hub")
+constants, errors, utils = (
+    pytest.importorskip(f"huggingface_hub.{name}") for name in ("constants", "errors", "utils")
+)
+
+NAME = "google/ddpm-cifar10-32"
+COMMITS = {"main": "a" * 40, "old": "b" * 40}
+FP16 = UNET_FILE.replace(".safe", ".fp16.safe")
+BIN = "unet/diffusion_pytorch_model.bin"
+CONFIGS = ["model_index.json", CONFIG, SCHEDULER]
+
+
+@pytest.fixture
+def unets():
+    torch.manual_seed(0)
+    return {branch: UNet(**OPTIONS).eval() for branch in COMMITS}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache; the working directory is empty as well."""
+    home = tmp_path / "cache"
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return home
+
+
+def put(cache, name, branch, folder):
+    """Files as huggingface_hub keeps them: blobs, and a snapshot of links to them."""
+    root = cache / f"models--{name.replace('/', '--')}"
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        blob = root / "blobs" / f"{branch}-{path.name}"
+        link = root / "snapshots" / COMMITS[branch] / path.relative_to(folder)
+        for place in (blob, link):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs" / branch).write_text(COMMITS[branch])
+
+
+@pytest.fixture
+def cached(cache, tmp_path, unets):
+    for branch, unet in unets.items():
+        folder = save(tmp_path / branch, unet, NoiseSchedule.linear())
+        put(cache, NAME, branch, folder)
+    return cache
+
+
+class TestFromTheCache:
+    def test_pipeline(self, cached, unets):
+        found = load(NAME)
+        assert same_state(found.unet, unets["main"])
+        assert found.schedule == NoiseSchedule.linear()
+
+    @pytest.mark.parametrize("revision", ["old", COMMITS["old"]])
+    def test_revision(self, cached, unets, revision):
+        assert same_state(load(NAME, revision=revision).unet, unets["old"])
+
+    def test_a_name_without_an_owner(self, cache, tmp_path, unets):
+        put(cache, "ddpm", "main", save(tmp_path / "a", unets["main"]))
+        assert same_state(load("ddpm").unet, unets["main"])
+
+    def test_variant(self, cache, tmp_path, unets):
+        folder = save(tmp_path / "a", unets["main"], NoiseSchedule.linear(), variant="fp16")
+        put(cache, NAME, "main", folder)
+        assert same_state(load(NAME, variant="fp16").unet, unets["main"])
+        with pytest.raises(FileNotFoundError, match=r"there are weights variant='fp16'"):
+            load(NAME)
+
+    def test_files_in_the_root_and_a_bin(self, cache, tmp_path, unets):
+        folder = save(tmp_path / "a", unets["main"], NoiseSchedule.linear())
+        for path in folder.glob("*/*.json"):
+            path.rename(folder / path.name)
+        torch.save(unets["main"].state_dict(), folder / Path(BIN).name)
+        for name in ("unet", "scheduler"):
+            shutil.rmtree(folder / name)
+        put(cache, NAME, "main", folder)
+        assert same_state(load(NAME).unet, unets["main"])
+
+    def test_in_a_process_that_is_offline(self, cached):
+        code = f"import ddpm_fast; print(ddpm_fast.load({NAME!r}).sample_shape)"
+        env = {**os.environ, "HF_HUB_CACHE": str(cached), "HF_HUB_OFFLINE": "1"}
+        result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
+        assert result.stdout == b"(1, 4, 8)\n", result.stderr
+
+    def test_a_folder_of_that_name_comes_first(self, cached, unets):
+        other = UNet(**OPTIONS)
+        save(NAME, other)
+        assert same_state(load(NAME).unet, other)
+
+
+@pytest.fixture
+def remote(cache, tmp_path, unets, monkeypatch):
+    """A repository with every kind of file; (revision, files) of each download are recorded."""
+    source = save(tmp_path / "remote", unets["main"], NoiseSchedule.linear())
+    for name in ("README.md", "unet/training.pt", "vae/diffusion_pytorch_model.safetensors"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"")
+    shutil.copy(source / UNET_FILE, source / FP16)
+    torch.save(unets["main"].state_dict(), source / BIN)
+    downloads = []
+
+    def snapshot_download(name, *, revision, allow_patterns, local_files_only=False):
+        assert name == NAME
+        target = tmp_path / "snapshots" / COMMITS["main"]
+        fetched = []
+        for path in sorted(path for path in source.rglob("*") if path.is_file()):
+            inside = path.relative_to(source).as_posix()
+            if any(fnmatch.fnmatch(inside, pattern) for pattern in allow_patterns):
+                (target / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target / inside)
+                fetched.append(inside)
+        downloads.append((revision, fetched))
+        return str(target)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    return source, downloads
+
+
+class TestWhatIsFetched:
+    @pytest.mark.parametrize(("variant", "weights"), [(None, UNET_FILE), ("fp16", FP16)])
+    def test_safetensors_of_the_variant(self, remote, unets, variant, weights):
+        _, downloads = remote
+        assert same_state(load(NAME, variant=variant, revision="main").unet, unets["main"])
+        assert downloads == [("main", sorted(CONFIGS)), (COMMITS["main"], [weights])]
+
+    def test_a_pickle_where_there_is_nothing_else(self, remote, unets):
+        source, downloads = remote
+        (source / UNET_FILE).unlink()
+        assert same_state(load(NAME).unet, unets["main"])
+        assert downloads[1:] == [(COMMITS["main"], []), (COMMITS["main"], [BIN])]
+
+    def test_shards(self, remote):
+        diffusers = pytest.importorskip("diffusers", reason="shards are made with diffusers")
+        source, downloads = remote
+        (source / UNET_FILE).unlink()
+        model = diffusers.UNet2DModel(**OPTIONS)
+        model.save_pretrained(source / "unet", max_shard_size="20KB")
+        model.save_pretrained(source / "unet", max_shard_size="20KB", variant="bf16")
+        load(NAME)
+        assert len(downloads) == 2
+        assert len(downloads[1][1]) == 13
+        assert not [name for name in downloads[1][1] if "bf16" in name]
+
+    def test_no_weights_of_another_model(self, remote):
+        source, downloads = remote
+        edit(source / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+        with pytest.raises(ValueError, match="StableDiffusionPipeline"):
+            load(NAME)
+        assert len(downloads) == 1
+
+    def test_nothing_after_an_argument_that_is_refused(self, remote):
+        _, downloads = remote
+        for wrong in (
+            {"variant": "../a"},
+            {"dtype": torch.int8},
+            {"revision": ""},
+            {"revision": 3},
+        ):
+            with pytest.raises(ValueError, match=f"{next(iter(wrong))}: "):
+                load(NAME, **wrong)
+        assert downloads == []
+
+
+def failing(monkeypatch, online, cached):
+    """Downloads that fail, by one error from the Hub and by another from the cache alone."""
+
+    def snapshot_download(*_, local_files_only=False, **__):
+        raise cached if local_files_only else online
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+
+
+def http_error(name):
+    """An error of huggingface_hub, without the response that it is made of."""
+    kind = getattr(errors, name)
+    return kind.__new__(kind, "404")
+
+
+class TestMissing:
+    def test_offline_and_not_in_the_cache(self, cache):
+        match = rf"neither in the cache nor to be had from the Hugging Face Hub \(.*'{NAME}'"
+        with pytest.raises(FileNotFoundError, match=match):
+            load(NAME)
+
+    def test_weights_that_were_not_cached(self, cached):
+        next(cached.rglob("*.safetensors")).unlink()
+        with pytest.raises(FileNotFoundError, match=r"weights are missing.*ddpm-cifar10-32"):
+            load(NAME)
+
+    @pytest.mark.parametrize("kind", ["RepositoryNotFoundError", "GatedRepoError"])
+    def test_repository(self, cache, monkeypatch, kind):
+        error = http_error(kind)
+        failing(monkeypatch, error, error)
+        with pytest.raises(FileNotFoundError, match=rf"no such repository.*hf auth.*{NAME}") as got:
+            load(NAME)
+        assert got.value.__cause__ is error
+
+    def test_revision(self, cache, monkeypatch):
+        error = http_error("RevisionNotFoundError")
+        failing(monkeypatch, error, error)
+        with pytest.raises(FileNotFoundError, match=rf"no revision='v9'.*{NAME}"):
+            load(NAME, revision="v9")
+
+    def test_connection_that_fails_in_its_own_way_leaves_the_cache(
+        self, cached, unets, monkeypatch
+    ):
+        download = hub.snapshot_download
+
+        def proxied(*args, local_files_only=False, **kwargs):
+            if not local_files_only:
+                raise RuntimeError("no proxy")
+            return download(*args, local_files_only=True, **kwargs)
+
+        monkeypatch.setattr(hub, "snapshot_download", proxied)
+        assert same_state(load(NAME).unet, unets["main"])
+
+    def test_full_disk_is_not_taken_for_a_lost_connection(self, cache, monkeypatch):
+        full = OSError(errno.ENOSPC, "No space left on device")
+        failing(monkeypatch, full, OSError("not cached"))
+        with pytest.raises(OSError, match="No space left"):
+            load(NAME)
+
+    def test_without_huggingface_hub(self, cache, monkeypatch):
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        with pytest.raises(FileNotFoundError, match=rf"pip install 'ddpm_fast\[hub\]'.*{NAME}"):
+            load(NAME)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("./google/ddpm", "../ddpm", "/ddpm", "~/ddpm", "a/b/c", "a//b", "google/", ".ddpm"),
+        *("a--b", "a..b", "a.git", "-a", "a b", "ä", "a" * 97, Path(NAME), Path("ddpm")),
+    ],
+    ids=str,
+)
+def test_a_path_stays_one(cached, path):
+    with pytest.raises(FileNotFoundError, match=r"no such checkpoint folder: "):
+        load(path)
+
+
+@pytest.mark.parametrize("name", [NAME, "ddpm", "a", "a/b", "A.b_c-d/1.0", "_a", "a" * 96])
+def test_names_of_repositories(name):
+    utils.validate_repo_id(name)
+    assert is_repository_id(name)
+
+
+def test_a_file_and_a_broken_link_are_no_repository(cached):
+    Path("ddpm").write_text("")
+    with pytest.raises(ValueError, match="ddpm: is a file"):
+        load("ddpm")
+    Path("latest").symlink_to("gone")
+    with pytest.raises(FileNotFoundError, match="no such checkpoint folder: 'latest'"):
+        load("latest")
+
+
+def test_revision_of_a_folder(tmp_path, unets):
+    folder = save(tmp_path / "model", unets["main"])
+    with pytest.raises(ValueError, match=r"revision: is for a repository .*'main'.*model is a f"):
+        load(folder, revision="main")
