@@ -233,6 +233,35 @@ def test_a_gpu_that_is_not_there_is_named(tiny: Path) -> None:
     assert "--device cuda:1: torch finds no NVIDIA GPU" in error_of(result)
 
 
+COMMANDS = [
+    ("sample", "--num", "1", "--batch", "1", "--out", "new.npy"),
+    ("encode", "--data", "x.npy", "--out", "new.npy"),
+    ("decode", "z.npy", "--out", "new.npy"),
+    ("interpolate", "x.npy", "x.npy", "--out", "new.npy"),
+    ("bpd", "--data", "x.npy", "--out", "new.csv"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_every_command_takes_a_variant(tiny: Path, command: tuple[str, ...]) -> None:
+    missing = run(*command, "--model", tiny, "--variant", "fp16", "--device", "cpu", status=2)
+    assert "weights are missing, variant='fp16'; there are weights" in error_of(missing)
+
+
+def test_a_variant_is_what_is_sampled() -> None:
+    ddpm_fast.save("model", tiny_unet(), tiny_schedule(), variant="bf16")
+    result = sample(Path("model"), "--variant", "bf16", "--num", 1, "--batch", 1)
+    assert f"model    model (bf16), 1 x {SIDE} x {SIDE}\n" in result.stdout
+
+
+def test_a_model_may_be_a_repository(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: {"owner/shapes": tiny}[name])
+    result = sample(Path("owner/shapes"), "--num", 1, "--batch", 1)
+    assert f"model    owner/shapes, 1 x {SIDE} x {SIDE}\n" in result.stdout
+    assert os.listdir("out") == ["shapes.png"]
+
+
 def scheduler_with(**options: object) -> dict[str, object]:
     return {"num_train_timesteps": T, "beta_end": 0.5, **options}
 
@@ -364,7 +393,7 @@ def test_the_module_runs(tiny: Path) -> None:
 def test_a_mistake_ends_the_process_with_status_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["ddpm-fast", "sample", "--model", "nowhere"])
+    monkeypatch.setattr(sys, "argv", ["ddpm-fast", "sample", "--model", "./nowhere"])
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2

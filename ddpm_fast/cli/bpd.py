@@ -22,6 +22,7 @@ from ddpm_fast.cli.model import (
     ModelOption,
     OpenModel,
     ProgressOption,
+    VariantOption,
 )
 from ddpm_fast.cli.output import check_file, say
 from ddpm_fast.figures import ACCENT, INK, entitle, new_figure, require_matplotlib, save_figure
@@ -33,6 +34,7 @@ from ddpm_fast.reverse import VARIANCES
 def bpd(
     data: DataOption,
     model: ModelOption = SHIPPED,
+    variant: VariantOption = None,
     num: Annotated[
         int | None, typer.Option(min=1, help="The first images alone.", show_default="all")
     ] = None,
@@ -72,7 +74,7 @@ def bpd(
     if plot is not None:
         check_file("--plot", plot, ".png")
         require_matplotlib()
-    opened = OpenModel.open(model, device, dtype, engine)
+    opened = OpenModel.open(model, variant, device, dtype, engine)
     images = read_images(data, opened.sample_shape, num)
     labels = opened.labels(label, len(images))
     kind: Any = variance or opened.variance

@@ -24,6 +24,7 @@ from ddpm_fast.cli.model import (
     ModelOption,
     OpenModel,
     ProgressOption,
+    VariantOption,
     clip_of,
 )
 from ddpm_fast.cli.output import FormOption, Output, check_drawable, check_file, say
@@ -53,6 +54,7 @@ ClipOption = Annotated[
 def encode(
     data: DataOption,
     model: ModelOption = SHIPPED,
+    variant: VariantOption = None,
     num: Annotated[
         int | None, typer.Option(min=1, help="The first images alone.", show_default="all")
     ] = None,
@@ -79,12 +81,12 @@ def encode(
     check_file("--out", out, ".npy")
     if picture is not None:
         check_file("--picture", picture, ".png")
-    opened = OpenModel.open(model, device, dtype, engine)
+    opened = OpenModel.open(model, variant, device, dtype, engine)
     codec = _codec(opened, steps, spacing, clip, batch, backend)
     images = read_images(data, opened.sample_shape, num)
     labels = opened.labels(label, len(images))
     if picture is not None:
-        check_drawable("--picture", opened.sample_shape[0], str(model))
+        check_drawable("--picture", opened.sample_shape[0], model)
     say("model", opened.in_words)
     say("data", f"{data}, {len(images)} image{'s' if len(images) > 1 else ''}")
     say("device", device_text(opened.device))
@@ -109,6 +111,7 @@ def decode(
         Path, typer.Argument(help="A .npy of float32 [N, C, H, W], as encode writes it.")
     ],
     model: ModelOption = SHIPPED,
+    variant: VariantOption = None,
     steps: StepsOption = None,
     spacing: SpacingOption = "linspace",
     clip: ClipOption = "none",
@@ -127,7 +130,7 @@ def decode(
 ) -> None:
     """Decode latent codes by DDIM without noise (eta = 0)."""
     output = Output.parse(out, form)
-    opened = OpenModel.open(model, device, dtype, engine)
+    opened = OpenModel.open(model, variant, device, dtype, engine)
     codec = _codec(opened, steps, spacing, clip, batch, backend)
     try:
         given = torch.from_numpy(np.load(codes, allow_pickle=False)).float()
@@ -146,6 +149,7 @@ def interpolate(
     first: Annotated[Path, typer.Argument(help="A picture of the model's size.")],
     second: Annotated[Path, typer.Argument(help="Another one.")],
     model: ModelOption = SHIPPED,
+    variant: VariantOption = None,
     frames: Annotated[int, typer.Option(min=2, help="Images, evenly from one to the other.")] = 9,
     mode: Annotated[str, typer.Option(help=f"{', '.join(MODES)}.")] = "latent-slerp",
     t: Annotated[
@@ -175,7 +179,7 @@ def interpolate(
 ) -> None:
     """Interpolate between two pictures through the model."""
     output = Output.parse(out, form)
-    opened = OpenModel.open(model, device, dtype, engine)
+    opened = OpenModel.open(model, variant, device, dtype, engine)
     codec = _codec(opened, steps, spacing, clip, batch, backend)
     x_a, x_b = (read_image(path, opened.sample_shape)[None] for path in (first, second))
     output.check_channels(opened.sample_shape[0], "the model")

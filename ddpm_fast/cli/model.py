@@ -16,11 +16,18 @@ from ddpm_fast.cli.devices import device_of
 from ddpm_fast.engine import accelerate
 from ddpm_fast.schedules import NoiseSchedule
 
-SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "triangles"
+SHIPPED = str(Path(__file__).resolve().parent.parent / "assets" / "triangles")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 ModelOption = Annotated[
-    Path, typer.Option(help="Folder of a diffusers pipeline.", show_default="triangles")
+    str,
+    typer.Option(
+        help="Folder of a diffusers pipeline, or its repository on the Hub (owner/name).",
+        show_default="triangles",
+    ),
+]
+VariantOption = Annotated[
+    str | None, typer.Option(help="Of the model's weights, such as fp16.", show_default=False)
 ]
 DataOption = Annotated[
     Path,
@@ -78,28 +85,34 @@ class OpenModel:
     in_words: str
 
     @classmethod
-    def open(cls, folder: Path, device: str | None, dtype: str | None, engine: bool) -> OpenModel:
-        """Load a folder. Raises ValueError where it lacks what a chain needs."""
+    def open(
+        cls, model: str, variant: str | None, device: str | None, dtype: str | None, engine: bool
+    ) -> OpenModel:
+        """Load a checkpoint. Raises ValueError where it lacks what a chain needs."""
         place = device_of(device)
         chosen = dtype or ("float16" if place.type == "cuda" else "float32")
         if chosen not in DTYPES:
             raise ValueError(f"--dtype must be {', '.join(DTYPES)}; got {dtype!r}")
         # The engine rounds the weights itself, once; sums of them before.
-        checkpoint = load(folder, torch.float32 if engine else DTYPES[chosen], place)
+        checkpoint = load(
+            model, torch.float32 if engine else DTYPES[chosen], place, variant=variant
+        )
         schedule, shape = checkpoint.schedule, checkpoint.sample_shape
         if schedule is None:
             reason = "it holds a network alone; scheduler/scheduler_config.json is needed"
-            raise ValueError(f"{folder}: cannot be used here: {reason}")
+            raise ValueError(f"{model}: cannot be used here: {reason}")
         if shape is None:
             reason = "its unet/config.json has no sample_size"
-            raise ValueError(f"{folder}: cannot be used here: {reason}")
+            raise ValueError(f"{model}: cannot be used here: {reason}")
         if checkpoint.unet.config.class_embed_type is not None:
             reason = "its network embeds its labels itself (class_embed_type)"
-            raise ValueError(f"{folder}: cannot be used here: {reason}")
+            raise ValueError(f"{model}: cannot be used here: {reason}")
         network: Any = checkpoint.unet
         if engine:
             network = accelerate(network, dtype=DTYPES[chosen], num_timesteps=schedule.T)
-        name = "triangles (shipped)" if folder == SHIPPED else str(folder)
+        name = "triangles (shipped)" if model == SHIPPED else model
+        if variant is not None:
+            name += f" ({variant})"
         return cls(
             network=network,
             schedule=schedule,

@@ -24,6 +24,7 @@ from ddpm_fast.cli.model import (
     ModelOption,
     OpenModel,
     ProgressOption,
+    VariantOption,
     clip_of,
 )
 from ddpm_fast.cli.output import FormOption, Output, check_drawable, say
@@ -37,6 +38,7 @@ STRIP_STATES = 10
 
 def sample(
     model: ModelOption = SHIPPED,
+    variant: VariantOption = None,
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     method: Annotated[str, typer.Option(help=f"The solver: {', '.join(METHODS)}.")] = "ddpm",
     steps: Annotated[
@@ -119,9 +121,9 @@ def sample(
     By ancestral sampling (DDPM) unless --method says otherwise, whatever scheduler the folder
     names. Image k of a seed is the same whatever --num and --first-sample.
     """
-    output = Output.parse(out or f"out/{model.resolve().name}.{form or 'png'}", form)
+    output = Output.parse(out or f"out/{Path(model).resolve().name}.{form or 'png'}", form)
     _check_strip(trajectory, output)
-    opened = OpenModel.open(model, device, dtype, engine)
+    opened = OpenModel.open(model, variant, device, dtype, engine)
     x0_clip = clip_of(clip, opened.clip)
     table, which = table_of(opened, method, steps, spacing, x0_clip, start_of(start), eta, variance)
     labels = opened.labels(label, num, first_sample)
@@ -141,9 +143,9 @@ def sample(
         backend=backend,
         null_label=null_label,
     )
-    output.check_channels(opened.sample_shape[0], str(model))
+    output.check_channels(opened.sample_shape[0], model)
     if trajectory is not None:
-        check_drawable("--trajectory", opened.sample_shape[0], str(model))
+        check_drawable("--trajectory", opened.sample_shape[0], model)
     output.prepare()
     if trajectory is not None:
         prepare_folder(trajectory.parent)
