@@ -312,6 +312,11 @@ class TestPickles:
         [
             pytest.param(lambda data: b"", "not a whole file of tensors", id="empty"),
             pytest.param(lambda data: data[:-60], "not a whole file of tensors", id="cut"),
+            pytest.param(
+                lambda data: data[:36509],
+                "not a whole file of tensors",
+                id="cut-so-that-a-seek-fails",
+            ),
             pytest.param(lambda data: data[:2000], "not a whole file of tensors", id="header-cut"),
             pytest.param(
                 lambda data: b"version https://git-lfs.github.com/spec/v1\n",

@@ -109,11 +109,12 @@ def _is_dense(value: object) -> bool:
 
 
 def _unpickle(path: Path) -> Any:
-    try:
+    with path.open("rb") as file:
         # Only torch's zip format can be mapped.
-        mapped = zipfile.is_zipfile(path)
+        mapped = zipfile.is_zipfile(file)
+    try:
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -121,7 +122,7 @@ def _unpickle(path: Path) -> Any:
         raise ValueError(
             f"{path}: refused: {what}, and nothing but tensors is unpickled"
         ) from error
-    # A damaged pickle can make its reader fail in any way.
+    # A damaged pickle can make its reader fail in any way, with EINVAL for one.
     except Exception as error:
         line = str(error).partition(". ")[0]
         raise ValueError(f"{path}: not a whole file of tensors ({line or _kind(error)})") from error
