@@ -36,7 +36,7 @@ def fetch(repository: str, revision: str | None, files: Iterable[str]) -> Path:
     except ImportError as error:
         reason = (
             "no such checkpoint folder; to read it as a repository of the Hugging Face Hub,"
-            " pip install 'ddpm_fast[hub]' (huggingface_hub)"
+            " pip install huggingface_hub"
         )
         raise FileNotFoundError(errno.ENOENT, reason, repository) from error
     wanted: dict[str, Any] = {"revision": revision, "allow_patterns": sorted(files)}
