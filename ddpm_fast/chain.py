@@ -23,8 +23,9 @@ PREDICTIONS = ("epsilon", "x0", "v", "score")
 class DynamicThreshold:
     """Dynamic thresholding of x0 (Saharia et al. 2022, Section 2.3), by the sample.
 
-    s is the given quantile of |x0| over a sample, in (0, 1], interpolated between neighbours and
-    limited to [1, cap]; x0 is clipped to [-s, s] and divided by s. cap >= 1; 1 is plain clipping.
+    s is the given quantile of |x0| over a sample, in (0, 1], interpolated between neighbours, then
+    raised to 1 and lowered to cap; x0 is clipped to [-s, s] and divided by s. cap > 0; at 1 and
+    below s is the cap, and 1 is plain clipping.
 
     Raises TypeError, ValueError for other numbers.
     """
@@ -35,7 +36,7 @@ class DynamicThreshold:
     def __post_init__(self) -> None:
         check_real("quantile", self.quantile, 0, 1, "(]")
         if self.cap != inf:
-            check_real("cap", self.cap, 1, inf, "[)")
+            check_real("cap", self.cap, 0, inf, "()")
 
 
 Clip = float | DynamicThreshold | None

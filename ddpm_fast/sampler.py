@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, Protocol, cast, overload
 
 import torch
 from torch import Tensor
@@ -17,10 +18,17 @@ from ddpm_fast.loops import Graph, KeptLoop, LoopCache
 from ddpm_fast.noise import STREAM_START, empty_samples, philox_rng
 from ddpm_fast.ops import implementation
 from ddpm_fast.ops.reference import philox4x32_10
-from ddpm_fast.sources import GeneratorNoise, TensorNoise
+from ddpm_fast.sources import GeneratorNoise, as_noise, source_of
 from ddpm_fast.tables import StepTable
 
-Noise = Literal["philox"] | torch.Generator | Tensor
+Noise = Literal["philox"] | torch.Generator | Sequence[torch.Generator] | GeneratorNoise | Tensor
+
+
+class Progress(Protocol):
+    """A bar that is told of the steps that were taken, such as tqdm's."""
+
+    def update(self, n: int) -> object:
+        """``n`` more steps were taken."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,9 @@ class Sampler:
     the model reads; with dtype float64 all is float64 (backends reference and cpu).
     backend: "auto" or one of reference, cpu, triton, cuda.
     noise: "philox": counter-based, so that sample k of a seed is the same in any batch.
-    torch.Generator: drawn from it in diffusers' order (`GeneratorNoise`), micro-batch after
-    micro-batch. A tensor [steps, num, *sample_shape]: row i of
-    the table adds noise[i].
+    torch.Generator, or one for each sample of a call: drawn from in diffusers' order, micro-batch
+    after micro-batch; `GeneratorNoise` says how, and takes dtypes. A tensor
+    [steps, num, *sample_shape]: row i of the table adds noise[i].
     graph: "auto" captures the step in a CUDA graph on a GPU, and warns and goes on without where
     the model cannot be captured; True insists; False never does. The bits are the same.
     pad: False skips the samples that were not asked for, for fewer forwards of a last, smaller
@@ -86,12 +94,8 @@ class Sampler:
         checks.instance("table", table, StepTable)
         if graph not in ("auto", True, False):
             raise ValueError(f"graph must be 'auto', True or False; got {graph!r}")
-        if not (isinstance(noise, (torch.Generator, Tensor)) or noise == "philox"):
-            raise TypeError(
-                "noise must be 'philox', a torch.Generator or a tensor [steps, num, ...];"
-                f" got {noise!r}"
-            )
-        self._model, self._table, self._noise, self.pad = model, table, noise, bool(pad)
+        self._model, self._table, self.pad = model, table, bool(pad)
+        self._noise = as_noise(noise)
         self._null_label = null_label
         self.sample_shape = checks.sample_shape("sample_shape", sample_shape)
         self.micro_batch = checks.integer("micro_batch", micro_batch, 1, 1 << 31)
@@ -118,9 +122,15 @@ class Sampler:
         A table of the same length and the same terms replays the graph that is already captured.
         Both samplers may be used from any thread; they take turns.
         """
-        checks.instance("table", table, StepTable)
+        return self._with(_table=checks.instance("table", table, StepTable))
+
+    def with_noise(self, noise: Noise) -> Sampler:
+        """As `with_table`, for another source of noise."""
+        return self._with(_noise=as_noise(noise))
+
+    def _with(self, **changed: Any) -> Sampler:
         other = object.__new__(Sampler)
-        other.__dict__.update(self.__dict__ | {"_table": table})
+        other.__dict__.update(self.__dict__ | changed)
         return other
 
     @property
@@ -134,7 +144,7 @@ class Sampler:
         return self._table
 
     @property
-    def noise(self) -> Noise:
+    def noise(self) -> str | GeneratorNoise | Tensor:
         """The source of noise; fixed."""
         return self._noise
 
@@ -145,7 +155,7 @@ class Sampler:
         seed: int = ...,
         first_sample: int = ...,
         x_T: Tensor | None = ...,
-        progress: bool = ...,
+        progress: bool | Progress = ...,
         return_steps: None = ...,
         labels: Tensor | int | None = ...,
     ) -> Tensor: ...
@@ -157,7 +167,7 @@ class Sampler:
         seed: int = ...,
         first_sample: int = ...,
         x_T: Tensor | None = ...,
-        progress: bool = ...,
+        progress: bool | Progress = ...,
         *,
         return_steps: Sequence[int],
         labels: Tensor | int | None = ...,
@@ -171,7 +181,7 @@ class Sampler:
         seed: int = 0,
         first_sample: int = 0,
         x_T: Tensor | None = None,
-        progress: bool = True,
+        progress: bool | Progress = True,
         return_steps: Sequence[int] | None = None,
         labels: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -184,7 +194,7 @@ class Sampler:
         x_T: the starting states, float32 [num, *sample_shape]; by default made from the seed (or
         drawn from the generator), times the table's init_scale. A table that begins at data needs
         them. labels: for a conditional model, [num, ...], or an int for all. progress: shows a bar,
-        which never waits for the GPU.
+        which never waits for the GPU; or a bar of the caller's own.
         return_steps: numbers of steps in 0 .. table.steps; returns also the states after so many
         steps, float32 [len(return_steps), num, *sample_shape], 0 being x_T.
 
@@ -204,18 +214,12 @@ class Sampler:
         classes, null = self._check_labels(labels, num)
         if isinstance(self.noise, Tensor):
             _check_given("noise", self.noise, (self.table.steps, *shape))
+        if isinstance(self.noise, GeneratorNoise) and not self.noise.serves(num):
+            raise ValueError(f"noise must have one generator, or one for each of {num} samples")
         result = empty_samples(num, self.sample_shape, self.state_dtype, self.device)
         states = result.new_empty((len(return_steps), *shape)) if return_steps is not None else None
         chunks = list(self._chunks(num, first_sample))
-        with (
-            self._loops.lock,
-            tqdm(
-                total=len(chunks) * self.table.steps,
-                desc="sampling",
-                unit="step",
-                disable=not progress,
-            ) as bar,
-        ):
+        with self._loops.lock, _bar(progress, len(chunks) * self.table.steps) as bar:
             self._loops.take_over()
             for chunk in chunks:
                 loop = self._loop(chunk.batch, classes)
@@ -249,16 +253,17 @@ class Sampler:
         x_T: Tensor | None,
         wanted: dict[int, list[int]],
         states: Tensor | None,
-        bar: tqdm,
+        bar: Progress,
     ) -> Tensor:
         loop, advance, stride = kept
         rows = self._start_rows(chunk, seed)
         loop.start(seed, chunk.first, rows)
         x = loop.x[chunk.slots]
-        source = self._source()
+        source = source_of(self.noise, self.table)
         given = x_T[chunk.place] if x_T is not None else None
-        if given is None and isinstance(source, GeneratorNoise):
-            given = source.x_T(x) * self.table.init_scale
+        drawn = source.x_T(x, chunk.place) if source is not None and given is None else None
+        if drawn is not None:
+            given = drawn * self.table.init_scale
         if given is not None:
             x.copy_(given)
             loop.refresh_input()
@@ -286,14 +291,9 @@ class Sampler:
         bar.update(self.table.steps - count)
         return x
 
-    def _source(self) -> GeneratorNoise | TensorNoise | None:
-        if isinstance(self.noise, torch.Generator):
-            return GeneratorNoise(self.noise, self.table)
-        return TensorNoise(self.noise, self.table) if isinstance(self.noise, Tensor) else None
-
     def _loop(self, batch: int, labels: Tensor | None) -> KeptLoop:
         """The buffers of a batch size and what advances them, set to the table of this sampler."""
-        makes_noise = self._source() is None
+        makes_noise = isinstance(self.noise, str)
 
         def make() -> StepLoop:
             return StepLoop(
@@ -349,6 +349,13 @@ class Sampler:
             count = checks.integer(f"return_steps[{i}]", value, 0, self.table.steps + 1)
             places.setdefault(count, []).append(i)
         return places
+
+
+def _bar(progress: bool | Progress, steps: int) -> AbstractContextManager[Progress]:
+    """The bar of a call, shown, silent or the caller's own."""
+    if not isinstance(progress, bool):
+        return nullcontext(progress)
+    return tqdm(total=steps, desc="sampling", unit="step", disable=not progress)
 
 
 def _placement(

@@ -142,8 +142,10 @@ MADE = [
     ("dtype", "half", TypeError, "float32, float16, bfloat16, float64", "half"),
     ("backend", "jax", ValueError, "auto, reference, cpu, triton, cuda", "'jax'"),
     ("backend", "cuda", RuntimeError, "cannot run", "CUDA tensors"),
-    ("noise", "gaussian", TypeError, "'philox', a torch.Generator or a tensor", "gaussian"),
-    ("noise", 3, TypeError, "'philox', a torch.Generator or a tensor", "3"),
+    ("noise", "gaussian", TypeError, "'philox', a torch.Generator or a list", "gaussian"),
+    ("noise", 3, TypeError, "'philox', a torch.Generator or a list", "3"),
+    ("noise", [], ValueError, "one generator or more", "empty"),
+    ("noise", [torch.Generator(), 3], TypeError, "generators[1] must be a Generator", "int"),
     ("graph", "always", ValueError, "'auto', True or False", "always"),
     ("graph", True, ValueError, "CUDA", "cpu"),
 ]
