@@ -145,7 +145,7 @@ MADE = [
     ("noise", "gaussian", TypeError, "'philox', a torch.Generator or a list", "gaussian"),
     ("noise", 3, TypeError, "'philox', a torch.Generator or a list", "3"),
     ("noise", [], ValueError, "one generator or more", "empty"),
-    ("noise", [torch.Generator(), 3], TypeError, "generators[1] must be a Generator", "int"),
+    ("noise", [torch.Generator(), 3], TypeError, "noise[1] must be a Generator", "int"),
     ("graph", "always", ValueError, "'auto', True or False", "always"),
     ("graph", True, ValueError, "CUDA", "cpu"),
 ]
