@@ -88,6 +88,18 @@ class Chain:
         return cls._from(kept, prediction, abar[kept], schedule.one_minus_alphas_cumprod[kept])
 
     @classmethod
+    def of_sigmas(cls, timesteps: list[int], sigmas: Tensor, prediction: str) -> Chain:
+        """The steps between noise levels of one's own, alphas_cumprod = 1 / (1 + sigma^2).
+
+        sigmas: float64 [steps + 1], descending, the last where the last step leads (0: data).
+        """
+        square = sigmas.square()
+        abar, rest = 1 / (1 + square), square / (1 + square)
+        alpha = abar[:-1] / abar[1:]
+        levels = abar[:-1], rest[:-1], abar[1:], rest[1:]
+        return cls(timesteps, prediction, *levels, alpha, 1 - alpha)
+
+    @classmethod
     def _from(cls, kept: list[int], prediction: str, abar: Tensor, rest: Tensor) -> Chain:
         abar_prev = torch.cat([abar[1:], abar.new_ones(1)])
         rest_prev = torch.cat([rest[1:], rest.new_zeros(1)])

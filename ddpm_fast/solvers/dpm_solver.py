@@ -38,13 +38,8 @@ def dpmpp_2m(
     spacing: named ones place the timesteps as for a chain that goes on to x_0 (to_data of
     `spacing.timesteps`). start: None or 1..T. The other arguments and errors are those of ddpm.
     """
-    check_name("solver_type", solver_type, ("midpoint", "heun"))
-    c, h, ratio = half_logsnr_steps(schedule, steps, spacing, start, prediction, "dpmpp_2m")
-    gain = c.abar_prev.sqrt() * -torch.expm1(-h)
-    rise = gain / 2
-    if solver_type == "heun":
-        rise = c.abar_prev.sqrt() * (torch.expm1(-h) / h + 1)
-    rows = _rows(c, clip, (c.rest_prev / c.rest).sqrt(), gain, rise * ratio)
+    c, h, second = multistep_chain(schedule, steps, spacing, start, prediction, "dpmpp_2m")
+    rows = dpmpp_2m_rows(c, h, second, clip, solver_type)
     return cls(rows, c.timesteps, prediction, start, "dpmpp_2m", threshold=threshold_of(clip))
 
 
@@ -65,17 +60,9 @@ def dpmpp_2m_sde(
     variance.
     """
     name = "dpmpp_2m_sde"
-    check_name("solver_type", solver_type, ("midpoint", "heun"))
-    c, h, ratio = half_logsnr_steps(schedule, steps, spacing, start, prediction, name)
-    share = -torch.expm1(-2 * h)
-    gain = c.abar_prev.sqrt() * share
-    rise = gain / 2
-    if solver_type == "heun":
-        rise = c.abar_prev.sqrt() * (1 - share / (2 * h))
-    decay = (c.rest_prev / c.rest).sqrt() * (-h).exp()
-    rows = _rows(c, clip, decay, gain, rise * ratio, S=(c.rest_prev * share).sqrt())
+    c, h, second = multistep_chain(schedule, steps, spacing, start, prediction, name)
     return cls(
-        rows,
+        dpmpp_2m_sde_rows(c, h, second, clip, solver_type),
         c.timesteps,
         prediction,
         start,
@@ -85,26 +72,58 @@ def dpmpp_2m_sde(
     )
 
 
-def half_logsnr_steps(
+def multistep_chain(
     schedule: NoiseSchedule,
     steps: int | None,
     spacing: str | Sequence[int],
     start: int | None,
     prediction: str,
     name: str,
-) -> tuple[Chain, Tensor, Tensor]:
-    """The chain of a multistep solver, h of each step, and h over the step before it.
+) -> tuple[Chain, Tensor, list[bool]]:
+    """The chain of a multistep solver, h of each step, and which steps are of second order.
 
-    h is the step of a row in lambda = log(alpha/sigma), infinite out of noise and into x_0. The
-    ratio is 0 in the first and the last row, where the order is first.
+    Not the first, and not the last, which leads to x_0 itself.
     """
     refuse_random(start, name)
     c = Chain.of(schedule, steps, spacing, start, prediction, to_data=True)
+    last = len(c.timesteps) - 1
+    return c, half_logsnr_steps(c), [0 < i < last for i in range(last + 1)]
+
+
+def half_logsnr_steps(c: Chain) -> Tensor:
+    """h of each step in lambda = log(alpha/sigma), infinite out of noise and into x_0."""
     half_logsnr = (c.abar.log() - c.rest.log()) / 2
-    h = torch.cat([half_logsnr[1:], half_logsnr.new_tensor([torch.inf])]) - half_logsnr
-    ratio = torch.zeros_like(h)
-    ratio[1:-1] = h[1:-1] / h[:-2]
-    return c, h, ratio
+    return (c.abar_prev.log() - c.rest_prev.log()) / 2 - half_logsnr
+
+
+def ratios(h: Tensor, second: list[bool]) -> Tensor:
+    """h of each step over that of the step before it, 0 where the order is first."""
+    return torch.where(torch.tensor(second), h / torch.cat([h[:1], h[:-1]]), 0.0)
+
+
+def dpmpp_2m_rows(c: Chain, h: Tensor, second: list[bool], clip: Clip, solver_type: str) -> Tensor:
+    """The rows of dpmpp_2m for the steps of a chain."""
+    check_name("solver_type", solver_type, ("midpoint", "heun"))
+    gain = c.abar_prev.sqrt() * -torch.expm1(-h)
+    rise = gain / 2
+    if solver_type == "heun":
+        rise = c.abar_prev.sqrt() * (torch.expm1(-h) / h + 1)
+    return _rows(c, clip, (c.rest_prev / c.rest).sqrt(), gain, rise * ratios(h, second))
+
+
+def dpmpp_2m_sde_rows(
+    c: Chain, h: Tensor, second: list[bool], clip: Clip, solver_type: str
+) -> Tensor:
+    """The rows of dpmpp_2m_sde for the steps of a chain."""
+    check_name("solver_type", solver_type, ("midpoint", "heun"))
+    share = -torch.expm1(-2 * h)
+    gain = c.abar_prev.sqrt() * share
+    rise = gain / 2
+    if solver_type == "heun":
+        rise = c.abar_prev.sqrt() * (1 - share / (2 * h))
+    decay = (c.rest_prev / c.rest).sqrt() * (-h).exp()
+    noise = (c.rest_prev * share).sqrt()
+    return _rows(c, clip, decay, gain, rise * ratios(h, second), S=noise)
 
 
 def _rows(

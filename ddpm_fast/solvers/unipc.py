@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddpm_fast.chain import Chain, Clip, Prediction, threshold_of
 from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.solvers.dpm_solver import half_logsnr_steps
+from ddpm_fast.solvers.dpm_solver import multistep_chain, ratios
 from ddpm_fast.spacing import check_name
 
 if TYPE_CHECKING:
@@ -36,26 +36,47 @@ def unipc(
     the start and the last step, which leads to x_0 itself, is of first order. The arguments and
     errors are those of dpmpp_2m.
     """
+    c, h, second = multistep_chain(schedule, steps, spacing, start, prediction, "unipc")
+    rows = unipc_rows(c, h, second, clip, solver_type)
+    return cls(rows, c.timesteps, prediction, start, "unipc", threshold=threshold_of(clip))
+
+
+def unipc_rows(
+    c: Chain,
+    h: Tensor,
+    second: list[bool],
+    clip: Clip,
+    solver_type: str,
+    uncorrected: Sequence[int] = (),
+) -> Tensor:
+    """The rows of unipc for the steps of a chain.
+
+    second: the steps whose predictor is of second order; a corrector has the order of the predictor
+    that led to it. uncorrected: steps after which nothing is corrected.
+    """
     check_name("solver_type", solver_type, ("bh1", "bh2"))
-    c, h, ratio = half_logsnr_steps(schedule, steps, spacing, start, prediction, "unipc")
     if solver_type == "bh1" and c.abar[0] == 0:
         raise ValueError(
             "solver_type must be 'bh2' for a schedule of zero terminal SNR, where the first step in"
             " log-SNR has no length; got 'bh1'"
         )
     columns = {name: torch.zeros_like(h) for name in ("Yx", "Yy", "Yx0", "Yh1", "Yh2")}
-    columns["Yx"][0] = 1
-    for i in range(1, len(h)):
-        corrected = _corrector(c, h, i, solver_type)
+    for i in range(len(h)):
+        if i == 0 or i - 1 in uncorrected:
+            columns["Yx"][i] = 1
+            continue
+        corrected = _corrector(c, h, i, second[i - 1], solver_type)
         for name, value in zip(("Yy", "Yx0", "Yh1", "Yh2"), corrected, strict=True):
             columns[name][i] = value
     decay = (c.rest_prev / c.rest).sqrt()
     gain = c.abar_prev.sqrt() * -torch.expm1(-h)
-    # Half of B times the step before it over h; only inner steps are of second order.
-    rise = torch.zeros_like(h)
-    rise[1:-1] = (gain if solver_type == "bh2" else c.abar_prev.sqrt() * h)[1:-1] / 2
-    rise[1:-1] *= ratio[1:-1]
-    rows = c.rows(
+    # Half of B times the step before it over h.
+    rise = torch.where(
+        torch.tensor(second),
+        (gain if solver_type == "bh2" else c.abar_prev.sqrt() * h) / 2 * ratios(h, second),
+        0.0,
+    )
+    return c.rows(
         clip,
         **columns,
         Xx=decay * columns["Yx"],
@@ -66,10 +87,9 @@ def unipc(
         Hv=torch.ones_like(h),
         push=torch.ones_like(h),
     )
-    return cls(rows, c.timesteps, prediction, start, "unipc", threshold=threshold_of(clip))
 
 
-def _corrector(c: Chain, h: Tensor, i: int, solver_type: str) -> tuple[Tensor, ...]:
+def _corrector(c: Chain, h: Tensor, i: int, second: bool, solver_type: str) -> tuple[Tensor, ...]:
     """Factors of y, m, m_1 and m_2 in the corrected sample of step i >= 1 (UniC, Algorithm 5)."""
     step = h[i - 1]
     expm1 = torch.expm1(-step)
@@ -77,7 +97,7 @@ def _corrector(c: Chain, h: Tensor, i: int, solver_type: str) -> tuple[Tensor, .
     phi_2 = expm1 / -step - 1
     first = phi_2 / B
     r_0, r_1, r = torch.zeros_like(step), torch.full_like(step, 0.5), torch.ones_like(step)
-    if i >= 2:
+    if second:
         # The system [[1, 1], [r, 1]] (r_0, r_1) = (first, second), solved by hand: r may be -inf.
         second = 2 * (phi_2 / -step - 0.5) / B
         r = -h[i - 2] / step
