@@ -89,7 +89,9 @@ def unipc_rows(
     )
 
 
-def _corrector(c: Chain, h: Tensor, i: int, second: bool, solver_type: str) -> tuple[Tensor, ...]:
+def _corrector(
+    c: Chain, h: Tensor, i: int, second_order: bool, solver_type: str
+) -> tuple[Tensor, ...]:
     """Factors of y, m, m_1 and m_2 in the corrected sample of step i >= 1 (UniC, Algorithm 5)."""
     step = h[i - 1]
     expm1 = torch.expm1(-step)
@@ -97,7 +99,7 @@ def _corrector(c: Chain, h: Tensor, i: int, second: bool, solver_type: str) -> t
     phi_2 = expm1 / -step - 1
     first = phi_2 / B
     r_0, r_1, r = torch.zeros_like(step), torch.full_like(step, 0.5), torch.ones_like(step)
-    if second:
+    if second_order:
         # The system [[1, 1], [r, 1]] (r_0, r_1) = (first, second), solved by hand: r may be -inf.
         second = 2 * (phi_2 / -step - 0.5) / B
         r = -h[i - 2] / step
