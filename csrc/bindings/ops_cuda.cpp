@@ -38,8 +38,8 @@ struct CudaLaunch {
     on_stream(cuda_q_posterior, a, x_t);
   }
   static void reverse_step(const ReverseStepArgs& a, const Tensor& x) {
-    check_width({&a.x, &a.out, &a.noise, &a.model_input, &a.pred_x0, &a.out2, &a.log_variance,
-                 &a.second, &a.history});
+    check_width({&a.x, &a.source, &a.out, &a.noise, &a.model_input, &a.pred_x0, &a.out2,
+                 &a.log_variance, &a.second, &a.history});
     on_stream(cuda_reverse_step, a, x);
   }
   static void philox_normal(const PhiloxNormalArgs& a, const Tensor& out) {

@@ -40,7 +40,8 @@ struct ReverseStepArgs {
   View pred_x0;      // data is null where it is not wanted
   const void* rows;  // [num_rows, kRowWidth]
   int64_t num_rows;
-  const int64_t* step;  // row of each sample; outside [0, num_rows) the sample is left alone
+  const int64_t* step;  // row of each sample; outside [0, num_rows) the sample is left alone, or
+                        // with a source is NaN in x and pred_x0
   int64_t step_stride;
   int64_t flags;  // RowFlag: data of what follows is null where its flag is not set
   Rng rng;        // the row's noise is of stream words[1] + row
@@ -51,6 +52,9 @@ struct ReverseStepArgs {
   int64_t slot_stride, depth;
   const void* threshold;  // of the arithmetic's type, one for each sample
   int64_t threshold_stride;
+  // The state before the step; data is null where that is x itself. With one the flags are some of
+  // kFunctionalFlags, and there is neither rng nor model_input.
+  View source;
 };
 
 struct PhiloxNormalArgs {

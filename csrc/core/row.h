@@ -44,6 +44,9 @@ constexpr int64_t kPast = kPast1 | kPast2 | kPast3;
 constexpr int64_t kRing = kPast | kPush;  // what needs the ring
 constexpr int64_t kMoreTerms = kGuide | kLearned | kThreshold | kRing | kSecond;
 
+// Of a step that changes none of its arguments: it keeps nothing, and makes no input for a model.
+constexpr int64_t kFunctionalFlags = kClip | kRawOut | kLearned | kThreshold;
+
 DDPM_HD bool reads_past(int64_t flags, int k) {
   return (flags & (kPast1 << (k - 1))) != 0;
 }

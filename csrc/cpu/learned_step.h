@@ -19,14 +19,15 @@ struct LearnedScratch {
 };
 
 struct LearnedBlock {
-  float* x;
+  const float* x;
   const float* out;
   const float* v;
   const float* noise;
+  float* next;  // may be x
   float* pred_x0;
 
   DDPM_HD LearnedBlock with(int64_t i, const float* new_out, const float* new_v) const {
-    return {x + i, new_out, new_v, noise + i, pred_x0 ? pred_x0 + i : nullptr};
+    return {x + i, new_out, new_v, noise + i, next + i, pred_x0 ? pred_x0 + i : nullptr};
   }
   DDPM_HD LearnedBlock at(int64_t i) const { return with(i, out + i, v + i); }
 };
@@ -57,7 +58,7 @@ DDPM_HD void learned_group(const LearnedBlock& b, const Row<float>& row) {
     const float x = b.x[i], out = b.out[i];
     const float x0 = clip(predict_x0(x, out, row), row.clip);
     if constexpr (kStoresX0) b.pred_x0[i] = x0;
-    b.x[i] = add_noise(step_mean<kUsesOut>(x, x0, out, row), noise[i], row);
+    b.next[i] = add_noise(step_mean<kUsesOut>(x, x0, out, row), noise[i], row);
   }
 }
 
@@ -70,8 +71,8 @@ void learned_rest(LearnedBlock b, int64_t count, Row<float> row) {
   __builtin_memcpy(out, b.out, bytes);
   __builtin_memcpy(v, b.v, bytes);
   __builtin_memcpy(noise, b.noise, bytes);
-  learned_group<kUsesOut, kStoresX0>({x, out, v, noise, x0}, row);
-  __builtin_memcpy(b.x, x, bytes);
+  learned_group<kUsesOut, kStoresX0>({x, out, v, noise, x, x0}, row);
+  __builtin_memcpy(b.next, x, bytes);
   if constexpr (kStoresX0) __builtin_memcpy(b.pred_x0, x0, bytes);
 }
 
@@ -116,7 +117,8 @@ template <bool kUsesOut, bool kStoresX0>
 void learned_part(const ReverseStepArgs& a, const Block& b, int64_t index, const Row<float>& row,
                   LearnedScratch& s) {
   LearnedBlock block;
-  block.x = updated_block(a.x, b, s.x);
+  block.x = state_block(a, b, s.x);
+  block.next = target_block(a.x, b.sample, b.first, s.x);
   block.noise = step_noise(a, b, index, s.normals, s.noise);
   block.pred_x0 = kStoresX0 ? target_block(a.pred_x0, b.sample, b.first, s.x0) : nullptr;
 #if defined(DDPM_PERMUTES)
@@ -131,7 +133,7 @@ void learned_part(const ReverseStepArgs& a, const Block& b, int64_t index, const
     learned_dense<kUsesOut, kStoresX0>(block, b.count, row);
   }
   if (kStoresX0) write_block(a.pred_x0, b.sample, b.first, b.count, block.pred_x0);
-  write_state(a, b, row, block.x, s.spare);
+  write_state(a, b, row, block.next, s.spare);
 }
 
 inline void learned_step(const ReverseStepArgs& a, const Block& block, int64_t index) {

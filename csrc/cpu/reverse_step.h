@@ -16,6 +16,21 @@ const R* step_noise(const ReverseStepArgs& a, const Block& b, int64_t index, flo
   return a.noise.data ? read_block(a.noise, b.sample, b.first, b.count, scratch) : nullptr;
 }
 
+// The state before the step. The one after it goes to target_block of x, with the same scratch.
+template <class R>
+const R* state_block(const ReverseStepArgs& a, const Block& b, R* scratch) {
+  return read_block(a.source.data ? a.source : a.x, b.sample, b.first, b.count, scratch);
+}
+
+// What a sample without a row is given where it has no state of its own to be left at.
+template <class R>
+void write_nan(const ReverseStepArgs& a, const Block& b) {
+  R nan[kBlock];
+  for (R& value : nan) value = static_cast<R>(__builtin_nanf(""));
+  scatter(a.x, b.sample, b.first, b.count, nan);
+  if (a.pred_x0.data) scatter(a.pred_x0, b.sample, b.first, b.count, nan);
+}
+
 // x' to where it belongs, and to the model's next input.
 template <class R>
 void write_state(const ReverseStepArgs& a, const Block& b, const Row<R>& row, const R* x,
@@ -32,9 +47,10 @@ void write_state(const ReverseStepArgs& a, const Block& b, const Row<R>& row, co
 
 template <class R>
 struct StepBlock {
-  R* x;
+  const R* x;
   const R* out;
   const R* noise;
+  R* next;  // may be x
   R* pred_x0;
   int64_t count;
 };
@@ -51,7 +67,7 @@ void step_block(const StepBlock<R>& b, const Row<R>& row) {
     if constexpr (kStoresX0) b.pred_x0[i] = x0;
     R next = step_mean<kUsesOut>(x, x0, out, row);
     if constexpr (kNoisy) next = add_noise(next, b.noise[i], row);
-    b.x[i] = next;
+    b.next[i] = next;
   }
 }
 
@@ -75,13 +91,14 @@ void plain_step(const ReverseStepArgs& a, const Block& b, int64_t index) {
   StepBlock<R> block{};
   block.count = b.count;
   block.out = read_block(a.out, b.sample, b.first, b.count, out_scratch);
-  block.x = updated_block(a.x, b, x_scratch);
+  block.x = state_block(a, b, x_scratch);
+  block.next = target_block(a.x, b.sample, b.first, x_scratch);
   block.noise = step_noise(a, b, index, normals, noise_scratch);
   if (a.pred_x0.data) block.pred_x0 = target_block(a.pred_x0, b.sample, b.first, x0_scratch);
   choose_step(block, row, (a.flags & kClip) != 0, (a.flags & kRawOut) != 0, block.noise != nullptr,
               a.pred_x0.data != nullptr);
   if (a.pred_x0.data) write_block(a.pred_x0, b.sample, b.first, b.count, block.pred_x0);
-  write_state(a, b, row, block.x, out_scratch);
+  write_state(a, b, row, block.next, out_scratch);
 }
 
 template <class R>
@@ -106,6 +123,10 @@ void reverse_step_blocks(const ReverseStepArgs& a, int64_t begin, int64_t end) {
   for (int64_t work = begin; work < end; ++work) {
     const Block b = block_at(work, per_sample, a.elements);
     const int64_t index = a.step[b.sample * a.step_stride];
-    if (index >= 0 && index < a.num_rows) step(a, b, index);
+    if (index >= 0 && index < a.num_rows) {
+      step(a, b, index);
+    } else if (a.source.data) {
+      write_nan<R>(a, b);
+    }
   }
 }

@@ -93,7 +93,8 @@ class StepPart {
 
   void run(const Block& b, int64_t index) {
     const Row<R> row = load_row(static_cast<const R*>(a_.rows), index);
-    R* x = updated_block(a_.x, b, s_.x);
+    const R* x = state_block(a_, b, s_.x);
+    R* new_x = target_block(a_.x, b.sample, b.first, s_.x);
     const R* out = output(b, row);
     const R* noise = scaled_noise(b, row, index);
     R* x0 = a_.pred_x0.data ? target_block(a_.pred_x0, b.sample, b.first, s_.x0) : s_.x0;
@@ -125,15 +126,15 @@ class StepPart {
           [&](const auto& sum) { write_sum(sum, b.count, s_.spare); });
     }
     if (has(kPush) && row.push != R(0)) {
-      push(b, row, next, x, out, x0);
+      push(b, row, next, x, out, x0, new_x);
     } else {
-      next.template visit<2, kMostTerms>([&](const auto& sum) { write_sum(sum, b.count, x); });
+      next.template visit<2, kMostTerms>([&](const auto& sum) { write_sum(sum, b.count, new_x); });
     }
     if (y) {
       for (int64_t i = 0; i < b.count; ++i) y[i] = s_.spare[i];
       write_block(a_.second, b.sample, b.first, b.count, y);
     }
-    write_state(a_, b, row, x, s_.spare);
+    write_state(a_, b, row, new_x, s_.spare);
   }
 
  private:
@@ -196,8 +197,8 @@ class StepPart {
   }
 
   // Writes x' and, in the same loop, h0.
-  void push(const Block& b, const Row<R>& row, const Terms<R>& next, R* x, const R* out,
-            const R* x0) {
+  void push(const Block& b, const Row<R>& row, const Terms<R>& next, const R* x, const R* out,
+            const R* x0, R* new_x) {
     Terms<R> pushed;
     pushed.add(row.Hx, x);
     pushed.add(row.Hv, x0);
@@ -206,7 +207,7 @@ class StepPart {
     R* to = target_block(view, b.sample, b.first, s_.past[0]);
     next.template visit<2, kMostTerms>([&](const auto& sum) {
       pushed.template visit<2, 3>(
-          [&](const auto& other) { write_sums(sum, other, b.count, x, to); });
+          [&](const auto& other) { write_sums(sum, other, b.count, new_x, to); });
     });
     write_block(view, b.sample, b.first, b.count, to);
   }

@@ -12,6 +12,7 @@
 #include "core/updates.h"
 #include "cuda/fours.cuh"
 #include "cuda/noise.cuh"
+#include "cuda/state.cuh"
 #include "cuda/step_terms.cuh"
 
 namespace ddpm {
@@ -133,13 +134,14 @@ struct QPosterior {
   }
 };
 
-template <Noise kNoise, class Tensor>
+template <Noise kNoise, class Tensor, bool kInPlace>
 struct ReverseStep {
   using Blocks = BlocksFor<Tensor>;
 
   struct Params {
     Grid grid;
-    Tensor x, out, noise, model_input, pred_x0;
+    State<Tensor, kInPlace> state;
+    Tensor out, noise, model_input, pred_x0;
     const float* rows;
     int64_t num_rows;
     const int64_t* step;
@@ -150,7 +152,7 @@ struct ReverseStep {
 
   static Params params(const ReverseStepArgs& a) {
     return {make_grid(a.samples, a.elements),
-            tensor_of<Tensor>(a.x),
+            State<Tensor, kInPlace>::of(a),
             tensor_of<Tensor>(a.out),
             tensor_of<Tensor>(a.noise),
             tensor_of<Tensor>(a.model_input),
@@ -169,13 +171,16 @@ struct ReverseStep {
     Four x[kN], out[kN], noise[kN], x0[kN], next[kN];
     NoiseKey key{};
     const int64_t index = p.step[place.sample * p.step_stride];
-    load(p.x, p.grid, place, x_bits);
+    load(p.state.before(), p.grid, place, x_bits);
     load(p.out, p.grid, place, out_bits);
     if constexpr (kNoise == Noise::given) load(p.noise, p.grid, place, noise_bits);
     if constexpr (kNoise == Noise::made) key = load_key(p.words);
-    if (index < 0 || index >= p.num_rows) return;
+    if (index < 0 || index >= p.num_rows) {
+      if constexpr (!kInPlace) store_nan<kN>(p, place);
+      return;
+    }
     const Row<float> row = load_row(p.rows, index);
-    convert(p.x, x_bits, x);
+    convert(p.state.before(), x_bits, x);
     convert(p.out, out_bits, out);
     if constexpr (kNoise == Noise::given) convert(p.noise, noise_bits, noise);
     if constexpr (kNoise == Noise::made) make_noise(key, index, place, noise);
@@ -193,9 +198,9 @@ struct ReverseStep {
         next[i].v[j] = v;
       }
     }
-    store(p.x, p.grid, place, next);
+    store(p.state.x, p.grid, place, next);
     if (p.pred_x0.data) store(p.pred_x0, p.grid, place, x0);
-    if (!p.model_input.data) return;
+    if (!kInPlace || !p.model_input.data) return;
     if (p.flags & kScaleIn) {
       DDPM_UNROLL
       for (int i = 0; i < kN; ++i) {
@@ -240,7 +245,8 @@ constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
 // Calls launch(variant, params) for the kind of tensor that serves every view, and returns what it
 // returns. `outputs` may also come in pixels. Not pieces: nothing comes in them.
-template <template <Noise, class> class Variant, Noise kNoise, class Args, class Launch>
+template <template <Noise, class, bool...> class Variant, Noise kNoise, bool... kChosen, class Args,
+          class Launch>
 int choose(const Args& a, std::initializer_list<const View*> views,
            std::initializer_list<const View*> outputs, bool pieces, Launch launch) {
   if (fours_of(a.elements) > kMaxFours) return kInvalidValue;
@@ -257,8 +263,8 @@ int choose(const Args& a, std::initializer_list<const View*> views,
     pieces = pieces && (in_pieces(*view, a.samples, a.elements) || in_pixels(*view, a.elements));
   }
   if (wide) return kInvalidValue;
-  using Pieces = Variant<kNoise, PieceTensor>;
-  using Views = Variant<kNoise, View>;
+  using Pieces = Variant<kNoise, PieceTensor, kChosen...>;
+  using Views = Variant<kNoise, View, kChosen...>;
   return pieces ? launch(Pieces{}, Pieces::params(a)) : launch(Views{}, Views::params(a));
 }
 
@@ -279,20 +285,36 @@ int dispatch(const QPosteriorArgs& a, Launch launch) {
   return choose<QPosterior, Noise::none>(a, {&a.x0, &a.x_t, &a.mean}, launch);
 }
 
-template <class Launch>
-int dispatch(const ReverseStepArgs& a, Launch launch) {
+template <template <Noise, class, bool> class Variant, bool kInPlace, class Launch>
+int choose_step(const ReverseStepArgs& a, std::initializer_list<const View*> views,
+                std::initializer_list<const View*> outputs, bool pieces, Launch launch) {
+  if constexpr (kInPlace) {
+    if (a.rng.words) {
+      return choose<Variant, Noise::made, kInPlace>(a, views, outputs, pieces, launch);
+    }
+  }
+  return a.noise.data ? choose<Variant, Noise::given, kInPlace>(a, views, outputs, pieces, launch)
+                      : choose<Variant, Noise::none, kInPlace>(a, views, outputs, pieces, launch);
+}
+
+template <bool kInPlace, class Launch>
+int dispatch_step(const ReverseStepArgs& a, Launch launch) {
   if (a.flags & kMoreTerms) {
-    const auto views = {&a.x, &a.noise, &a.model_input, &a.pred_x0, &a.second, &a.history};
+    const auto views = {&a.x,       &a.source, &a.noise,  &a.model_input,
+                        &a.pred_x0, &a.second, &a.history};
     const auto outputs = {&a.out, &a.out2, &a.log_variance};
     const bool pieces = a.depth < 2 || a.slot_stride % 4 == 0;  // of the other slots too
-    if (a.rng.words) return choose<StepTerms, Noise::made>(a, views, outputs, pieces, launch);
-    return a.noise.data ? choose<StepTerms, Noise::given>(a, views, outputs, pieces, launch)
-                        : choose<StepTerms, Noise::none>(a, views, outputs, pieces, launch);
+    return choose_step<StepTerms, kInPlace>(a, views, outputs, pieces, launch);
   }
-  const auto views = {&a.x, &a.out, &a.noise, &a.model_input, &a.pred_x0};
-  if (a.rng.words) return choose<ReverseStep, Noise::made>(a, views, launch);
-  return a.noise.data ? choose<ReverseStep, Noise::given>(a, views, launch)
-                      : choose<ReverseStep, Noise::none>(a, views, launch);
+  const auto views = {&a.x, &a.source, &a.out, &a.noise, &a.model_input, &a.pred_x0};
+  return choose_step<ReverseStep, kInPlace>(a, views, {}, true, launch);
+}
+
+template <class Launch>
+int dispatch(const ReverseStepArgs& a, Launch launch) {
+  if (!a.source.data) return dispatch_step<true>(a, launch);
+  const bool more = a.rng.words || a.model_input.data || (a.flags & ~kFunctionalFlags);
+  return more ? kInvalidValue : dispatch_step<false>(a, launch);
 }
 
 template <class Launch>

@@ -1,4 +1,4 @@
-// What one thread of reverse_step_ does where a table has more terms than the plain step.
+// What one thread of a reverse step does where a table has more terms than the plain step.
 //
 // The flags are asked at run time, once for the four of a thread; every thread takes the same
 // branches. Everything is loaded before the first element is used; with a ring of one slot, whose
@@ -9,10 +9,11 @@
 #include "core/updates.h"
 #include "cuda/noise.cuh"
 #include "cuda/outputs.cuh"
+#include "cuda/state.cuh"
 
 namespace ddpm {
 
-template <Noise kNoise, class Tensor>
+template <Noise kNoise, class Tensor, bool kInPlace>
 struct StepTerms {
   using Blocks = std::conditional_t<std::is_same_v<Tensor, View>, Flat, BlocksOfSamples<1>>;
   using Output = OutputOf<Tensor>;
@@ -20,7 +21,8 @@ struct StepTerms {
 
   struct Params {
     Grid grid;
-    Tensor x, noise, model_input, pred_x0, second, history;
+    State<Tensor, kInPlace> state;
+    Tensor noise, model_input, pred_x0, second, history;
     Output out, out2, log_variance;
     int64_t slot_bytes;
     int32_t depth;
@@ -33,7 +35,10 @@ struct StepTerms {
     int64_t flags;
     const int64_t* words;
 
-    DDPM_HD bool has(int64_t flag) const { return (flags & flag) != 0; }
+    DDPM_HD bool has(int64_t flag) const {
+      return (kInPlace || (flag & kFunctionalFlags)) && (flags & flag) != 0;
+    }
+    DDPM_HD bool has_past(int k) const { return has(kPast1 << (k - 1)); }
   };
 
   static Params params(const ReverseStepArgs& a) {
@@ -41,7 +46,7 @@ struct StepTerms {
       return output_of<Output>(view, a.samples, a.elements);
     };
     return {make_grid(a.samples, a.elements),
-            tensor_of<Tensor>(a.x),
+            State<Tensor, kInPlace>::of(a),
             tensor_of<Tensor>(a.noise),
             tensor_of<Tensor>(a.model_input),
             tensor_of<Tensor>(a.pred_x0),
@@ -74,7 +79,7 @@ struct StepTerms {
                                 SlotOf slot_of) {
     DDPM_UNROLL
     for (int k = 1; k <= kDeepest; ++k) {
-      if (!reads_past(p.flags, k)) continue;
+      if (!p.has_past(k)) continue;
       load(p.history, p.grid, place, past[k - 1], slot_of(k) * p.slot_bytes);
     }
   }
@@ -85,7 +90,7 @@ struct StepTerms {
     NoiseKey key{};
     float bound = 0.0f;
     const int64_t index = p.step[place.sample * p.step_stride];
-    load(p.x, p.grid, place, x_bits);
+    load(p.state.before(), p.grid, place, x_bits);
     load_output(p.out, p.grid, place, out_bits);
     if (p.has(kGuide)) load_output(p.out2, p.grid, place, out2_bits);
     if constexpr (kNoise == Noise::given) load(p.noise, p.grid, place, noise_bits);
@@ -96,14 +101,17 @@ struct StepTerms {
     if (p.has(kSecond)) load(p.second, p.grid, place, y_bits);
     if (p.has(kThreshold)) bound = p.threshold[place.sample * p.threshold_stride];
     if (p.depth == 1) load_past(p, place, past_bits, [](int) { return 0; });
-    if (index < 0 || index >= p.num_rows) return;
+    if (index < 0 || index >= p.num_rows) {
+      if constexpr (!kInPlace) store_nan<1>(p, place);
+      return;
+    }
     const Row row = load_row(p.rows, index);
     if (p.depth > 1) {
       load_past(p, place, past_bits, [&](int k) { return slot_of_past(row, k, p.depth); });
     }
 
     Four x[1], out[1], noise[1], y[1], past[kDeepest][1];
-    convert(p.x, x_bits, x);
+    convert(p.state.before(), x_bits, x);
     convert_output(p.out, out_bits, out);
     if (p.has(kGuide)) {
       Four out2[1];
@@ -156,7 +164,7 @@ struct StepTerms {
                                Four& sum, Coefficient coefficient) {
     DDPM_UNROLL
     for (int k = 1; k <= kDeepest; ++k) {
-      if (reads_past(p.flags, k)) add(coefficient(row, k), past[k - 1][0], sum);
+      if (p.has_past(k)) add(coefficient(row, k), past[k - 1][0], sum);
     }
   }
 
@@ -174,12 +182,12 @@ struct StepTerms {
 
   static DDPM_HD void store_state(const Params& p, const Place& place, const Row& row,
                                   const Four& x0, Four (&next)[1]) {
-    store(p.x, p.grid, place, next);
+    store(p.state.x, p.grid, place, next);
     if (p.pred_x0.data) {
       const Four fours[1] = {x0};
       store(p.pred_x0, p.grid, place, fours);
     }
-    if (!p.model_input.data) return;
+    if (!kInPlace || !p.model_input.data) return;
     if (p.has(kScaleIn)) each([&](int j) { next[0].v[j] = row.Cin * next[0].v[j]; });
     store(p.model_input, p.grid, place, next);
   }

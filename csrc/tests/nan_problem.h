@@ -17,7 +17,7 @@ struct NanProblem : ReverseStepProblem {
       : ReverseStepProblem(choices, random) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     const DType dtype = wide ? DType::f64 : DType::f32;
-    out2 = log_variance = second = history = TestTensor();
+    source = out2 = log_variance = second = history = TestTensor();
     depth = 0;
     std::vector<TestTensor*> tensors{&x, &out, &pred_x0, &noise};
     if (more) tensors.insert(tensors.end(), {&log_variance, &second, &history});

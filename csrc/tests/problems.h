@@ -199,9 +199,11 @@ struct QPosteriorProblem : Common {
   std::vector<const TestTensor*> outputs() const { return {&mean, &variance, &log_variance}; }
 };
 
-// Any flags that go together: the plain ones alone as often as not, unless they are to have more.
+// Any flags that go together: the plain ones alone as often as not, unless they are to have more,
+// and often a learned variance as the only one more, which has a loop of its own.
 inline int64_t random_flags(bool more, Random& random) {
   if (!more && random.coin()) return random.below(8);
+  if (random.below(3) == 0) return random.below(8) | kLearned;
   int64_t flags = random.below(kKnownFlags + 1);
   if (flags & kPast) flags |= kPush;
   if (!(flags & kPush)) flags &= ~kPushOut;
@@ -210,17 +212,22 @@ inline int64_t random_flags(bool more, Random& random) {
 
 struct ReverseStepProblem : Common {
   using Args = ReverseStepArgs;
-  TestTensor x, out, noise, model_input, pred_x0, out2, log_variance, second;
+  TestTensor x, source, out, noise, model_input, pred_x0, out2, log_variance, second;
   TestTensor history;  // [depth * samples, ...]
   Table table, threshold;
   int64_t flags = 0, depth = 0, threshold_stride = 1;
 
   ReverseStepProblem(const Choices& c, Random& random) : Common(random_common(c, random)) {
     flags = random_flags(c.tidy, random);
+    const bool in_place = made || random.coin();
+    if (!in_place) flags &= kFunctionalFlags;
     x = random_output(sizes, c, random_state(c, random), random);
+    if (!in_place) source = random_input(*this, c, random);
     out = random_of_model(*this, c, random);
     if (!made && random.coin()) noise = random_input(*this, c, random);
-    if (random.coin()) model_input = random_output(sizes, c, random_dtype(c, random), random);
+    if (in_place && random.coin()) {
+      model_input = random_output(sizes, c, random_dtype(c, random), random);
+    }
     if (random.coin()) pred_x0 = random_output(sizes, c, random_dtype(c, random), random);
     if (flags & kGuide) out2 = random_of_model(*this, c, random);
     if (flags & kLearned) log_variance = random_of_model(*this, c, random);
@@ -277,11 +284,13 @@ struct ReverseStepProblem : Common {
             depth > 0 ? samples() * history.strides()[0] : 0,
             depth,
             flags & kThreshold ? threshold.data() : nullptr,
-            threshold_stride};
+            threshold_stride,
+            source.view(order)};
   }
   std::vector<const TestTensor*> outputs() const {
     return {&x, &model_input, &pred_x0, &second, &history};
   }
+  const TestTensor& state() const { return source.exists() ? source : x; }
   double column(int64_t row, RowColumn name) const { return table[row * kRowWidth + name]; }
   // Of h_k, or for k = 0 of what is pushed: where it is in the history.
   Sizes in_ring(Sizes index, int64_t row, int64_t k) const {

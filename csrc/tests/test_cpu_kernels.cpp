@@ -96,7 +96,7 @@ struct StepSums {
   StepSums(const ReverseStepProblem& p, const Sizes& index, int64_t row, double made) {
     const auto of = [&](RowColumn name) { return p.column(row, name); };
     const auto has = [&](int64_t flag) { return (p.flags & flag) != 0; };
-    const double x = p.x.get(index);
+    const double x = p.state().get(index);
     Sum out;
     out.add(has(kGuide) ? of(kRow_G0) : 1.0, p.out.get(index));
     if (has(kGuide)) out.add(of(kRow_G1), p.out2.get(index));
@@ -163,10 +163,16 @@ void check_outcome(const ReverseStepProblem& p, const ReverseStepProblem& before
     CHECK(close(tensor.get(index), expected, tensor.dtype(), p.wide), kernels, p.flags,
           tensor.get(index), expected.value, name_of(tensor.dtype()));
   };
+  CHECK(p.source.same_memory(before.source), kernels);
   p.x.each([&](const Sizes& index) {
     const int64_t row = p.index_of(index[0]);
     if (row < 0 || row >= p.rows) {
-      CHECK(p.x.get(index) == before.x.get(index), kernels, row);
+      for (const auto& [of_p, of_before] :
+           {std::pair{&p.x, &before.x}, {&p.pred_x0, &before.pred_x0}}) {
+        if (!of_p->exists()) continue;
+        const double got = of_p->get(index);
+        CHECK(p.source.exists() ? std::isnan(got) : got == of_before->get(index), kernels, row);
+      }
       if (p.second.exists()) CHECK(p.second.get(index) == before.second.get(index), kernels, row);
       for (Sizes at = index; p.depth > 0 && at[0] < p.depth * p.samples(); at[0] += p.samples()) {
         CHECK(p.history.get(at) == before.history.get(at), kernels, row);

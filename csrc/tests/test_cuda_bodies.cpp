@@ -135,6 +135,27 @@ void float64_is_refused() {
   CHECK(run_bodies(problem.args()) == kInvalidValue);
 }
 
+void a_source_with_terms_that_keep_something_is_refused() {
+  Random random(10);
+  Choices choices;
+  ReverseStepProblem problem(choices, random);
+  while (!problem.source.exists()) problem = ReverseStepProblem(choices, random);
+  const ReverseStepArgs args = problem.args();
+  CHECK(run_bodies(args) == 0);
+  const int64_t words[3] = {};
+  ReverseStepArgs makes_noise = args, makes_input = args;
+  makes_noise.rng.words = words;
+  makes_input.model_input = args.x;
+  for (const ReverseStepArgs& bad : {makes_noise, makes_input}) {
+    CHECK(run_bodies(bad) == kInvalidValue);
+  }
+  for (int64_t flag = 1; flag < kKnownFlags; flag *= 2) {
+    ReverseStepArgs bad = args;
+    bad.flags |= flag;
+    if (!(flag & kFunctionalFlags)) CHECK(run_bodies(bad) == kInvalidValue, flag);
+  }
+}
+
 // Every four of every sample has one thread, however many samples there are.
 template <class Mapping>
 void check_mapping(int64_t samples, int64_t elements, int fours_of_a_thread) {
@@ -259,5 +280,6 @@ int main() {
   return run(q_sample_same_as_cpu, q_posterior_same_as_cpu, reverse_step_same_as_cpu,
              step_terms_in_pieces_same_as_cpu, philox_normal_same_as_cpu,
              empty_samples_have_a_variance, nan_passes_the_clip, float64_is_refused,
-             every_four_has_one_thread, offsets_beyond_2_31, elements_beyond_2_31);
+             a_source_with_terms_that_keep_something_is_refused, every_four_has_one_thread,
+             offsets_beyond_2_31, elements_beyond_2_31);
 }
