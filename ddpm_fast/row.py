@@ -74,6 +74,19 @@ class RowFlag(IntFlag):
     SECOND = 2048
 
 
+# Of a step that changes none of its arguments: it keeps nothing, and makes no input for a network.
+FUNCTIONAL_FLAGS = RowFlag.CLIP | RowFlag.RAW_OUT | RowFlag.LEARNED | RowFlag.THRESHOLD
+
+
+def check_functional(flags: int) -> None:
+    """Raise ValueError where a flag is none of FUNCTIONAL_FLAGS."""
+    if flags & ~int(FUNCTIONAL_FLAGS):
+        raise ValueError(
+            f"flags {flags} has a term that only reverse_step_ has; reverse_step has"
+            f" {int(FUNCTIONAL_FLAGS)}: CLIP, RAW_OUT, LEARNED and THRESHOLD"
+        )
+
+
 def history_depth(flags: RowFlag | int) -> int:
     """Slots of the ring of past values: the largest k of an h_k that some row reads; 0 to 3."""
     return max((k for k in range(1, DEEPEST + 1) if flags & RowFlag[f"H{k}"]), default=0)

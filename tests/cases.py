@@ -169,8 +169,8 @@ def each(of: Iterable[Case], on: Iterable[Backend] | None = None) -> list[Any]:
 def sample_inputs(op: str, case: Case, device: str, made: bool = True) -> tuple[Any, ...]:
     """Arguments of torch.ops.ddpm_fast.<op>, for its bits, gradients and opcheck alike.
 
-    made: whether reverse_step_ makes its noise. Tensors are new at each call; a state is float32 or
-    float64, and whatever else has a dtype has that of the case.
+    made: whether reverse_step_ makes its noise. Tensors are new at each call; a state that is
+    written is float32 or float64, and whatever else has a dtype has that of the case.
     """
     arithmetic = F64 if case.dtype == F64 else F32
     lead, other = case.tensor(device, 1), case.others(device, 2)
@@ -184,10 +184,12 @@ def sample_inputs(op: str, case: Case, device: str, made: bool = True) -> tuple[
         return other, lead, t, SCHEDULE.q_posterior_coefs(device, arithmetic)
     if op == "philox_normal_":
         return lead, rng
-    state, model_input = case.tensor(device, 1, dtype=arithmetic), case.tensor(device, 3)
     noise = normals(case.shape, "contiguous", arithmetic, 4, device)
     rows, _ = TABLE.to(device, arithmetic)
     step = case.timesteps(device, TABLE.steps)
+    if op == "reverse_step":
+        return lead, other, rows, step, noise, int(TABLE.flags)
+    state, model_input = case.tensor(device, 1, dtype=arithmetic), case.tensor(device, 3)
     source = (None, rng) if made else (noise, None)
     pred_x0 = torch.zeros_like(state) if made else None
     return state, other, rows, step, *source, model_input, pred_x0, int(TABLE.flags)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_fast.row import ROW_WIDTH
+from ddpm_fast.row import FUNCTIONAL_FLAGS, ROW_WIDTH, RowFlag
 
 pytest.importorskip("triton")
 
@@ -32,6 +32,8 @@ QUICK = {
     "linear-float16 q_sample",
     "linear-float32 reverse_step_ given 1",
     "linear-float16 reverse_step_ made 1",
+    "linear-float32 reverse_step given",
+    "linear-float16 reverse_step given",
 }
 
 
@@ -53,6 +55,11 @@ def launches(path: Any) -> list[tuple[str, Callable[[], Any]]]:
         calls[f"reverse_step_ none {flags}"] = partial(step, None, None, x, None, flags)
         calls[f"reverse_step_ given {flags}"] = partial(step, z, None, x, z, flags)
         calls[f"reverse_step_ made {flags}"] = partial(step, None, rng, x, z, flags)
+    functional, flags = partial(kernels.reverse_step, x, x, rows, t), int(FUNCTIONAL_FLAGS)
+    bounds = torch.empty(shape[0], device="meta")
+    calls["reverse_step none"] = partial(functional, None, flags, x, bounds)
+    calls["reverse_step given"] = partial(functional, z, int(RowFlag.CLIP))
+    calls["reverse_step more"] = partial(functional, z, flags, x, bounds)
     return [(f"{label} {name}", call) for name, call in calls.items()]
 
 
@@ -80,6 +87,11 @@ def test_code_for_sm_90_moves_whole_vectors_and_fuses_nothing(tmp_path):
     assert found["linear-float32 reverse_step_ given 1"]["vectors"] == {load: 6, store: 6}
     mixed = found["linear-float16 reverse_step_ made 1"]["vectors"]
     assert (mixed[load], mixed[store], mixed["ld.global.v2.b32"]) == (2, 4, 2)
+    # Not in place: x, the output and noise are read; x' and x0 are written. float32 noise beside
+    # float16 makes the widest.
+    assert found["linear-float32 reverse_step given"]["vectors"] == {load: 6, store: 4}
+    mixed = found["linear-float16 reverse_step given"]["vectors"]
+    assert mixed == {load: 2, "ld.global.v2.b32": 4, "st.global.v2.b32": 4}
     # Eq. 4 is one fma and one product, as written; so are predict_x0, and x' with its noise.
     assert found["linear-float32 q_sample"]["floats"] == {"fma.rn.f32": 8, "mul.rn.f32": 8}
     step = found["linear-float32 reverse_step_ given 1"]["floats"]
@@ -89,7 +101,7 @@ def test_code_for_sm_90_moves_whole_vectors_and_fuses_nothing(tmp_path):
 @pytest.mark.slow
 def test_code_for_sm_90_of_every_path_does_not_spill(tmp_path):
     found = compiled(tmp_path, "--every")
-    assert len(found) == 147
+    assert len(found) == 183
     for kernel in found.values():
         assert_lean(kernel)
 

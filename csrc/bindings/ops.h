@@ -225,6 +225,33 @@ struct Ops {
     a.depth = history.size(0);
   }
 
+  // What a step reads beside the state x.
+  static void fill_step(ReverseStepArgs& a, const Batch& batch, const Tensor& x,
+                        const Tensor& model_output, const Tensor& rows, const Tensor& step,
+                        const std::optional<Tensor>& noise, int64_t flags,
+                        const std::optional<Tensor>& log_variance,
+                        const std::optional<Tensor>& threshold) {
+    check_coefs(rows, kRowWidth, x, "rows");
+    check_index(step, x, "step");
+    check_flagged(log_variance, flags & kLearned, "log_variance");
+    check_flagged(threshold, flags & kThreshold, "threshold");
+    a.samples = batch.samples();
+    a.elements = batch.elements();
+    a.out = batch.view(model_output, "model_output");
+    a.noise = batch.view(noise, "noise");
+    a.rows = rows.data_ptr();
+    a.num_rows = rows.size(0);
+    a.step = static_cast<const int64_t*>(step.data_ptr());
+    a.step_stride = step.stride(0);
+    a.flags = flags;
+    a.log_variance = batch.view(log_variance, "log_variance");
+    if (threshold) {
+      check_threshold(*threshold, x);
+      a.threshold = threshold->data_ptr();
+      a.threshold_stride = threshold->stride(0);
+    }
+  }
+
   static void reverse_step_(
       const Tensor x, const Tensor model_output, const Tensor rows, const Tensor step,
       const std::optional<Tensor> noise, const std::optional<Tensor> rng,
@@ -235,41 +262,43 @@ struct Ops {
     STD_TORCH_CHECK(!(noise && rng), "noise is either given or made, not both");
     STD_TORCH_CHECK((flags & ~int64_t{kKnownFlags}) == 0, "flags ", flags,
                     " has a term that this build has no kernel for");
-    check_coefs(rows, kRowWidth, x, "rows");
-    check_index(step, x, "step");
     const Batch batch(x, /*channels_last=*/rng.has_value());
     ReverseStepArgs a{};
-    a.samples = batch.samples();
-    a.elements = batch.elements();
+    fill_step(a, batch, x, model_output, rows, step, noise, flags, log_variance, threshold);
     a.x = batch.view(x, "x");
-    a.out = batch.view(model_output, "model_output");
-    a.noise = batch.view(noise, "noise");
     a.model_input = batch.view(model_input, "model_input");
     a.pred_x0 = batch.view(pred_x0, "pred_x0");
-    a.rows = rows.data_ptr();
-    a.num_rows = rows.size(0);
-    a.step = static_cast<const int64_t*>(step.data_ptr());
-    a.step_stride = step.stride(0);
-    a.flags = flags;
     if (rng) a.rng = rng_of(*rng, x);
     check_flagged(model_output2, flags & kGuide, "model_output2");
-    check_flagged(log_variance, flags & kLearned, "log_variance");
-    check_flagged(threshold, flags & kThreshold, "threshold");
     check_flagged(second, flags & kSecond, "second");
     check_flagged(history, flags & kRing, "history");
     a.out2 = batch.view(model_output2, "model_output2");
-    a.log_variance = batch.view(log_variance, "log_variance");
     if (second) {
       check_dtype(*second, x, "second");
       a.second = batch.view(*second, "second");
     }
     if (history) fill_history(a, batch, *history, x);
-    if (threshold) {
-      check_threshold(*threshold, x);
-      a.threshold = threshold->data_ptr();
-      a.threshold_stride = threshold->stride(0);
-    }
     if (a.samples > 0 && a.elements > 0) Launch::reverse_step(a, x);
+  }
+
+  static std::tuple<Tensor, Tensor> reverse_step(const Tensor x, const Tensor model_output,
+                                                 const Tensor rows, const Tensor step,
+                                                 const std::optional<Tensor> noise, int64_t flags,
+                                                 const std::optional<Tensor> log_variance,
+                                                 const std::optional<Tensor> threshold) {
+    STD_TORCH_CHECK((flags & ~kFunctionalFlags) == 0, "flags ", flags,
+                    " has a term that only reverse_step_ has; reverse_step has ", kFunctionalFlags,
+                    ": CLIP, RAW_OUT, LEARNED and THRESHOLD");
+    Tensor next = torch::stable::empty_like(x);
+    Tensor pred_x0 = torch::stable::empty_like(x);
+    const Batch batch(next, /*channels_last=*/false);
+    ReverseStepArgs a{};
+    fill_step(a, batch, x, model_output, rows, step, noise, flags, log_variance, threshold);
+    a.source = batch.view(x, "x");
+    a.x = batch.view(next, "x");
+    a.pred_x0 = batch.view(pred_x0, "pred_x0");
+    if (a.samples > 0 && a.elements > 0) Launch::reverse_step(a, x);
+    return {next, pred_x0};
   }
 
   static void philox_normal_(const Tensor out, const Tensor rng) {
@@ -287,6 +316,7 @@ struct Ops {
     library.impl("q_sample_philox", TORCH_BOX(&q_sample_philox));
     library.impl("q_posterior", TORCH_BOX(&q_posterior));
     library.impl("reverse_step_", TORCH_BOX(&reverse_step_));
+    library.impl("reverse_step", TORCH_BOX(&reverse_step));
     library.impl("philox_normal_", TORCH_BOX(&philox_normal_));
   }
 };

@@ -47,6 +47,7 @@ class Implementation:
     q_sample_philox: Any
     q_posterior: Any
     reverse_step_: Any
+    reverse_step: Any
     philox_normal_: Any
     group_norm_: Any
     attention_: Any

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.ops.registry import per_sample
-from ddpm_fast.row import RowFlag, column
+from ddpm_fast.row import RowFlag, check_functional, column
 
 _WORD = 0xFFFFFFFF
 
@@ -23,11 +23,16 @@ def _gather(coefs: Tensor, t: Tensor, like: Tensor) -> list[Tensor]:
     return [per_sample(chosen[:, i], like) for i in range(coefs.shape[1])]
 
 
+def _like(value: Tensor, like: Tensor) -> Tensor:
+    """The value in the dtype and with the strides of ``like``."""
+    return torch.empty_like(like).copy_(value)
+
+
 def q_sample(x0: Tensor, t: Tensor, noise: Tensor, coefs: Tensor) -> Tensor:
     """Eq. 4, Ho et al. 2020: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
     signal_scale, noise_scale = _gather(coefs, t, x0)
     x_t = signal_scale * x0.to(coefs.dtype) + noise_scale * noise.to(coefs.dtype)
-    return torch.empty_like(x0).copy_(x_t) if not x_t.requires_grad else x_t.to(x0.dtype)
+    return _like(x_t, x0)
 
 
 def q_sample_philox(x0: Tensor, t: Tensor, coefs: Tensor, rng: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,8 +46,7 @@ def q_posterior(x0: Tensor, x_t: Tensor, t: Tensor, coefs: Tensor) -> tuple[Tens
     """Eq. 6 and 7, Ho et al. 2020: mean, variance and log-variance of q(x_{t-1} | x_t, x_0)."""
     coef_x0, coef_x_t, variance, log_variance = _gather(coefs, t, x_t)
     mean = coef_x0 * x0.to(coefs.dtype) + coef_x_t * x_t.to(coefs.dtype)
-    mean = torch.empty_like(x_t).copy_(mean) if not mean.requires_grad else mean.to(x_t.dtype)
-    return mean, variance, log_variance
+    return _like(mean, x_t), variance, log_variance
 
 
 def reverse_step_(
@@ -65,24 +69,15 @@ def reverse_step_(
 
     Beside the shape [N, ...] of x: threshold [N], history [depth, N, ...].
     """
-    active = per_sample((step >= 0) & (step < rows.shape[0]), x)
-    index = step.clamp(0, rows.shape[0] - 1)
-    row = rows.index_select(0, index)
+    active, index, row = _chosen(rows, step, x)
 
     def coef(name: str) -> Tensor:
         return per_sample(row[:, column(name)], x)
 
     out, x0 = predicted_x0(row, x, model_output, model_output2)
-    if threshold is not None:
-        bound = per_sample(threshold, x)
-        x0 = torch.clamp(x0, -bound, bound) / bound
-    elif flags & RowFlag.CLIP:
-        x0 = torch.clamp(x0, -coef("clip"), coef("clip"))
-
+    x0 = _bounded(x0, row, flags, threshold)
     past = _past_values(history, row, x, flags)
-    mean = coef("Xx") * x + coef("Xx0") * x0
-    if flags & RowFlag.RAW_OUT:
-        mean = mean + coef("Xo") * out
+    mean = _mean(row, x, x0, out, flags)
     if second is not None:
         mean = mean + coef("Xy") * second
     for k, value in past.items():
@@ -91,10 +86,7 @@ def reverse_step_(
         seed, stream, first = rng.unbind()
         noise = normals(x, seed, stream + index, first)
     if noise is not None:
-        if log_variance is not None:
-            v = log_variance.to(x.dtype)
-            noise = torch.exp((coef("Lmin") + v * (coef("Lmax") - coef("Lmin"))) / 2) * noise
-        mean = mean + coef("S") * noise
+        mean = mean + _scaled_noise(row, noise, log_variance)
 
     if second is not None:
         next_second = coef("Yx") * x + coef("Yx0") * x0 + coef("Yy") * second
@@ -115,6 +107,74 @@ def reverse_step_(
     if model_input is not None:
         scaled = coef("Cin") * x if flags & RowFlag.SCALE_IN else x
         model_input.copy_(torch.where(active, scaled.to(model_input.dtype), model_input))
+
+
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    rows: Tensor,
+    step: Tensor,
+    noise: Tensor | None,
+    flags: int,
+    log_variance: Tensor | None = None,
+    threshold: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One row of a step table on the state: x' and x0, new tensors with dtype and strides of x.
+
+    x, model_output, noise, log_variance: [N, ...]. rows: [steps, ROW_WIDTH], in the dtype of the
+    arithmetic. step: int64 [N]. threshold: [N], as rows. A sample whose row lies outside the table
+    is NaN in both. Differentiable by autograd, which the other backends are not.
+
+    Raises ValueError for a flag that is none of FUNCTIONAL_FLAGS.
+    """
+    check_functional(flags)
+    active, _, row = _chosen(rows, step, x)
+    state = x.to(rows.dtype)
+    out, x0 = predicted_x0(row, state, model_output, None)
+    x0 = _bounded(x0, row, flags, threshold)
+    mean = _mean(row, state, x0, out, flags)
+    if noise is not None:
+        mean = mean + _scaled_noise(row, noise.to(rows.dtype), log_variance)
+    return _like(mean.where(active, math.nan), x), _like(x0.where(active, math.nan), x)
+
+
+def _chosen(rows: Tensor, step: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which samples have a row, to broadcast over ``like``; the nearest index; that row of each."""
+    active = per_sample((step >= 0) & (step < rows.shape[0]), like)
+    index = step.clamp(0, rows.shape[0] - 1)
+    return active, index, rows.index_select(0, index)
+
+
+def _bounded(x0: Tensor, row: Tensor, flags: int, threshold: Tensor | None) -> Tensor:
+    if threshold is not None:
+        bound = per_sample(threshold, x0)
+        return torch.clamp(x0, -bound, bound) / bound
+    if flags & RowFlag.CLIP:
+        clip = per_sample(row[:, column("clip")], x0)
+        return torch.clamp(x0, -clip, clip)
+    return x0
+
+
+def _mean(row: Tensor, x: Tensor, x0: Tensor, out: Tensor, flags: int) -> Tensor:
+    """The terms of x' that every solver has, and that of the raw output."""
+
+    def coef(name: str) -> Tensor:
+        return per_sample(row[:, column(name)], x)
+
+    mean = coef("Xx") * x + coef("Xx0") * x0
+    return mean + coef("Xo") * out if flags & RowFlag.RAW_OUT else mean
+
+
+def _scaled_noise(row: Tensor, noise: Tensor, log_variance: Tensor | None) -> Tensor:
+    """S e z; e is 1 where the variance is not learned."""
+
+    def coef(name: str) -> Tensor:
+        return per_sample(row[:, column(name)], noise)
+
+    if log_variance is not None:
+        v = log_variance.to(noise.dtype)
+        noise = torch.exp((coef("Lmin") + v * (coef("Lmax") - coef("Lmin"))) / 2) * noise
+    return coef("S") * noise
 
 
 def predicted_x0(

@@ -28,6 +28,10 @@ SCHEMAS = {
         " Tensor? log_variance=None, Tensor? threshold=None, Tensor(d!)? second=None,"
         " Tensor(e!)? history=None) -> ()"
     ),
+    "reverse_step": (
+        "(Tensor x, Tensor model_output, Tensor rows, Tensor step, Tensor? noise, int flags,"
+        " Tensor? log_variance=None, Tensor? threshold=None) -> (Tensor, Tensor)"
+    ),
     "philox_normal_": "(Tensor(a!) out, Tensor rng) -> ()",
 }
 OPS = tuple(SCHEMAS)
@@ -55,6 +59,10 @@ def _fake_q_posterior(
     return torch.empty_like(x_t), coefs.new_empty(shape), coefs.new_empty(shape)
 
 
+def _fake_reverse_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
 def _fake_in_place(*args: Any) -> None:
     return None
 
@@ -64,6 +72,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "q_sample_philox": _fake_q_sample_philox,
     "q_posterior": _fake_q_posterior,
     "reverse_step_": _fake_in_place,
+    "reverse_step": _fake_reverse_step,
     "philox_normal_": _fake_in_place,
 }
 

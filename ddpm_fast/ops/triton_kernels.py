@@ -17,7 +17,7 @@ from torch import Tensor
 from ddpm_fast.ops import triton_math as core
 from ddpm_fast.ops import triton_tiles as tiles
 from ddpm_fast.ops.triton_tiles import Lookup, View, Walk
-from ddpm_fast.row import ROW_FIELDS, ROW_WIDTH, RowFlag
+from ddpm_fast.row import ROW_FIELDS, ROW_WIDTH, RowFlag, check_functional
 
 # The columns and flags of a step table's row, for kernels.
 _Row = namedtuple("_Row", [*ROW_FIELDS, *RowFlag.__members__, "WIDTH"])  # type: ignore[misc]
@@ -38,6 +38,21 @@ class Ring(NamedTuple):
     first: View
     stride: tl.tensor
     slot: tl.tensor  # unsigned
+
+
+class StepTensors(NamedTuple):
+    """What a reverse step reads and writes, in the order of its kernel."""
+
+    x: Tensor
+    model_output: Tensor
+    noise: Tensor | None = None
+    model_input: Tensor | None = None
+    pred_x0: Tensor | None = None
+    model_output2: Tensor | None = None
+    log_variance: Tensor | None = None
+    second: Tensor | None = None
+    history: Tensor | None = None
+    source: Tensor | None = None
 
 
 @triton.jit(do_not_specialize=["lookup", "samples"])
@@ -133,6 +148,7 @@ def _reverse_step_kernel(
     log_variance: View | None,
     second: View | None,
     history: View | None,
+    source: View | None,
     slot_stride: tl.tensor | None,
     threshold: View | None,
     rng: tl.tensor | None,
@@ -146,7 +162,7 @@ def _reverse_step_kernel(
 ) -> None:
     tile = tiles.tile_of(walk, samples, SHAPE)
     # What the step does not depend on is asked for first.
-    state = tiles.load(x, tile)
+    state = tiles.load(x if source is None else source, tile)
     out = tiles.load(model_output, tile)
     if noise is not None:
         z = tiles.load(noise, tile)
@@ -179,6 +195,10 @@ def _reverse_step_kernel(
         x0 = core.threshold(x0, tl.load(bound, mask=runs))
     elif FLAGS & ROW.CLIP:
         x0 = core.clip(x0, _coef(coefs, ROW.clip))
+    if source is not None:
+        # A sample without a row has no state of its own to be left at.
+        mask = tile.mask
+        x0 = tl.where(runs, x0, float("nan"))
     if pred_x0 is not None:
         tiles.store(pred_x0, tile, mask, x0)
 
@@ -203,6 +223,8 @@ def _reverse_step_kernel(
         pushed = core.step_mean(state, x0, out, _coef(coefs, ROW.Hx), _coef(coefs, ROW.Hv), Ho)
         pushes = tile.mask & (runs & (_coef(coefs, ROW.push) != 0))
         tiles.store(_past(ring, 0, DEPTH), tile, pushes, pushed)
+    if source is not None:
+        next = tl.where(runs, next, float("nan"))
     tiles.store(x, tile, mask, next)
     if model_input is not None:
         if FLAGS & ROW.SCALE_IN:
@@ -301,16 +323,57 @@ def reverse_step_(
         return tensor if flags & by else None
 
     threshold, history = flagged(threshold, RowFlag.THRESHOLD), flagged(history, _PAST)
-    tensors = (
+    tensors = StepTensors(
         *(x, model_output, noise, model_input, pred_x0),
         flagged(model_output2, RowFlag.GUIDE),
         flagged(log_variance, RowFlag.LEARNED),
         flagged(second, RowFlag.SECOND),
         history,
     )
+    _reverse_step(tensors, rows, step, rng, flags, threshold)
+
+
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    rows: Tensor,
+    step: Tensor,
+    noise: Tensor | None,
+    flags: int,
+    log_variance: Tensor | None = None,
+    threshold: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of a solver that keeps nothing, in new tensors: x' and x0, both like x.
+
+    x, noise: [N, ...], float32, float16 or bfloat16; the rest as for reverse_step_. A sample whose
+    row lies outside the table is NaN in both.
+
+    Raises ValueError for a flag that is none of FUNCTIONAL_FLAGS.
+    """
+    check_functional(flags)
+    next, pred_x0 = torch.empty_like(x), torch.empty_like(x)
+    if x.numel() > 0:
+        v = log_variance if flags & RowFlag.LEARNED else None
+        bounds = threshold if flags & RowFlag.THRESHOLD else None
+        tensors = StepTensors(next, model_output, noise, pred_x0=pred_x0, log_variance=v, source=x)
+        _reverse_step(tensors, rows, step, None, flags, bounds)
+    return next, pred_x0
+
+
+def _reverse_step(
+    tensors: StepTensors,
+    rows: Tensor,
+    step: Tensor,
+    rng: Tensor | None,
+    flags: int,
+    threshold: Tensor | None,
+) -> None:
+    shape, history = tensors.x.shape, tensors.history
+    given = [tensor for tensor in tensors if tensor is not None]
     # Those of a slot, for the history.
-    strides = tuple(tensor.stride()[-x.ndim :] for tensor in tensors if tensor is not None)
-    plan = tiles.plan_of(x.shape, strides, rng is not None, x.element_size())
+    strides = tuple(tensor.stride()[-len(shape) :] for tensor in given)
+    itemsize = max(tensor.element_size() for tensor in given)
+    plan = tiles.plan_of(shape, strides, rng is not None, itemsize)
     depth, slot_stride = (0, None) if history is None else (history.shape[0], history.stride(0))
     bounds = None if threshold is None else View(threshold, threshold.stride(0), ())
     lookup = Lookup(step, step.stride(0), rows, rows.shape[0])
