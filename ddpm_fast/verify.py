@@ -197,7 +197,7 @@ def _largest(values: Tensor) -> float:
 
 def as_table(checks: list[Check], skipped: dict[str, str]) -> str:
     """The checks as text: one line for each operator, backend and dtype, layouts together."""
-    lines = [f"{'operator':<31}{'backend':<11}{'dtype':<10}{'error':>9}{'of bound':>10}  bits  "]
+    lines = [f"{'operator':<40}{'backend':<11}{'dtype':<10}{'error':>9}{'of bound':>10}  bits  "]
     groups: dict[tuple[str, str, str, str], list[Check]] = {}
     for check in checks:
         groups.setdefault((check.backend, check.device, check.op, check.dtype), []).append(check)
@@ -208,7 +208,7 @@ def as_table(checks: list[Check], skipped: dict[str, str]) -> str:
         verdict = f"MISS: {', '.join(missed)}" if missed else "ok"
         error, ratio = max(c.error for c in group), max(c.ratio for c in group)
         lines.append(
-            f"{op:<31}{backend:<11}{dtype:<10}{error:>9.1e} {ratio:>9.2f}  {same:<6}{verdict}"
+            f"{op:<40}{backend:<11}{dtype:<10}{error:>9.1e} {ratio:>9.2f}  {same:<6}{verdict}"
         )
     lines += [f"{backend}: not run: {reason}" for backend, reason in skipped.items()]
     bad = sum(not c.ok for c in checks)

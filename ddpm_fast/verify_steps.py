@@ -1,4 +1,4 @@
-"""The checks of reverse_step_: every kind of row, against the float64 reference."""
+"""The checks of a reverse step: every kind of row, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ Operate = Callable[[Case, NoiseSchedule], Results]
 def step_operators(schedule: NoiseSchedule) -> Iterator[tuple[str, Operate]]:
     """The name and the check of a step of every kind of table."""
     ddpm, ddim = StepTable.ddpm(schedule), StepTable.ddim(schedule, 50, rederive_epsilon=False)
+    of_x0 = StepTable.ddpm(schedule, prediction="x0")
     learned = StepTable.ddpm(schedule, variance="learned_range")
     dynamic = StepTable.ddim(schedule, 50, clip=DynamicThreshold(0.8))
     yield "reverse_step ddpm, noise given", _step(ddpm)
     yield "reverse_step ddpm, noise made", _step(ddpm, made=True)
     yield "reverse_step ddpm, no clip", _step(StepTable.ddpm(schedule, clip=None))
-    yield "reverse_step ddpm, x0 predicted", _step(StepTable.ddpm(schedule, prediction="x0"))
+    yield "reverse_step ddpm, x0 predicted", _step(of_x0)
     yield "reverse_step ddpm, learned", _step(learned)
     yield "reverse_step ddim, raw epsilon", _step(ddim)
     yield "reverse_step ddim, guided", _step(ddim.with_guidance(2.5))
@@ -36,6 +37,11 @@ def step_operators(schedule: NoiseSchedule) -> Iterator[tuple[str, Operate]]:
     yield "reverse_step dpmpp_2m_sde", _step(StepTable.dpmpp_2m_sde(schedule, 20))
     yield "reverse_step unipc", _step(StepTable.unipc(schedule, 20))
     yield "reverse_step plms", _step(StepTable.plms(schedule, 20))
+    yield "reverse_step functional, ddpm", _functional_step(ddpm)
+    yield "reverse_step functional, x0 predicted", _functional_step(of_x0)
+    yield "reverse_step functional, raw epsilon", _functional_step(ddim)
+    yield "reverse_step functional, thresholded", _functional_step(dynamic)
+    yield "reverse_step functional, learned", _functional_step(learned)
 
 
 def _step(table: StepTable, made: bool = False) -> Operate:
@@ -76,6 +82,34 @@ def _step(table: StepTable, made: bool = False) -> Operate:
         written = [k for k in ("x", "pred_x0", "second", "history") if inputs[k] is not None]
         outputs = [inputs["model_input"], *(inputs[name] for name in written)]
         oracles, terms = ([of[name] for name in ("x", *written)] for of in (exact, sums))
+        return outputs, oracles, terms
+
+    return run
+
+
+def _functional_step(table: StepTable) -> Operate:
+    def run(case: Case, schedule: NoiseSchedule) -> Results:
+        x, out = case.tensor(0), case.tensor(1)
+        rows, _ = table.to(case.device, case.arithmetic)
+        step = case.indices(3, table.steps)
+        inputs: dict[str, Any] = {
+            "x": x,
+            "model_output": out,
+            "rows": rows,
+            "step": step,
+            "noise": case.tensor(2) if table.uses_noise else None,
+            "flags": int(table.flags),
+            "log_variance": case.tensor(7) if table.learned else None,
+            "threshold": None,
+        }
+        if table.threshold is not None:
+            state = x.to(case.arithmetic)
+            inputs["threshold"] = thresholds(table.threshold, state, out, None, rows, step)
+        outputs = list(case.run.reverse_step(**inputs))
+        before = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        before |= {"rng": None, "pred_x0": torch.empty_like(before["x"])}
+        exact, sums = _on_cpu(before, table), _magnitudes(before, table)
+        oracles, terms = ([of["x"], of["pred_x0"]] for of in (exact, sums))
         return outputs, oracles, terms
 
     return run
