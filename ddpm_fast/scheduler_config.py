@@ -186,8 +186,8 @@ def _clip(options: Mapping[str, Any]) -> Clip:
         _refuse("clip_sample_range", bound, "a finite number > 0")
     if not _is_number(ratio) or not 0 < ratio <= 1:
         _refuse("dynamic_thresholding_ratio", ratio, "a number in (0, 1]")
-    if not _is_number(cap) or cap < 1:
-        _refuse("sample_max_value", cap, "a finite number >= 1")
+    if not _is_number(cap) or cap <= 0:
+        _refuse("sample_max_value", cap, "a finite number > 0")
     if options["thresholding"]:
         return DynamicThreshold(float(ratio), float(cap))
     return float(bound) if options["clip_sample"] else None
