@@ -167,7 +167,8 @@ def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "auto":
         for name in _PREFERENCE.get(device.type, ("reference",)):
             if dtype in DTYPES[name] and why_not(name, device) is None:
-                _log.info("backend auto: %s on %s for %s", name, device, dtype)
+                if not torch.compiler.is_compiling():  # a graph cannot hold a message
+                    _log.info("backend auto: %s on %s for %s", name, device, dtype)
                 return name
     if backend not in BACKENDS:
         raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {backend!r}")
