@@ -1,0 +1,129 @@
+"""The coefficients of diffusers' DDPMScheduler and DDIMScheduler, as rows.
+
+They are computed in the dtype of the noise levels that come in, operation by operation in the
+library's order: in float32 to meet its results, where 1 - abar_t / abar_prev keeps three digits at
+the end of a long chain, and in float64 to be right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.chain import Clip, clip_bound
+from ddpm_fast.row import ROW_WIDTH, column
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The noise levels of some steps [n]: alphas_cumprod where each begins and where it leads."""
+
+    abar: Tensor
+    abar_prev: Tensor
+
+    @property
+    def rest(self) -> Tensor:
+        """1 - abar."""
+        return 1 - self.abar
+
+    @property
+    def rest_prev(self) -> Tensor:
+        """1 - abar_prev."""
+        return 1 - self.abar_prev
+
+    @property
+    def beta(self) -> Tensor:
+        """1 - abar / abar_prev, of the whole step."""
+        return 1 - self.abar / self.abar_prev
+
+    @property
+    def posterior_variance(self) -> Tensor:
+        """Eq. 7, Ho et al. 2020."""
+        return self.rest_prev / self.rest * self.beta
+
+
+def ddpm_rows(
+    levels: Levels, noisy: Tensor, prediction: str, clip: Clip, variance: str, corrected: bool
+) -> Tensor:
+    """Rows of DDPMScheduler.step (Eq. 6, 7 and 15, Ho et al. 2020), float64 [n, ROW_WIDTH].
+
+    noisy: which steps add noise, bool [n]. variance: the library's variance_type. corrected: as
+    its name says; otherwise "fixed_large_log" is the square root of a negative logarithm, NaN, and
+    "learned" leaves the noise to be scaled by the caller.
+    """
+    alpha = levels.abar / levels.abar_prev
+    columns = {
+        "Xx0": levels.abar_prev.sqrt() * levels.beta / levels.rest,
+        "Xx": alpha.sqrt() * levels.rest_prev / levels.rest,
+        **_noise(levels, variance, corrected),
+    }
+    for name in ("S", "Lmax"):
+        if name in columns:
+            columns[name] = torch.where(noisy, columns[name], 0)
+    return _rows(levels, prediction, clip, columns)
+
+
+def _noise(levels: Levels, variance: str, corrected: bool) -> dict[str, Tensor]:
+    """The columns S and Lmax."""
+    small, large = levels.posterior_variance.clamp(min=1e-20), levels.beta
+    one = torch.ones_like(large)
+    if variance == "learned":
+        return {"S": one, "Lmax": one} if corrected else {"S": one}
+    if variance == "learned_range":
+        low, high = small.log(), large.log()
+        return {"S": ((low + high) / 4).exp(), "Lmax": (high - low) / 2}
+    if variance == "fixed_large":
+        return {"S": large.sqrt()}
+    if variance == "fixed_large_log":
+        return {"S": (large.log() if not corrected else large).sqrt()}
+    # The library takes any other name for fixed_small.
+    return {"S": (0.5 * small.log()).exp() if variance == "fixed_small_log" else small.sqrt()}
+
+
+def ddim_rows(
+    levels: Levels, prediction: str, clip: Clip, eta: float, rederive_epsilon: bool
+) -> Tensor:
+    """Rows of DDIMScheduler.step (Eq. 12 and 16, Song et al. 2020), float64 [n, ROW_WIDTH].
+
+    rederive_epsilon: the library's use_clipped_model_output.
+    """
+    sigma = eta * levels.posterior_variance.sqrt()
+    direction = (1 - levels.abar_prev - sigma.square()).sqrt().double()
+    signal, noise = levels.abar.sqrt().double(), levels.rest.sqrt().double()
+    none = torch.zeros_like(direction)
+    of_x, of_x0, of_out = {
+        "epsilon": (none, none, none + 1),
+        "x0": (1 / noise, none, -signal / noise),
+        "v": (noise, none, signal),
+    }[prediction]
+    if rederive_epsilon:
+        of_x, of_x0, of_out = 1 / noise, -signal / noise, none
+    columns = {
+        "Xx": direction * of_x,
+        "Xx0": levels.abar_prev.sqrt().double() + direction * of_x0,
+        "Xo": direction * of_out,
+        "S": sigma,
+    }
+    return _rows(levels, prediction, clip, columns)
+
+
+def _rows(levels: Levels, prediction: str, clip: Clip, columns: dict[str, Tensor]) -> Tensor:
+    """Rows with these columns, and x0 of the prediction.
+
+    Where abar is 0 the x0 of an epsilon is infinite, as the library's, with the sign of x - epsilon
+    that a clip leaves.
+    """
+    signal, noise = levels.abar.sqrt().double(), levels.rest.sqrt().double()
+    one, none = torch.ones_like(signal), torch.zeros_like(signal)
+    P, Q, ratio = {
+        "epsilon": (1 / signal, -noise / signal, -noise),
+        "x0": (none, one, none),
+        "v": (signal, -noise, torch.where(signal != 0, -noise / signal, 0)),
+    }[prediction]
+    known = {"G0": one, "Cin": one, "P": P, "Q": Q, "ratio": ratio, "clip": clip_bound(clip) * one}
+    rows = torch.zeros(len(one), ROW_WIDTH, dtype=torch.float64)
+    for name, values in (known | columns).items():
+        rows[:, column(name)] = values.double()
+    return rows

@@ -1,0 +1,71 @@
+"""add_noise and get_velocity of diffusers' schedulers, by the fused q_sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_fast import checks
+from ddpm_fast.ops import implementation
+from ddpm_fast.schedules import Frozen
+
+
+class ForwardScales(Frozen):
+    """Factors of the image and of the noise at each timestep [T, 2].
+
+    alphas_cumprod: [T], in the dtype of the images where the library's are to be met: it casts them
+    before it takes the roots, so that float16 images get no noise at all at the first timesteps.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        signal, noise = alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5
+        scales = torch.stack([signal, noise], dim=1).double()
+        turned = torch.stack([scales[:, 0], -scales[:, 1]], dim=1)
+        self._freeze({"noisy": scales, "velocity": turned}, ("noisy",))
+
+    def prepare(self, device: torch.device | str | None) -> None:
+        """Have the factors on a device (None: the CPU) before they are asked for."""
+        for table in ("noisy", "velocity"):
+            self._on(table, device or "cpu", torch.float32)
+
+    def noisy(self, images: Any, noise: Any, timesteps: Any) -> Tensor:
+        """sqrt(abar) images + sqrt(1 - abar) noise (Eq. 4, Ho et al. 2020)."""
+        return self._combined("noisy", "original_samples", images, "noise", noise, timesteps)
+
+    def velocity(self, images: Any, noise: Any, timesteps: Any) -> Tensor:
+        """sqrt(abar) noise - sqrt(1 - abar) images (Salimans & Ho 2022)."""
+        return self._combined("velocity", "noise", noise, "sample", images, timesteps)
+
+    def _combined(
+        self, table: str, first: str, a: Any, second: str, b: Any, timesteps: Any
+    ) -> Tensor:
+        a, b = checks.batch(first, a), checks.batch(second, b)
+        checks.same_device(second, b, first, a)
+        if not isinstance(timesteps, Tensor) or timesteps.is_floating_point():
+            got = (
+                checks.dtype_name(timesteps.dtype)
+                if isinstance(timesteps, Tensor)
+                else type(timesteps).__name__
+            )
+            raise TypeError(f"timesteps must be an integer tensor [N]; got {got}")
+        t = timesteps.reshape(-1).to(a.device, torch.int64)
+        a, b = _alike(first, a, second, b, len(t))
+        t = checks.index("timesteps", t, a, len(self._tables[table]))
+        coefs = self._on(table, a.device, checks.arithmetic(a.dtype))
+        return implementation("auto", a.device, a.dtype).q_sample(a, t, b, coefs)
+
+
+def _alike(first: str, a: Tensor, second: str, b: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Both in the shape that they and the timesteps broadcast to, in the dtype they promote to."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    try:
+        shape = torch.broadcast_shapes(a.shape, b.shape, (samples, *[1] * (a.ndim - 1)))
+    except RuntimeError:
+        raise ValueError(
+            f"{first}, {second} and timesteps must broadcast; got {checks.shape_text(a)},"
+            f" {checks.shape_text(b)} and {samples} timesteps"
+        ) from None
+    return a.expand(shape), b.expand(shape)
