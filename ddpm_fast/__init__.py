@@ -7,7 +7,8 @@ backends that can be checked against plain PyTorch.
 from ddpm_fast.chain import DynamicThreshold
 from ddpm_fast.checkpoint import Checkpoint, load, save
 from ddpm_fast.codec import Codec, image_to_image, slerp
-from ddpm_fast.engine import AcceleratedUNet, Tuner, UNetEngine, accelerate
+from ddpm_fast.dropin import accelerate
+from ddpm_fast.engine import AcceleratedUNet, Tuner, UNetEngine
 from ddpm_fast.gaussians import (
     discretised_gaussian_log_likelihood,
     gaussian_kl,

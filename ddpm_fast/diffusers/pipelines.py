@@ -1,0 +1,345 @@
+"""diffusers' pipelines for unconditional images, run by the `Sampler` and the engine."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    UNet2DModel,
+)
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
+from ddpm_fast import checks
+from ddpm_fast.diffusers.options import (
+    Compat,
+    check_compat,
+    clip_of,
+    compat_of,
+    kind_of,
+    learned_variance,
+    options_of,
+)
+from ddpm_fast.diffusers.tables import step_table
+from ddpm_fast.engine import AcceleratedUNet, Tuner, accelerate
+from ddpm_fast.engine.accelerate import Chosen
+from ddpm_fast.ops.aten_network import no_autocast
+from ddpm_fast.sampler import Sampler
+from ddpm_fast.sources import GeneratorNoise
+from ddpm_fast.spacing import check_real
+from ddpm_fast.tables import StepTable
+
+Generators = torch.Generator | list[torch.Generator] | None
+Noise = Literal["generator", "philox"]
+OUTPUT_TYPES = ("pil", "np", "numpy", "pt")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an accelerated pipeline runs; see `accelerate_pipeline`."""
+
+    dtype: torch.dtype | None = None
+    compat: Compat | None = None
+    noise: Noise = "generator"
+    micro_batch: int | None = None
+    tuner: Tuner | None = None
+
+
+class _Accelerated:
+    """What the pipelines share: a network made fast, and its chain run for a batch."""
+
+    unet: Any
+    scheduler: Any
+    settings = Settings()
+    _made: _Made | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: engines and buffers are made anew."""
+        return {name: value for name, value in self.__dict__.items() if name != "_made"}
+
+    @property
+    def chosen(self) -> dict[tuple[int, ...], Chosen]:
+        """What runs the network for each shape [N, C, H, W] that was seen (`AcceleratedUNet`)."""
+        return self._current().model.chosen
+
+    def report(self) -> str:
+        """What runs the network for each shape that was seen, with the times that were measured."""
+        return self._current().model.report()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """As the pipeline of diffusers that this one stands in for, which loads without us."""
+        plain = _plain(self)
+        plain.save_pretrained(save_directory, **options)
+
+    def _images(
+        self,
+        batch_size: int,
+        generator: Generators,
+        num_inference_steps: int,
+        output_type: str | None,
+        return_dict: bool,
+        **of_step: Any,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """The chain of the scheduler, and the images as they are asked for."""
+        batch = checks.integer("batch_size", batch_size, 1, 1 << 31)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}"
+            )
+        _check_parts(self.unet, self.scheduler, self._compat)
+        made = self._current()
+        noise, seed = self._noise(generator, batch, made.model.device)
+        self.scheduler.set_timesteps(num_inference_steps)
+        table = step_table(self.scheduler, self._compat, **of_step)
+        sampler = made.sampler(table, self.settings.micro_batch or batch)
+        total = table.steps * -(-batch // sampler.micro_batch)
+        bar_of_pipe = cast(Any, self).progress_bar(total=total)
+        with bar_of_pipe as bar, no_autocast(made.model.device):
+            x = sampler.with_noise(noise).sample(batch, seed=seed, progress=bar)
+        images: Any = (x / 2 + 0.5).clamp_(0, 1).to(made.dtype).contiguous()
+        if output_type != "pt":
+            wide = images.float() if images.dtype == torch.bfloat16 else images
+            images = wide.cpu().permute(0, 2, 3, 1).numpy()
+            if output_type == "pil":
+                images = cast(Any, self).numpy_to_pil(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def _compat(self) -> Compat:
+        """That of the settings, else of the scheduler, if it has one."""
+        return self.settings.compat or compat_of(self.scheduler)
+
+    def _noise(
+        self, generator: Any, batch: int, device: torch.device
+    ) -> tuple[Literal["philox"] | GeneratorNoise, int]:
+        """The source of noise of a call, and the seed where the kernel makes it."""
+        if isinstance(generator, list | tuple) and len(generator) != batch:
+            raise ValueError(
+                f"generator must be one, or a list of batch_size = {batch}; got {len(generator)}"
+            )
+        if self.settings.noise == "philox":
+            if isinstance(generator, list | tuple):
+                raise ValueError(
+                    "generator must be one with noise='philox', where an image is its seed's and"
+                    " its place's alone; got a list"
+                )
+            return "philox", int(
+                torch.randint(1 << 62, (), generator=generator, device=_of(generator))
+            )
+        if generator is None:
+            generator = _global_generator(device)
+        dtype = _unwrapped(self.unet).dtype
+        sde = options_of(self.scheduler).get("algorithm_type") == "sde-dpmsolver++"
+        return GeneratorNoise(generator, dtype, torch.float32 if sde else dtype), 0
+
+    def _current(self) -> _Made:
+        """What was made for the network as it is: where it is, in its dtype."""
+        unet = _unwrapped(self.unet)
+        steps = self.scheduler.config.num_train_timesteps
+        made = self._made
+        if made is None or made.of != (unet, unet.device, unet.dtype, steps):
+            model = accelerate(
+                unet,
+                dtype=self.settings.dtype or unet.dtype,
+                num_timesteps=steps,
+                tuner=self.settings.tuner,
+            )
+            made = self._made = _Made((unet, unet.device, unet.dtype, steps), model)
+        return made
+
+
+class _Made:
+    """A network made fast, and the sampler of the batch that was drawn last."""
+
+    def __init__(self, of: tuple[Any, ...], model: AcceleratedUNet) -> None:
+        self.of, self.model, self.dtype = of, model, of[2]
+        self._sampler: Sampler | None = None
+
+    def sampler(self, table: StepTable, micro_batch: int) -> Sampler:
+        """A sampler of micro-batches of that size for a table."""
+        kept = self._sampler
+        if kept is None or kept.micro_batch != micro_batch:
+            shape = cast(tuple[int, int, int], self.model.config.sample_shape)
+            kept = self._sampler = Sampler(self.model, table, shape, micro_batch)
+        return kept.with_table(table)
+
+
+class FastDDPMPipeline(_Accelerated, DDPMPipeline):
+    """diffusers' DDPMPipeline on the engine and the fused step; `accelerate` makes it."""
+
+    def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
+        super().__init__(unet, scheduler)
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int = 1000,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """As DDPMPipeline.__call__: images in [0, 1], drawn in the library's order.
+
+        generator: None draws from torch's own; one, or a list of one for each image. With the noise
+        "philox" it only gives the seed, by one draw. output_type: "pil", "np" (float [N, H, W, C])
+        or "pt" ([N, C, H, W] in the network's dtype). Autocast around the call changes nothing: the
+        network computes in the dtype that `accelerate` was given. Raises TypeError, ValueError
+        naming the argument or the option.
+        """
+        return self._images(batch_size, generator, num_inference_steps, output_type, return_dict)
+
+
+class FastDDIMPipeline(_Accelerated, DDIMPipeline):
+    """diffusers' DDIMPipeline on the engine and the fused step; `accelerate` makes it."""
+
+    def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
+        # Not DDIMPipeline's, which puts another scheduler in the place of the one it is given.
+        DiffusionPipeline.__init__(cast(Any, self))
+        cast(Any, self).register_modules(unet=unet, scheduler=scheduler)
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        use_clipped_model_output: bool | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """As DDIMPipeline.__call__, with `FastDDPMPipeline`'s arguments.
+
+        eta: at least 0; above 1 as long as the variance of a step allows it.
+        """
+        eta = check_real("eta", eta, 0, math.inf, "[)")
+        if kind_of(self.scheduler) is not DDIMScheduler:
+            raise TypeError(
+                f"scheduler must be a DDIMScheduler; got {type(self.scheduler).__name__}"
+            )
+        return self._images(
+            batch_size,
+            generator,
+            num_inference_steps,
+            output_type,
+            return_dict,
+            eta=eta,
+            use_clipped_model_output=bool(use_clipped_model_output),
+        )
+
+
+_PLAIN: dict[type, Any] = {FastDDPMPipeline: DDPMPipeline, FastDDIMPipeline: DDIMPipeline}
+_FAST: dict[type, Any] = {DDPMPipeline: FastDDPMPipeline, DDIMPipeline: FastDDIMPipeline}
+
+
+def pipeline_of(unet: Any, scheduler: Any) -> FastDDPMPipeline | FastDDIMPipeline:
+    """A pipeline of a network and a scheduler. Raises TypeError, ValueError as `accelerate`."""
+    cls = FastDDIMPipeline if kind_of(scheduler) is DDIMScheduler else FastDDPMPipeline
+    return cls(unet=unet, scheduler=scheduler)
+
+
+def accelerate_pipeline(
+    pipe: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    compat: Compat | None = None,
+    noise: Noise = "generator",
+    micro_batch: int | None = None,
+    tuner: Tuner | None = None,
+) -> FastDDPMPipeline | FastDDIMPipeline:
+    """A pipeline to be called in the place of ``pipe``; see `ddpm_fast.accelerate`."""
+    kind = type(pipe)
+    cls: Any = kind if kind in _PLAIN else _FAST.get(kind)
+    if cls is None:
+        raise TypeError(
+            "target must be a DDPMPipeline, a DDIMPipeline or a network; got"
+            f" {kind.__name__}, whose own loop is not known. Give its scheduler's place to"
+            " ddpm_fast.diffusers.FastDDPMScheduler or FastDDIMScheduler"
+        )
+    if noise not in ("generator", "philox"):
+        raise ValueError(f"noise must be 'generator' or 'philox'; got {noise!r}")
+    if micro_batch is not None:
+        checks.integer("micro_batch", micro_batch, 1, 1 << 31)
+        if noise != "philox":
+            raise ValueError(
+                "micro_batch is for noise='philox': a generator draws for the whole batch at once"
+            )
+    settings = Settings(dtype, compat and check_compat(compat), noise, micro_batch, tuner)
+    fast = cls(unet=pipe.unet, scheduler=pipe.scheduler)
+    for name, value in pipe.__dict__.items():
+        if name != "_made" and name not in fast.__dict__:
+            setattr(fast, name, value)
+    fast.settings = settings
+    _check_parts(fast.unet, fast.scheduler, fast._compat)
+    fast._current()
+    return fast
+
+
+def _check_parts(unet: Any, scheduler: Any, compat: Compat) -> None:
+    """That the parts of a pipeline are what its chain is known for."""
+    network = _unwrapped(unet)
+    kind = type(network)
+    if kind is not UNet2DModel:
+        raise TypeError(f"unet must be a UNet2DModel; got {kind.__name__}")
+    hooked = hasattr(unet, "_hf_hook") or getattr(unet, "_diffusers_hook", None) is not None
+    if hooked:
+        raise ValueError(
+            "unet has hooks (offloading), which the engine would not call; remove them"
+        )
+    if network.training and network.config.dropout:
+        raise ValueError("unet is in training mode, with dropout; call unet.eval() first")
+    if network.config.sample_size is None:
+        raise ValueError("unet has no sample_size, the size of the images to draw")
+    kind_of(scheduler)
+    clip_of(scheduler)
+    learned = learned_variance(scheduler)
+    channels, out = network.config.in_channels, network.config.out_channels
+    expected = 2 * channels if learned else channels
+    if out != expected:
+        raise ValueError(
+            f"unet must have {expected} output channels for {type(scheduler).__name__} with"
+            f" {'a learned' if learned else 'no learned'} variance; got {out}"
+        )
+    if (
+        learned
+        and kind_of(scheduler) is not DDPMScheduler
+        and channels != 3
+        and compat == "diffusers"
+    ):
+        raise ValueError(
+            f"variance_type: diffusers keeps three channels of a learned output whatever they are,"
+            f" and there are {channels}; take compat='corrected'"
+        )
+
+
+def _plain(pipe: Any) -> Any:
+    """The pipeline of diffusers with the same parts, a scheduler of ours as the library's."""
+    scheduler = pipe.scheduler
+    own = getattr(type(scheduler), "fast_of", None)
+    if own is not None:
+        scheduler = own.from_config(options_of(scheduler))
+    return _PLAIN[type(pipe)](unet=pipe.unet, scheduler=scheduler)
+
+
+def _unwrapped(unet: Any) -> Any:
+    """The network itself, where torch.compile has wrapped it."""
+    return getattr(unet, "_orig_mod", unet)
+
+
+def _of(generator: torch.Generator | None) -> torch.device:
+    return torch.device("cpu") if generator is None else generator.device
+
+
+def _global_generator(device: torch.device) -> torch.Generator:
+    """The generator that torch draws from on a device when it is given none."""
+    if device.type == "cuda":
+        torch.cuda.init()
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
