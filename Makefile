@@ -3,7 +3,7 @@
 # make lint        ruff, mypy, clang-format
 # make bench       the CPU benchmarks, into benchmarks/results/
 # make quality     how many samples of the shipped model are triangles, beside diffusers'
-# make gpu OUT=dir [PART=base|cifar32|ddpm256] what needs a GPU, nine minutes each, offline, with the
+# make gpu OUT=dir [PART=base|cifar32|ddpm256|pipelines] what needs a GPU, nine minutes each, offline, with the
 #                  python3 and torch already there
 PYTHON ?= python3
 TORCH ?= torch>=2.10

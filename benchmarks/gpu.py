@@ -1,10 +1,10 @@
 """Everything that needs a GPU, in parts of nine minutes each.
 
-    python benchmarks/gpu.py --out DIR [--part base|cifar32|ddpm256]
+    python benchmarks/gpu.py --out DIR [--part base|cifar32|ddpm256|pipelines]
 
 base: build, verify, sanitizers, tests, the benchmarks of the updates and of the loop. cifar32,
-ddpm256: the engine and its peers on that network, batch by batch, and its operations; whole
-sampling with cifar32 comes last in ddpm256, which has the time left.
+ddpm256: the engine and its peers on that network, batch by batch, and its operations. pipelines:
+whole sampling with cifar32, 1000 steps, beside diffusers' pipeline.
 
 Runs offline with the Python and torch that call it, builds in place for this GPU alone, and stops
 each stage at its limit, so that a part ends within nine minutes. DIR gets PART.log, the CSVs of
@@ -44,7 +44,7 @@ ELSEWHERE = {
     "triton_network_code",
     "unet",
 }
-PARTS = ("base", "cifar32", "ddpm256")
+PARTS = ("base", "cifar32", "ddpm256", "pipelines")
 DENIED = ("Device not supported", "not supported on this", "ERR_NVGPUCTRPERM")
 
 
@@ -98,7 +98,12 @@ def stages(part: str, out: Path) -> list[Stage]:
             bench("network ddpm256 8", out, 190),
             bench("network ddpm256 1", out, 150),
             bench("kernels ddpm256 8", out, 100),
-            bench("sampling cifar32 1", out, 120, "--rounds", 3),
+        ]
+    if part == "pipelines":
+        return [
+            BUILD,
+            bench("sampling cifar32 1", out, 220, "--rounds", 2),
+            bench("sampling cifar32 64", out, 300, "--rounds", 2),
         ]
     return base(out)
 

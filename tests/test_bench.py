@@ -226,16 +226,20 @@ def test_the_compiled_peer(tmp_path) -> None:
 def test_sampling_times_whole_jobs(tmp_path) -> None:
     out = tmp_path / "s.csv"
     rows, _ = bench("sampling", out, "--steps", 3, "--batch", 2, "--plot", tmp_path / "s.png")
-    assert [row["case"] for row in rows[:3]] == [
+    assert [row["case"] for row in rows[:4]] == [
         "Sampler, accelerate",
         "Sampler, UNet",
+        "accelerate(DDPMPipeline)",
         "diffusers' DDPMPipeline",
     ]
+    assert [row["role"] for row in rows[:4]] == ["ours", "ours", "ours", "peer"]
+    assert [bool(row["images_differ"]) for row in rows[:4]] == [False, False, True, False]
+    assert float(rows[2]["images_differ"]) < 1e-4
     for row in rows:
         ms = float(row["p50_us"]) / 3e3
         assert float(row["ms_per_step"]) == pytest.approx(ms, rel=1e-3)
         assert float(row["images_per_s"]) == pytest.approx(2e3 / (3 * ms), rel=1e-3)
-    assert all(float(row["of_network"]) > 0 for row in rows[:3])
+    assert all(float(row["of_network"]) > 0 for row in (*rows[:2], rows[3]))
     check_picture(tmp_path / "s.png")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ddpm_fast import checks
 from ddpm_fast.bench import networks, peers
 from ddpm_fast.bench.network import TIMESTEP, Run, Say, graphed
 from ddpm_fast.bench.timing import interleaved, quantiles
-from ddpm_fast.engine import accelerate
+from ddpm_fast.dropin import accelerate
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.tables import StepTable
@@ -27,13 +28,16 @@ from ddpm_fast.unet import UNet
 class Job:
     """A whole job, and the forward pass of its network as the job runs it.
 
-    forward: None where the loop's own cost is not asked for.
+    forward: None where the loop's own cost is not asked for. images_differ: from diffusers'
+    pipeline with the same generator, the largest value, of images in [0, 1]; None where it draws
+    others.
     """
 
     run: Callable[[], object]
     forward: Run | None
     dtype: torch.dtype
     note: str = ""
+    images_differ: float | None = None
 
 
 Make = Callable[[], Job]
@@ -73,6 +77,7 @@ class SamplingBench:
         found: dict[str, Make] = {"Sampler, accelerate": self._accelerated}
         found["Sampler, UNet"] = self._plain
         if self._with_peers:
+            found["accelerate(DDPMPipeline)"] = self._fast_pipeline
             found["diffusers' DDPMPipeline"] = self._pipeline
             found["lucidrains' GaussianDiffusion"] = self._lucidrains
         return found
@@ -118,13 +123,16 @@ class SamplingBench:
                     "device": self.device.type,
                     "dtype": checks.dtype_name(job.dtype),
                     "case": name,
-                    "role": "ours" if name.startswith("Sampler") else "peer",
+                    "role": "ours" if name.startswith(("Sampler", "accelerate")) else "peer",
                     "rounds": len(times[name]),
                     **{k: round(us, 1) for k, us in quantiles(times[name]).items()},
                     "ms_per_step": round(median[name] / self.steps * 1e3, 4),
                     "images_per_s": round(self.batch / median[name], 4),
                     "of_network": "" if of_network is None else round(of_network, 4),
                     "speedup": "" if rival is None else round(rival / median[name], 3),
+                    "images_differ": ""
+                    if job.images_differ is None
+                    else f"{job.images_differ:.1e}",
                     "note": job.note,
                 }
             )
@@ -150,20 +158,41 @@ class SamplingBench:
     def _plain(self) -> Job:
         return self._sampler(copy.deepcopy(self.unet).to(self.dtype), self.dtype, "eager")
 
-    def _pipeline(self) -> Job:
+    @functools.cached_property
+    def _peer(self) -> Any:
+        """diffusers' pipeline of the network. Raises MissingError."""
         dtype = self.dtype if self.device.type == "cuda" else torch.float32
         if self._shape[1:] != networks.image_size(self.unet):
             raise peers.MissingError("the pipeline draws images of the network's own size alone")
-        pipeline = peers.diffusers_pipeline(self.unet, self.device, dtype)
-        x = torch.randn((self.batch, *self._shape), device=self.device).to(dtype)
+        return peers.diffusers_pipeline(self.unet, self.device, dtype)
 
-        def run() -> object:
-            return pipeline(batch_size=self.batch, num_inference_steps=self.steps, output_type="np")
+    def _drawn(self, pipeline: Any, generator: torch.Generator | None = None) -> Any:
+        """The images of a pipeline, float [N, H, W, C] in [0, 1]."""
+        return pipeline(
+            self.batch, generator, num_inference_steps=self.steps, output_type="np"
+        ).images
+
+    def _fast_pipeline(self) -> Job:
+        pipeline = self._peer
+        fast = accelerate(pipeline)
+        want, got = (
+            self._drawn(p, torch.Generator(self.device).manual_seed(0)) for p in (pipeline, fast)
+        )
+        (chosen,) = fast.chosen.values()
+        differ = float(abs(got.astype("float64") - want.astype("float64")).max())
+        return Job(
+            lambda: self._drawn(fast), None, pipeline.unet.dtype, f"took {chosen.name}", differ
+        )
+
+    def _pipeline(self) -> Job:
+        pipeline = self._peer
+        dtype = pipeline.unet.dtype
+        x = torch.randn((self.batch, *self._shape), device=self.device).to(dtype)
 
         def forward() -> Tensor:
             return pipeline.unet(x, self._t, return_dict=False)[0]
 
-        return Job(run, forward, dtype)
+        return Job(lambda: self._drawn(pipeline), forward, dtype)
 
     def _lucidrains(self) -> Job:
         channels, height, width = self._shape

@@ -369,5 +369,6 @@ _SAMPLING: list[_Column] = [
     ("images/s", 10, lambda row: f"{row['images_per_s']:.3f}"),
     ("of network", 10, _text("of_network")),
     ("speedup", 7, _text("speedup")),
+    ("images differ", 13, _text("images_differ")),
     ("note", -4, _text("note")),
 ]
