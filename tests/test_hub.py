@@ -152,6 +152,16 @@ class TestWhatIsFetched:
         assert same_state(load(NAME).unet, unets["main"])
         assert downloads[1:] == [(COMMITS["main"], []), (COMMITS["main"], [BIN])]
 
+    def test_a_pickle_that_is_there_in_part_is_fetched_whole(self, remote, tmp_path):
+        source, downloads = remote
+        (source / UNET_FILE).unlink()
+        index = tmp_path / "snapshots" / COMMITS["main"] / f"{BIN}.index.json"
+        index.parent.mkdir(parents=True)
+        index.write_text('{"weight_map": {}}')
+        with pytest.raises(ValueError, match="expected a weight_map"):
+            load(NAME)
+        assert downloads[2:] == [(COMMITS["main"], [BIN])]
+
     def test_shards(self, remote):
         diffusers = pytest.importorskip("diffusers", reason="shards are made with diffusers")
         source, downloads = remote
@@ -240,8 +250,9 @@ class TestMissing:
     def test_full_disk_is_not_taken_for_a_lost_connection(self, cache, monkeypatch):
         full = OSError(errno.ENOSPC, "No space left on device")
         failing(monkeypatch, full, OSError("not cached"))
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as got:
             load(NAME)
+        assert got.value is full
 
     def test_without_huggingface_hub(self, cache, monkeypatch):
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)

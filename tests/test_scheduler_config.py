@@ -92,7 +92,9 @@ def test_scheduler_of_diffusers(peer, theirs, tmp_path, kind, options):
     again = save(tmp_path / "b", ours.unet, scheduler_config=ours.scheduler_config)
     assert load(again).scheduler_config == ours.scheduler_config
     pipelines = {"DDIMScheduler": "DDIMPipeline", PNDM: "PNDMPipeline"}
-    back = getattr(peer, pipelines.get(kind, "DDPMPipeline")).from_pretrained(again).scheduler
+    pipeline = pipelines.get(kind, "DDPMPipeline")
+    assert json.loads((again / "model_index.json").read_text())["_class_name"] == pipeline
+    back = getattr(peer, pipeline).from_pretrained(again).scheduler
     assert type(back) is type(scheduler)
     assert dict(back.config) | {"_use_default_values": 0} == dict(config) | {
         "_use_default_values": 0
