@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ pytest.importorskip("diffusers", reason="needs diffusers")
 
 import diffusers
 
+import ddpm_fast
 import ddpm_fast.diffusers.schedulers as module
 from cases import assert_named
 from ddpm_fast import checks
@@ -30,6 +33,17 @@ def made(kind="ddpm", steps=10, device=None, **options):
 
 
 # Configuration
+
+
+def test_the_module_is_imported_where_it_is_asked_for():
+    """Without it `import ddpm_fast` needs no diffusers, and takes none of its time."""
+    code = (
+        "import sys, ddpm_fast; assert 'diffusers' not in sys.modules;"
+        " ddpm_fast.diffusers.FastDDPMScheduler; assert 'diffusers' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'diffuser'"):
+        getattr(ddpm_fast, "diffuser")  # noqa: B009
 
 
 @EACH
@@ -272,6 +286,9 @@ def test_a_timestep_of_the_chain_is_known_by_its_place(as_on_a_gpu):
         source = generator(1)
         ours.step(OUT, t, X, generator=source)
         assert (torch.randn(1, generator=source) == torch.randn(1, generator=generator(1))) != draws
+    large = made(variance_type="fixed_large")
+    last = large.step(OUT, large.timesteps[-1], X).prev_sample
+    assert torch.equal(large.step(OUT, torch.tensor(0), X).prev_sample, last)
     got = ours.step(OUT, torch.tensor(901), X)
     assert got.prev_sample.isnan().all()
     assert got.pred_original_sample.isnan().all()
@@ -353,6 +370,7 @@ def test_copies_go_on_by_themselves(kind, copied):
     want = ours.step(OUT, 500, X, generator=generator(1)).prev_sample
     other = copied(ours)
     assert other.config == ours.config
+    assert len(pickle.dumps(ours)) < 100_000  # without the rows
     assert torch.equal(other.step(OUT, 500, X, generator=generator(1)).prev_sample, want)
     other.set_timesteps(3)
     assert torch.equal(ours.step(OUT, 500, X, generator=generator(1)).prev_sample, want)
