@@ -4,6 +4,9 @@ A sampler is a table of coefficients (`StepTable`), and one fused kernel runs th
 backends that can be checked against plain PyTorch.
 """
 
+from importlib import import_module
+from types import ModuleType
+
 from ddpm_fast.chain import DynamicThreshold
 from ddpm_fast.checkpoint import Checkpoint, load, save
 from ddpm_fast.codec import Codec, image_to_image, slerp
@@ -78,3 +81,10 @@ __all__ = [
     "tweedie",
     "variational_bound",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`ddpm_fast.diffusers`, which needs diffusers, is imported where it is asked for."""
+    if name == "diffusers":
+        return import_module("ddpm_fast.diffusers")
+    raise AttributeError(f"module 'ddpm_fast' has no attribute {name!r}")
