@@ -150,6 +150,22 @@ def test_half_precision_is_no_further_from_float64_than_the_library():
     assert errors[0] <= 1.2 * errors[1] + 1e-3  # half a unit in the last place of the image
 
 
+def test_what_is_drawn_has_the_dtype_that_the_library_draws():
+    """That of the network, but for the noise of DPM-Solver's SDE."""
+    sde = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    for scheduler, rest in ((diffusers.DDPMScheduler(), torch.float16), (sde, torch.float32)):
+        pipe = ddpm(scheduler)
+        pipe.unet.half()
+        drawn = []
+        with pytest.MonkeyPatch.context() as patch:
+            draw = torch.randn
+            patch.setattr(
+                torch, "randn", lambda *a, **o: (drawn.append(o["dtype"]), draw(*a, **o))[1]
+            )
+            fast(pipe)(1, generator(1), 3, output_type="pt")
+        assert drawn[:3] == [torch.float16, rest, rest]
+
+
 @pytest.mark.parametrize("source", ["one", "list", "list-of-one", "none"])
 @pytest.mark.parametrize("make", [ddpm, ddim], ids=["ddpm", "ddim"])
 def test_generators_of_every_form(make, source):
