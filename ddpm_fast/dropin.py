@@ -90,5 +90,9 @@ def accelerate(target: Any, scheduler: Any = None, **options: Any) -> Any:
         return accelerate_network(target, **options)
     from ddpm_fast.diffusers.pipelines import accelerate_pipeline, pipeline_of
 
+    if scheduler is not None and not isinstance(target, nn.Module):
+        raise TypeError(
+            f"target must be a UNet2DModel where a scheduler is given; got {type(target).__name__}"
+        )
     pipe = target if scheduler is None else pipeline_of(target, scheduler)
     return accelerate_pipeline(pipe, **options)

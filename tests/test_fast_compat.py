@@ -5,6 +5,7 @@ docs/diffusers.md lists them. Shown with diffusers 0.42.1.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -16,7 +17,7 @@ import diffusers
 
 from ddpm_fast import NoiseSchedule, StepTable, reverse_step_
 from ddpm_fast.diffusers import FastDDIMScheduler, FastDDPMScheduler, step_table
-from fast_cases import FAST, THEIRS, assert_near, generator, normals
+from fast_cases import FAST, THEIRS, assert_near, generator, model_of, normals
 
 F64 = torch.float64
 LINEAR = NoiseSchedule.linear()
@@ -218,8 +219,17 @@ def test_corrected_multistep_is_the_step_table_of_the_paper(kind, prediction):
     )
 
 
-def test_unipc_bh1_ends_in_nan():
+def end_of(scheduler):
+    """The last image of diffusers' own chain of the closed-form model."""
+    x, model = X, model_of(scheduler)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t), t, x).prev_sample
+    return x
+
+
+def test_unipc_bh1_does_not_end_in_an_image():
     scheduler = multistep("unipc", 10, solver_type="bh1")
+    assert not end_of(scheduler).isfinite().any()
     with pytest.raises(ValueError, match="solver_type='bh1' with final_sigmas_type='zero'"):
         step_table(scheduler)
     table = step_table(scheduler, "corrected")
@@ -231,6 +241,7 @@ def test_all_timesteps_repeat_one(kind):
     """One of as many linspace steps as timesteps is rounded to its neighbour: a step of 0."""
     scheduler = multistep(kind, 100, num_train_timesteps=100, beta_end=0.2, beta_start=1e-3)
     assert len(set(scheduler.timesteps.tolist())) == 99
+    assert not end_of(copy.deepcopy(scheduler)).isfinite().all()
     with pytest.raises(ValueError, match="coefficients are not finite at timestep"):
         step_table(scheduler)
     assert step_table(scheduler, "corrected").timesteps.tolist() == sorted(
@@ -269,8 +280,12 @@ def test_other_schedulers_and_arguments_are_refused_by_name():
     class Own(diffusers.DDPMScheduler):
         pass
 
-    with pytest.raises(TypeError, match="got Own"):
-        step_table(Own())
+    class Mine(FastDDPMScheduler):
+        pass
+
+    for subclass in (Own(), Mine()):
+        with pytest.raises(TypeError, match=r"got (Own|Mine), whose own steps are not known"):
+            step_table(subclass)
     with pytest.raises(ValueError, match="compat must be"):
         step_table(diffusers.DDPMScheduler(), "right")
     with pytest.raises(ValueError, match="eta and use_clipped_model_output are for DDIMScheduler"):

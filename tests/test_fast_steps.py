@@ -141,7 +141,7 @@ def test_half_precision_is_nearer_to_float64_than_the_library(kind, name, dtype)
 
 def _with_noise(scheduler, out, t, x, noise):
     """A step in float64 with the noise of another dtype's draw."""
-    import ddpm_fast.diffusers.schedulers as module
+    import ddpm_fast.diffusers.base as module
 
     drawn = module.randn_tensor
     module.randn_tensor = lambda *args, **options: noise
@@ -208,6 +208,12 @@ MULTISTEP = {
     **{("dpm", name): options for name, options in EITHER.items()},
     **{("unipc", name): options for name, options in EITHER.items()},
     ("dpm", "heun"): {"solver_type": "heun"},
+    ("dpm", "heun-karras-to-sigma-min"): {
+        "solver_type": "heun",
+        "use_karras_sigmas": True,
+        "final_sigmas_type": "sigma_min",
+        "euler_at_final": True,
+    },
     ("dpm", "sde"): {"algorithm_type": "sde-dpmsolver++"},
     ("dpm", "sde-heun-karras"): {
         "algorithm_type": "sde-dpmsolver++",

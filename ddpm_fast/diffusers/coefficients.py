@@ -123,7 +123,7 @@ def _rows(levels: Levels, prediction: str, clip: Clip, columns: dict[str, Tensor
         "v": (signal, -noise, torch.where(signal != 0, -noise / signal, 0)),
     }[prediction]
     known = {"G0": one, "Cin": one, "P": P, "Q": Q, "ratio": ratio, "clip": clip_bound(clip) * one}
-    rows = torch.zeros(len(one), ROW_WIDTH, dtype=torch.float64)
+    rows = one.new_zeros(len(one), ROW_WIDTH)
     for name, values in (known | columns).items():
         rows[:, column(name)] = values.double()
     return rows

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import checks
+from ddpm_fast.diffusers.fused import backend_for
 from ddpm_fast.ops import implementation
 from ddpm_fast.schedules import Frozen
 
@@ -54,7 +55,8 @@ class ForwardScales(Frozen):
         a, b = _alike(first, a, second, b, len(t))
         t = checks.index("timesteps", t, a, len(self._tables[table]))
         coefs = self._on(table, a.device, checks.arithmetic(a.dtype))
-        return implementation("auto", a.device, a.dtype).q_sample(a, t, b, coefs)
+        backend = backend_for(a, b, backward=True)
+        return implementation(backend, a.device, a.dtype).q_sample(a, t, b, coefs)
 
 
 def _alike(first: str, a: Tensor, second: str, b: Tensor, samples: int) -> tuple[Tensor, Tensor]:

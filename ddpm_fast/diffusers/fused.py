@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ddpm_fast import checks
 from ddpm_fast.chain import Clip, DynamicThreshold, threshold_of
@@ -29,7 +30,7 @@ class TimestepRows(Frozen):
     comes: tuple[bool, ...]
 
     def __init__(self, rows: Tensor, timesteps: list[int], T: int, clip: Clip) -> None:
-        by_timestep = torch.full((T, rows.shape[1]), math.nan, dtype=torch.float64)
+        by_timestep = torch.full((T, rows.shape[1]), math.nan, dtype=torch.float64, device="cpu")
         by_timestep[timesteps] = rows
         threshold = threshold_of(clip)
         flags = RowFlag(0)
@@ -43,7 +44,7 @@ class TimestepRows(Frozen):
             flags |= RowFlag.LEARNED
         places = set(timesteps)
         self._freeze(
-            {"rows": by_timestep, "first": torch.zeros(1, dtype=torch.int64)},
+            {"rows": by_timestep, "first": torch.zeros(1, dtype=torch.int64, device="cpu")},
             ("rows",),
             flags=int(flags),
             learned=bool(flags & RowFlag.LEARNED),
@@ -91,13 +92,25 @@ def fused_step(
         rows = rows[where.known : where.known + 1]
     else:
         step = checks.instance("timestep", where.on_device, Tensor)
-    tensors = (x, out, log_variance, noise)
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    run = implementation("reference" if wants_grad else "auto", x.device, x.dtype)
+    run = implementation(backend_for(x, out, log_variance, noise), x.device, x.dtype)
     bound = None
     if table.threshold is not None:
         bound = thresholds(table.threshold, x, out, None, rows, step).to(rows.dtype)
     return run.reverse_step(x, out, rows, step, noise, table.flags, log_variance, bound)
+
+
+def backend_for(*tensors: Tensor | None, backward: bool = False) -> str:
+    """The backend that has the derivatives that are wanted: "reference", or "auto" for none.
+
+    backward: the compiled operator has its gradient.
+    """
+    given = [t for t in tensors if t is not None]
+    if not backward and torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return "reference"
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return "auto"
+    tangents = any(forward_ad.unpack_dual(t).tangent is not None for t in given)
+    return "reference" if tangents else "auto"
 
 
 def step_tensors(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import cache
 from typing import Any, Literal, cast
 
 from diffusers import (
@@ -31,7 +32,7 @@ _SIGMAS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "final_sigmas_type"),
     *("solver_type", "lower_order_final", "time_shift_type", "flow_shift"),
 )
-_PREDICTED = {"prediction_type": tuple(PREDICTIONS)}
+_PREDICTED = {"prediction_type": ("epsilon", "sample", "v_prediction")}
 _OWN_SIGMAS = {"use_flow_sigmas": (False,), "use_dynamic_shifting": (False,)}
 # By scheduler: each option that is known, and the values that are accepted where not all are.
 _ACCEPTED: dict[type, dict[str, tuple[Any, ...]]] = {
@@ -94,6 +95,16 @@ def kind_of(scheduler: Any) -> type:
     return base
 
 
+def refuse_subclass(scheduler: Any) -> None:
+    """That a scheduler steps as its class is known to. Raises TypeError."""
+    kind = type(scheduler)
+    if kind not in _ACCEPTED and "fast_of" not in vars(kind):
+        raise TypeError(
+            f"scheduler must be one of {', '.join(k.__name__ for k in _ACCEPTED)}, or one of ours;"
+            f" got {kind.__name__}, whose own steps are not known"
+        )
+
+
 def options_of(scheduler: Any) -> dict[str, Any]:
     """The options of a scheduler's own class: a configuration may hold those of others too."""
     return {name: scheduler.config[name] for name in _defaults(_base(scheduler))}
@@ -112,6 +123,7 @@ def _base(scheduler: Any) -> type:
     return base
 
 
+@cache
 def _defaults(base: Any) -> dict[str, Any]:
     parameters = list(inspect.signature(base.__init__).parameters.items())[1:]
     return {name: parameter.default for name, parameter in parameters}

@@ -17,17 +17,18 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
 
 from ddpm_fast import checks
+from ddpm_fast.diffusers.base import check_steps
 from ddpm_fast.diffusers.options import (
     Compat,
     check_compat,
-    clip_of,
     compat_of,
     kind_of,
-    learned_variance,
     options_of,
 )
+from ddpm_fast.diffusers.parts import check_parts, fingerprint, unwrapped
 from ddpm_fast.diffusers.tables import step_table
 from ddpm_fast.engine import AcceleratedUNet, Tuner, accelerate
 from ddpm_fast.engine.accelerate import Chosen
@@ -39,7 +40,7 @@ from ddpm_fast.tables import StepTable
 
 Generators = torch.Generator | list[torch.Generator] | None
 Noise = Literal["generator", "philox"]
-OUTPUT_TYPES = ("pil", "np", "numpy", "pt")
+OUTPUT_TYPES = ("pil", "np", "numpy", "pt", None)
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,13 @@ class _Accelerated:
         """What runs the network for each shape that was seen, with the times that were measured."""
         return self._current().model.report()
 
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **options: Any) -> Any:
+        """As DiffusionPipeline.from_pipe, with what the pipeline was accelerated by."""
+        made = super().from_pipe(pipeline, **options)  # type: ignore[misc]
+        made.settings = getattr(pipeline, "settings", cls.settings)
+        return made
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """As the pipeline of diffusers that this one stands in for, which loads without us."""
         plain = _plain(self)
@@ -92,9 +100,11 @@ class _Accelerated:
         batch = checks.integer("batch_size", batch_size, 1, 1 << 31)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
-                f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}"
+                f"output_type must be one of {', '.join(map(str, OUTPUT_TYPES))};"
+                f" got {output_type!r}"
             )
-        _check_parts(self.unet, self.scheduler, self._compat)
+        check_parts(self.unet, self.scheduler, self._compat)
+        check_steps("num_inference_steps", num_inference_steps, self.scheduler)
         made = self._current()
         noise, seed = self._noise(generator, batch, made.model.device)
         self.scheduler.set_timesteps(num_inference_steps)
@@ -104,6 +114,8 @@ class _Accelerated:
         bar_of_pipe = cast(Any, self).progress_bar(total=total)
         with bar_of_pipe as bar, no_autocast(made.model.device):
             x = sampler.with_noise(noise).sample(batch, seed=seed, progress=bar)
+        if isinstance(noise, GeneratorNoise) and not table.uses_noise:
+            self._draw_in_vain(noise, table, x, **of_step)
         images: Any = (x / 2 + 0.5).clamp_(0, 1).to(made.dtype).contiguous()
         if output_type != "pt":
             wide = images.float() if images.dtype == torch.bfloat16 else images
@@ -111,6 +123,19 @@ class _Accelerated:
             if output_type == "pil":
                 images = cast(Any, self).numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _draw_in_vain(
+        self, noise: GeneratorNoise, table: StepTable, x: Tensor, eta: float = 0.0, **_: Any
+    ) -> None:
+        """Leave the generator where the library does, which draws what a factor of 0 meets too."""
+        kind = kind_of(self.scheduler)
+        for t in table.timesteps.tolist():
+            if (kind is DDPMScheduler and t > 0) or eta > 0 or self._sde:
+                noise.draw(x, slice(None), noise.step_dtype)
+
+    @property
+    def _sde(self) -> bool:
+        return options_of(self.scheduler).get("algorithm_type") == "sde-dpmsolver++"
 
     @property
     def _compat(self) -> Compat:
@@ -121,6 +146,9 @@ class _Accelerated:
         self, generator: Any, batch: int, device: torch.device
     ) -> tuple[Literal["philox"] | GeneratorNoise, int]:
         """The source of noise of a call, and the seed where the kernel makes it."""
+        for one in generator if isinstance(generator, list | tuple) else [generator]:
+            if one is not None:
+                checks.instance("generator", one, torch.Generator)
         if isinstance(generator, list | tuple) and len(generator) != batch:
             raise ValueError(
                 f"generator must be one, or a list of batch_size = {batch}; got {len(generator)}"
@@ -136,15 +164,21 @@ class _Accelerated:
             )
         if generator is None:
             generator = _global_generator(device)
-        dtype = _unwrapped(self.unet).dtype
-        sde = options_of(self.scheduler).get("algorithm_type") == "sde-dpmsolver++"
-        return GeneratorNoise(generator, dtype, torch.float32 if sde else dtype), 0
+        dtype = unwrapped(self.unet).dtype
+        found = GeneratorNoise(generator, dtype, torch.float32 if self._sde else dtype)
+        for one in generator if isinstance(generator, list | tuple) else [generator]:
+            if one.device.type not in ("cpu", device.type):
+                raise ValueError(f"generator must be on the CPU or {device}; got {one.device}")
+        return found, 0
 
     def _current(self) -> _Made:
         """What was made for the network as it is: where it is, in its dtype."""
-        unet = _unwrapped(self.unet)
+        unet = unwrapped(self.unet)
         steps = self.scheduler.config.num_train_timesteps
-        made = self._made
+        made, weights = self._made, fingerprint(unet)
+        if made is not None and made.weights != weights:
+            made.model.refresh()
+            made.weights = weights
         if made is None or made.of != (unet, unet.device, unet.dtype, steps):
             model = accelerate(
                 unet,
@@ -152,15 +186,15 @@ class _Accelerated:
                 num_timesteps=steps,
                 tuner=self.settings.tuner,
             )
-            made = self._made = _Made((unet, unet.device, unet.dtype, steps), model)
+            made = self._made = _Made((unet, unet.device, unet.dtype, steps), model, weights)
         return made
 
 
 class _Made:
     """A network made fast, and the sampler of the batch that was drawn last."""
 
-    def __init__(self, of: tuple[Any, ...], model: AcceleratedUNet) -> None:
-        self.of, self.model, self.dtype = of, model, of[2]
+    def __init__(self, of: tuple[Any, ...], model: AcceleratedUNet, weights: Any) -> None:
+        self.of, self.model, self.dtype, self.weights = of, model, of[2], weights
         self._sampler: Sampler | None = None
 
     def sampler(self, table: StepTable, micro_batch: int) -> Sampler:
@@ -271,52 +305,19 @@ def accelerate_pipeline(
             raise ValueError(
                 "micro_batch is for noise='philox': a generator draws for the whole batch at once"
             )
-    settings = Settings(dtype, compat and check_compat(compat), noise, micro_batch, tuner)
+    if compat is not None:
+        check_compat(compat)
+    if tuner is not None:
+        checks.instance("tuner", tuner, Tuner)
+    settings = Settings(dtype, compat, noise, micro_batch, tuner)
     fast = cls(unet=pipe.unet, scheduler=pipe.scheduler)
     for name, value in pipe.__dict__.items():
         if name != "_made" and name not in fast.__dict__:
             setattr(fast, name, value)
     fast.settings = settings
-    _check_parts(fast.unet, fast.scheduler, fast._compat)
+    check_parts(fast.unet, fast.scheduler, fast._compat)
     fast._current()
     return fast
-
-
-def _check_parts(unet: Any, scheduler: Any, compat: Compat) -> None:
-    """That the parts of a pipeline are what its chain is known for."""
-    network = _unwrapped(unet)
-    kind = type(network)
-    if kind is not UNet2DModel:
-        raise TypeError(f"unet must be a UNet2DModel; got {kind.__name__}")
-    hooked = hasattr(unet, "_hf_hook") or getattr(unet, "_diffusers_hook", None) is not None
-    if hooked:
-        raise ValueError(
-            "unet has hooks (offloading), which the engine would not call; remove them"
-        )
-    if network.training and network.config.dropout:
-        raise ValueError("unet is in training mode, with dropout; call unet.eval() first")
-    if network.config.sample_size is None:
-        raise ValueError("unet has no sample_size, the size of the images to draw")
-    kind_of(scheduler)
-    clip_of(scheduler)
-    learned = learned_variance(scheduler)
-    channels, out = network.config.in_channels, network.config.out_channels
-    expected = 2 * channels if learned else channels
-    if out != expected:
-        raise ValueError(
-            f"unet must have {expected} output channels for {type(scheduler).__name__} with"
-            f" {'a learned' if learned else 'no learned'} variance; got {out}"
-        )
-    if (
-        learned
-        and kind_of(scheduler) is not DDPMScheduler
-        and channels != 3
-        and compat == "diffusers"
-    ):
-        raise ValueError(
-            f"variance_type: diffusers keeps three channels of a learned output whatever they are,"
-            f" and there are {channels}; take compat='corrected'"
-        )
 
 
 def _plain(pipe: Any) -> Any:
@@ -326,11 +327,6 @@ def _plain(pipe: Any) -> Any:
     if own is not None:
         scheduler = own.from_config(options_of(scheduler))
     return _PLAIN[type(pipe)](unet=pipe.unet, scheduler=scheduler)
-
-
-def _unwrapped(unet: Any) -> Any:
-    """The network itself, where torch.compile has wrapped it."""
-    return getattr(unet, "_orig_mod", unet)
 
 
 def _of(generator: torch.Generator | None) -> torch.device:

@@ -19,6 +19,7 @@ from ddpm_fast.diffusers.options import (
     kind_of,
     options_of,
     prediction_of,
+    refuse_subclass,
 )
 from ddpm_fast.solvers.dpm_solver import dpmpp_2m_rows, dpmpp_2m_sde_rows, half_logsnr_steps
 from ddpm_fast.solvers.unipc import unipc_rows
@@ -42,6 +43,7 @@ def step_table(
     scheduler that has none, timesteps outside of the schedule, and coefficients of the library's
     that are not finite; each is named.
     """
+    refuse_subclass(scheduler)
     kind = kind_of(scheduler)
     corrected = check_compat(compat) == "corrected"
     if kind is not DDIMScheduler and (eta or use_clipped_model_output):
@@ -111,7 +113,7 @@ def _chain_levels(scheduler: Any, corrected: bool) -> Tensor:
 
 def _levels(abar: Tensor, timesteps: list[int], following: list[int], end: Tensor) -> Levels:
     """Of steps from timesteps to the following ones, where -1 is the level ``end``."""
-    lead = torch.tensor(following)
+    lead = torch.tensor(following, device="cpu")
     return Levels(abar[timesteps], torch.where(lead >= 0, abar[lead.clamp(min=0)], end))
 
 
@@ -125,7 +127,9 @@ def ddpm_rows_of(scheduler: Any, timesteps: list[int], corrected: bool) -> Tenso
     following = [lead[t] for t in timesteps]
     levels = _levels(abar, timesteps, following, abar.new_ones(()))
     # The library adds noise wherever t > 0, after the last step of a chain too.
-    noisy = torch.tensor(following if corrected else timesteps) > (-1 if corrected else 0)
+    noisy = torch.tensor(following if corrected else timesteps, device="cpu") > (
+        -1 if corrected else 0
+    )
     variance = scheduler.variance_type
     return ddpm_rows(
         levels, noisy, prediction_of(scheduler), clip_of(scheduler), variance, corrected

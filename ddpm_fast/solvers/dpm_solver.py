@@ -96,9 +96,10 @@ def half_logsnr_steps(c: Chain) -> Tensor:
     return (c.abar_prev.log() - c.rest_prev.log()) / 2 - half_logsnr
 
 
-def ratios(h: Tensor, second: list[bool]) -> Tensor:
-    """h of each step over that of the step before it, 0 where the order is first."""
-    return torch.where(torch.tensor(second), h / torch.cat([h[:1], h[:-1]]), 0.0)
+def of_second_order(rise: Tensor, h: Tensor, second: list[bool]) -> Tensor:
+    """rise times h over the h of the step before it, 0 where the order is first."""
+    chosen = torch.tensor(second, device=h.device)
+    return torch.where(chosen, rise * (h / torch.cat([h[:1], h[:-1]])), 0.0)
 
 
 def dpmpp_2m_rows(c: Chain, h: Tensor, second: list[bool], clip: Clip, solver_type: str) -> Tensor:
@@ -108,7 +109,7 @@ def dpmpp_2m_rows(c: Chain, h: Tensor, second: list[bool], clip: Clip, solver_ty
     rise = gain / 2
     if solver_type == "heun":
         rise = c.abar_prev.sqrt() * (torch.expm1(-h) / h + 1)
-    return _rows(c, clip, (c.rest_prev / c.rest).sqrt(), gain, rise * ratios(h, second))
+    return _rows(c, clip, (c.rest_prev / c.rest).sqrt(), gain, of_second_order(rise, h, second))
 
 
 def dpmpp_2m_sde_rows(
@@ -123,7 +124,7 @@ def dpmpp_2m_sde_rows(
         rise = c.abar_prev.sqrt() * (1 - share / (2 * h))
     decay = (c.rest_prev / c.rest).sqrt() * (-h).exp()
     noise = (c.rest_prev * share).sqrt()
-    return _rows(c, clip, decay, gain, rise * ratios(h, second), S=noise)
+    return _rows(c, clip, decay, gain, of_second_order(rise, h, second), S=noise)
 
 
 def _rows(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddpm_fast.chain import Chain, Clip, Prediction, threshold_of
 from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.solvers.dpm_solver import multistep_chain, ratios
+from ddpm_fast.solvers.dpm_solver import multistep_chain, of_second_order
 from ddpm_fast.spacing import check_name
 
 if TYPE_CHECKING:
@@ -71,11 +71,8 @@ def unipc_rows(
     decay = (c.rest_prev / c.rest).sqrt()
     gain = c.abar_prev.sqrt() * -torch.expm1(-h)
     # Half of B times the step before it over h.
-    rise = torch.where(
-        torch.tensor(second),
-        (gain if solver_type == "bh2" else c.abar_prev.sqrt() * h) / 2 * ratios(h, second),
-        0.0,
-    )
+    rise = (gain if solver_type == "bh2" else c.abar_prev.sqrt() * h) / 2
+    rise = of_second_order(rise, h, second)
     return c.rows(
         clip,
         **columns,
