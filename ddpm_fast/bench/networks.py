@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +11,10 @@ from torch import nn
 
 import ddpm_fast
 from ddpm_fast.unet import UNet, UNetConfig
+from ddpm_fast.unet.architectures import ARCHITECTURES
 
 TRIANGLES = Path(ddpm_fast.__file__).parent / "assets" / "triangles"
-_COMMON: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "layers_per_block": 2,
-    "attention_head_dim": None,
-    "norm_eps": 1e-6,
-    "norm_num_groups": 32,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-}
-# Those of google/ddpm-cifar10-32 and google/ddpm-celebahq-256.
-ARCHITECTURES: Mapping[str, dict[str, Any]] = {
-    "cifar32": _COMMON
-    | {
-        "sample_size": 32,
-        "block_out_channels": (128, 256, 256, 256),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    },
-    "ddpm256": _COMMON
-    | {
-        "sample_size": 256,
-        "block_out_channels": (128, 128, 256, 256, 512, 512),
-        "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
-    },
-}
-NETWORKS = (*ARCHITECTURES, "triangles")
+NETWORKS = ("cifar32", "ddpm256", "triangles")
 
 
 def build(name: str) -> UNet:
@@ -53,7 +25,7 @@ def build(name: str) -> UNet:
     """
     if name == "triangles":
         return ddpm_fast.load(TRIANGLES).unet
-    if name not in ARCHITECTURES:
+    if name not in NETWORKS:
         raise ValueError(f"network must be {', '.join(NETWORKS)}; got {name!r}")
     with torch.device("meta"):
         unet = UNet(UNetConfig(**ARCHITECTURES[name]))
