@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,26 +10,14 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from ddpm_fast.cli.schedules import SCHEDULES, schedule_of
 from ddpm_fast.images import prepare_folder, save_png, sheet
 from ddpm_fast.noise import STREAM_TRAINING, philox_normal
 from ddpm_fast.pictures import read_picture, to_tensor
-from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.updates import q_sample
 
 T = 1000
 LARGEST = 128  # pixels of the longer side of an image that --size does not set
-
-# What may follow the name, in order; the first `needed` of them must.
-_ENDS = ("beta_start", "beta_end")
-_ARGUMENTS: dict[str, tuple[Callable[..., NoiseSchedule], tuple[str, ...], int]] = {
-    "linear": (NoiseSchedule.linear, _ENDS, 0),
-    "scaled_linear": (NoiseSchedule.scaled_linear, _ENDS, 0),
-    "cosine": (NoiseSchedule.cosine, ("s", "max_beta"), 0),
-    "sigmoid": (NoiseSchedule.sigmoid, _ENDS, 0),
-    "sigmoid_cumprod": (NoiseSchedule.sigmoid_cumprod, ("start", "end", "tau"), 0),
-    "power": (NoiseSchedule.power, ("exponent", *_ENDS), 1),
-    "sine_wave": (NoiseSchedule.sine_wave, ("cycles", *_ENDS), 0),
-}
 
 
 def noise(
@@ -38,7 +25,7 @@ def noise(
     schedules: Annotated[
         str,
         typer.Option(
-            help=f"Comma-separated, of {', '.join(_ARGUMENTS)}; arguments after colons, such as "
+            help=f"Comma-separated, of {', '.join(SCHEDULES)}; arguments after colons, such as "
             "power:2 (the exponent) or linear:0.0001:0.02 (both ends of the betas)."
         ),
     ] = "linear,sine_wave,power:1.5,power:2,power:10",
@@ -72,7 +59,7 @@ def noise(
         raise ValueError(f"--out must be a .png file; got {str(out)!r}")
     x0 = _read_image(image, size)
     names = [name.strip() for name in schedules.split(",")]
-    chosen = [_schedule(name) for name in names]
+    chosen = [schedule_of("--schedules", name, T) for name in names]
     prepare_folder(out.parent)
 
     t = torch.tensor([round(i * (T - 1) / (columns - 1)) for i in range(columns)])
@@ -82,34 +69,6 @@ def noise(
     headings = [f"t = {i}" for i in t.tolist()]
     save_png(sheet(torch.cat(rows), columns, 4, scale, names, headings), out)
     typer.echo(f"wrote    {out}")
-
-
-def _schedule(text: str) -> NoiseSchedule:
-    """The schedule of ``name`` or ``name:argument:...``."""
-    name, *values = text.split(":")
-    if name not in _ARGUMENTS:
-        accepted = ", ".join(
-            ":".join([known, *(arguments if needed else ())[:needed]])
-            for known, (_, arguments, needed) in _ARGUMENTS.items()
-        )
-        raise ValueError(f"--schedules: no schedule {name!r}; accepted: {accepted}")
-    make, arguments, needed = _ARGUMENTS[name]
-    if not needed <= len(values) <= len(arguments):
-        raise ValueError(
-            f"--schedules: {name} takes {needed} to {len(arguments)} arguments"
-            f" ({', '.join(arguments)}); got {text!r}"
-        )
-    given = {}
-    for argument, value in zip(arguments, values, strict=False):
-        try:
-            given[argument] = float(value)
-        except ValueError:
-            message = f"--schedules: {argument} must be a number; got {value!r} in {text!r}"
-            raise ValueError(message) from None
-    try:
-        return make(T=T, **given)
-    except ValueError as error:
-        raise ValueError(f"--schedules: {text}: {error}") from error
 
 
 def _read_image(path: Path, size: int | None) -> Tensor:

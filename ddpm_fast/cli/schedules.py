@@ -1,0 +1,47 @@
+"""Noise schedules on the command line: a name, and its arguments after colons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ddpm_fast.schedules import NoiseSchedule
+
+# What may follow the name, in order; the first `needed` of them must.
+_ENDS = ("beta_start", "beta_end")
+SCHEDULES: dict[str, tuple[Callable[..., NoiseSchedule], tuple[str, ...], int]] = {
+    "linear": (NoiseSchedule.linear, _ENDS, 0),
+    "scaled_linear": (NoiseSchedule.scaled_linear, _ENDS, 0),
+    "cosine": (NoiseSchedule.cosine, ("s", "max_beta"), 0),
+    "sigmoid": (NoiseSchedule.sigmoid, _ENDS, 0),
+    "sigmoid_cumprod": (NoiseSchedule.sigmoid_cumprod, ("start", "end", "tau"), 0),
+    "power": (NoiseSchedule.power, ("exponent", *_ENDS), 1),
+    "sine_wave": (NoiseSchedule.sine_wave, ("cycles", *_ENDS), 0),
+}
+
+
+def schedule_of(option: str, text: str, T: int) -> NoiseSchedule:
+    """The schedule of ``name`` or ``name:argument:...``. Raises ValueError naming the option."""
+    name, *values = text.split(":")
+    if name not in SCHEDULES:
+        accepted = ", ".join(
+            ":".join([known, *(arguments if needed else ())[:needed]])
+            for known, (_, arguments, needed) in SCHEDULES.items()
+        )
+        raise ValueError(f"{option}: no schedule {name!r}; accepted: {accepted}")
+    make, arguments, needed = SCHEDULES[name]
+    if not needed <= len(values) <= len(arguments):
+        raise ValueError(
+            f"{option}: {name} takes {needed} to {len(arguments)} arguments"
+            f" ({', '.join(arguments)}); got {text!r}"
+        )
+    given = {}
+    for argument, value in zip(arguments, values, strict=False):
+        try:
+            given[argument] = float(value)
+        except ValueError:
+            message = f"{option}: {argument} must be a number; got {value!r} in {text!r}"
+            raise ValueError(message) from None
+    try:
+        return make(T=T, **given)
+    except ValueError as error:
+        raise ValueError(f"{option}: {text}: {error}") from error
