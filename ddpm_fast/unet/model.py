@@ -21,6 +21,13 @@ from ddpm_fast.unet.blocks import (
     group_norm,
 )
 from ddpm_fast.unet.config import UNetConfig
+from ddpm_fast.unet.inputs import (
+    check_images,
+    check_label_range,
+    check_labels,
+    refuse_labels,
+    timesteps_of,
+)
 
 
 def _frequencies(half: int, shift: int, device: torch.device) -> Tensor:
@@ -131,12 +138,12 @@ class UNet(nn.Module):
                 range (seen on the CPU only, elsewhere it would take a synchronisation), or given
                 to a network that takes none.
         """
-        self._check_images(x)
-        emb = self.time_embedding(self.time_proj(self._timesteps(x, t)).to(self.dtype))
+        check_images(x, self.config.in_channels, self.config.size_multiple, self.device)
+        emb = self.time_embedding(self.time_proj(timesteps_of(x, t)).to(self.dtype))
         if self.class_embedding is not None:
             emb = emb + self.embed_labels(self.class_embedding, x, class_labels)
-        elif class_labels is not None:
-            raise ValueError("class_labels: given to a network without class embedding")
+        else:
+            refuse_labels(class_labels)
 
         h = x.to(self.dtype, memory_format=torch.channels_last)
         if self.config.center_input_sample:
@@ -153,75 +160,20 @@ class UNet(nn.Module):
         h = F.silu(group_norm(self.conv_norm_out, h), inplace=True)
         return self.conv_out(h).to(x.dtype)
 
-    def _check_images(self, x: Tensor) -> None:
-        cfg, multiple = self.config, self.config.size_multiple
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise ValueError(f"x: expected a floating-point tensor, got {_describe(x)}")
-        if x.dim() != 4 or x.shape[1] != cfg.in_channels:
-            raise ValueError(f"x: expected [N, {cfg.in_channels}, H, W], got {_describe(x)}")
-        if min(x.shape[2:]) < 1 or x.shape[2] % multiple or x.shape[3] % multiple:
-            raise ValueError(
-                f"x: expected height and width to be multiples of {multiple}, got {_describe(x)}"
-            )
-        if x.device != self.device:
-            raise ValueError(f"x: expected a tensor on {self.device}, got {_describe(x)}")
-
-    def _timesteps(self, x: Tensor, t: Tensor | int) -> Tensor:
-        if isinstance(t, Tensor):
-            if t.dtype != torch.int64 or t.dim() > 1 or t.device != x.device:
-                raise ValueError(
-                    f"t: expected int64, 0-d or [{x.shape[0]}], on {x.device}, got {_describe(t)}"
-                )
-            if t.dim() == 1 and t.shape[0] != x.shape[0]:
-                raise ValueError(
-                    f"t: expected one timestep or {x.shape[0]}, as many as x has images, "
-                    f"got {_describe(t)}"
-                )
-            return t.reshape(-1)
-        if not isinstance(t, int) or isinstance(t, bool) or t < 0:
-            raise ValueError(f"t: expected an int64 tensor or an integer >= 0, got {t!r}")
-        return torch.full((1,), t, dtype=torch.int64, device=x.device)
-
     def embed_labels(self, embedding: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
         """[N, time channels]: checked labels through ``embedding``, a class embedding like its own.
 
         Raises ValueError as `forward` does.
         """
         kind = self.config.class_embed_type
-        if labels is None:
-            raise ValueError("class_labels: missing, the network is class-conditional")
-        shape = [x.shape[0], self.config.time_channels] if kind == "identity" else [x.shape[0]]
-        if not isinstance(labels, Tensor):
-            fits = False
-        elif kind is None:
-            fits = labels.dtype == torch.int64
-        else:
-            fits = labels.is_floating_point() or (kind == "timestep" and not labels.is_complex())
-        if not fits or list(labels.shape) != shape or labels.device != x.device:
-            accepted = {None: "int64", "timestep": "real", "identity": "floating"}[kind]
-            raise ValueError(
-                f"class_labels: expected {accepted} {shape} on {x.device}, got {_describe(labels)}"
-            )
+        accepted = {None: "int64", "timestep": "real", "identity": "floating"}[kind]
+        channels = self.config.time_channels if kind == "identity" else None
+        given = check_labels(x, labels, accepted, channels)
         if kind == "timestep":
-            return embedding(self.time_proj(labels).to(self.dtype))
-        if isinstance(embedding, nn.Embedding) and labels.device.type == "cpu":
-            _check_range(labels, embedding.num_embeddings)
-        return embedding(labels).to(self.dtype)
-
-
-def _describe(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-
-
-def _check_range(labels: Tensor, classes: int) -> None:
-    """Looks at values, so neither inside a compiled graph nor on another device."""
-    if torch.compiler.is_compiling():
-        return
-    outside = labels[(labels < 0) | (labels >= classes)]
-    if outside.numel():
-        raise ValueError(f"class_labels: expected 0..{classes - 1}, got {int(outside[0])}")
+            return embedding(self.time_proj(given).to(self.dtype))
+        if isinstance(embedding, nn.Embedding):
+            check_label_range(given, embedding.num_embeddings)
+        return embedding(given).to(self.dtype)
 
 
 def _class_embedding(cfg: UNetConfig) -> nn.Module | None:
