@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
+
+from ddpm_fast.unet.options import NetworkOptions, is_finite, is_integer
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
@@ -31,20 +31,8 @@ _OPTIONAL_POSITIVE_INTS = (
 _BOOLS = ("center_input_sample", "flip_sin_to_cos", "add_attention")
 
 
-def _refuse(option: str, value: object, accepted: str) -> NoReturn:
-    raise ValueError(f"UNet option {option}={value!r} is not supported; accepted: {accepted}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(NetworkOptions):
     """Options of `UNet`; names, meanings and defaults are those of diffusers' UNet2DModel.
 
     Sequences may be given as lists and are kept as tuples. `attention_head_dim` is the width of
@@ -58,6 +46,8 @@ class UNetConfig:
         ValueError: an option has a value that is not supported, or two options contradict each
             other; the message names the option, the value and what is accepted.
     """
+
+    _network = "UNet"
 
     sample_size: int | tuple[int, int] | None = None
     in_channels: int = 3
@@ -99,10 +89,9 @@ class UNetConfig:
     num_train_timesteps: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sample_size", "down_block_types", "up_block_types", "block_out_channels"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+        self._keep_as_tuples(
+            "sample_size", "down_block_types", "up_block_types", "block_out_channels"
+        )
         self._check_scalars()
         self._check_levels()
 
@@ -110,40 +99,35 @@ class UNetConfig:
         for name, accepted in _CHOICES.items():
             value = getattr(self, name)
             if not any(value == one and type(value) is type(one) for one in accepted):
-                _refuse(name, value, ", ".join(map(repr, accepted)))
+                self._refuse(name, value, ", ".join(map(repr, accepted)))
         for name in _POSITIVE_INTS:
             value = getattr(self, name)
-            if not _is_int(value) or value < 1:
-                _refuse(name, value, "an integer >= 1")
+            if not is_integer(value, 1):
+                self._refuse(name, value, "an integer >= 1")
         for name in _OPTIONAL_POSITIVE_INTS:
             value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 1):
-                _refuse(name, value, "None or an integer >= 1")
+            if value is not None and not is_integer(value, 1):
+                self._refuse(name, value, "None or an integer >= 1")
         for name in _BOOLS:
             value = getattr(self, name)
             if not isinstance(value, bool):
-                _refuse(name, value, "True or False")
-        size = self.sample_size
-        sides = size if isinstance(size, tuple) else () if size is None else (size, size)
-        if size is not None and (
-            len(sides) != 2 or not all(_is_int(side) and side >= 1 for side in sides)
-        ):
-            _refuse("sample_size", size, "None, an integer >= 1 or two of them (height, width)")
-        if not _is_finite(self.dropout) or not 0 <= self.dropout < 1:
-            _refuse("dropout", self.dropout, "a number in [0, 1)")
+                self._refuse(name, value, "True or False")
+        self._sides(self.sample_size)
+        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
+            self._refuse("dropout", self.dropout, "a number in [0, 1)")
         for name in ("norm_eps", "mid_block_scale_factor"):
             value = getattr(self, name)
-            if not _is_finite(value) or value <= 0:
-                _refuse(name, value, "a finite number > 0")
+            if not is_finite(value) or value <= 0:
+                self._refuse(name, value, "a finite number > 0")
 
     def _check_levels(self) -> None:
         channels = self.block_out_channels
         if (
             not isinstance(channels, tuple)
             or not channels
-            or not all(_is_int(c) and c >= 1 and c % self.norm_num_groups == 0 for c in channels)
+            or not all(is_integer(c, 1) and c % self.norm_num_groups == 0 for c in channels)
         ):
-            _refuse(
+            self._refuse(
                 "block_out_channels",
                 channels,
                 f"one or more multiples of norm_num_groups={self.norm_num_groups}",
@@ -151,17 +135,20 @@ class UNetConfig:
         for name, accepted in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             types = getattr(self, name)
             if not isinstance(types, tuple) or any(kind not in accepted for kind in types):
-                _refuse(name, types, "a sequence of " + ", ".join(accepted))
+                self._refuse(name, types, "a sequence of " + ", ".join(accepted))
             if len(types) != len(channels):
-                _refuse(name, types, f"{len(channels)} entries, as many as block_out_channels")
-        if not _is_int(self.freq_shift) or not 0 <= self.freq_shift < max(1, channels[0] // 2):
-            _refuse("freq_shift", self.freq_shift, f"an integer in [0, {max(1, channels[0] // 2)})")
+                self._refuse(name, types, f"{len(channels)} entries, as many as block_out_channels")
+        shift, end = self.freq_shift, max(1, channels[0] // 2)
+        if not is_integer(shift, 0) or shift >= end:
+            self._refuse("freq_shift", shift, f"an integer in [0, {end})")
         groups = self.attn_norm_num_groups
         if groups is not None and channels[-1] % groups != 0:
-            _refuse("attn_norm_num_groups", groups, f"a divisor of {channels[-1]}")
+            self._refuse("attn_norm_num_groups", groups, f"a divisor of {channels[-1]}")
         head, attended = self.attention_head_dim, self._attended_channels()
         if head is not None and attended and head > min(attended):
-            _refuse("attention_head_dim", head, f"at most {min(attended)}, the narrowest attention")
+            self._refuse(
+                "attention_head_dim", head, f"at most {min(attended)}, the narrowest attention"
+            )
 
     def _attended_channels(self) -> list[int]:
         channels = self.block_out_channels
@@ -178,32 +165,11 @@ class UNetConfig:
         mid = [channels[-1]] if self.mid_block_type is not None and self.add_attention else []
         return down + mid + up
 
-    @classmethod
-    def from_dict(cls, options: Mapping[str, Any]) -> UNetConfig:
-        """Options from a parsed unet/config.json; keys that start with "_" are ignored.
-
-        Raises:
-            ValueError: a key is not an option of the U-Net, or a value is not supported.
-        """
-        known = {field.name for field in fields(cls)}
-        given = {key: value for key, value in options.items() if not key.startswith("_")}
-        unknown = sorted(set(given) - known)
-        if unknown:
-            _refuse(unknown[0], given[unknown[0]], ", ".join(sorted(known)))
-        return cls(**given)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The options as JSON-ready values (tuples become lists), in declaration order."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
     @property
     def sample_shape(self) -> tuple[int, int, int] | None:
         """(C, H, W) of an input image; None without a sample_size."""
-        if self.sample_size is None:
-            return None
-        size = self.sample_size
-        return (self.in_channels, *(size if isinstance(size, tuple) else (size, size)))
+        sides = self._sides(self.sample_size)
+        return None if sides is None else (self.in_channels, *sides)
 
     @property
     def time_channels(self) -> int:
