@@ -31,7 +31,7 @@ from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedules import NoiseSchedule, ScheduleWarning
 from ddpm_fast.scores import noise_from_score, score_from_noise, tweedie
 from ddpm_fast.tables import StepMemory, StepTable
-from ddpm_fast.unet import UNet, UNetConfig
+from ddpm_fast.unet import ThesisUNet, ThesisUNetConfig, UNet, UNetConfig
 from ddpm_fast.updates import q_posterior, q_sample, q_sample_philox, reverse_step_
 
 __version__ = "0.1.0"
@@ -49,6 +49,8 @@ __all__ = [
     "ScheduleWarning",
     "StepMemory",
     "StepTable",
+    "ThesisUNet",
+    "ThesisUNetConfig",
     "Tuner",
     "UNet",
     "UNetConfig",

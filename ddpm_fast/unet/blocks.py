@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+def group_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """`norm(x)` in channels_last memory, which GroupNorm does not keep on CUDA in torch 2.11."""
     return norm(x).contiguous(memory_format=torch.channels_last)
 
