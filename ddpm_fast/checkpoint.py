@@ -32,8 +32,8 @@ from ddpm_fast.scheduler_config import (
     parse_scheduler,
 )
 from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.unet import UNet, UNetConfig
-from ddpm_fast.unet.weights import read_unet, write_weights
+from ddpm_fast.unet.networks import KINDS, UNET, AnyUNet, Kind, kind_named, kind_of
+from ddpm_fast.unet.weights import read_weights, write_weights
 from ddpm_fast.weight_files import check_variant, find_weights, is_weights, single_name
 
 INDEX = "model_index.json"
@@ -49,7 +49,7 @@ _DOCUMENTS = {INDEX, CONFIG, SCHEDULER, f"unet/{CONFIG}", f"scheduler/{SCHEDULER
 class Checkpoint:
     """A model as `load` finds it on disk.
 
-    unet: in eval mode, channels_last.
+    unet: a `UNet`, or a `ThesisUNet`, in eval mode, channels_last.
     schedule, prediction, variance, clip, spacing, steps_offset: see
         `SchedulerOptions`; None (0) for a folder that holds a U-Net alone.
     scheduler_config: scheduler_config.json as read, with the class that model_index.json names;
@@ -57,7 +57,7 @@ class Checkpoint:
     sample_shape: (C, H, W) of an image; None where the U-Net's config has no sample_size.
     """
 
-    unet: UNet
+    unet: AnyUNet
     schedule: NoiseSchedule | None
     prediction: str | None
     variance: str | None
@@ -77,6 +77,8 @@ def load(
     revision: str | None = None,
 ) -> Checkpoint:
     """Read a checkpoint from a diffusers pipeline folder, or from a folder with a U-Net alone.
+
+    Its config says which U-Net it is: a UNet2DModel, read as `UNet`, or a `ThesisUNet`.
 
     A string that is no path here but could be a repository of the Hugging Face Hub, such as
     "google/ddpm-cifar10-32", is read from there by huggingface_hub: the configs, then the weights
@@ -111,21 +113,23 @@ def load(
         raise FileNotFoundError(errno.ENOENT, "no such checkpoint folder", str(folder))
 
     index = folder / INDEX
-    named = _read_index(index) if index.exists() else None
+    of_unet, of_scheduler = _read_index(index) if index.exists() else (None, None)
     config_path = _locate(folder, "unet", CONFIG)
     raw = read_json(config_path)
-    if raw.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(f"{config_path}: expected a UNet2DModel, found {raw['_class_name']!r}")
+    kind = _kind(raw, config_path, of_unet)
     try:
-        config = UNetConfig.from_dict(raw)
+        config = kind.config.from_dict(raw)
     except ValueError as error:
         raise ValueError(f"{config_path}: {error}") from error
 
-    options, scheduler = _read_scheduler(folder, named)
+    options, scheduler = _read_scheduler(folder, of_scheduler)
     home = config_path.parent
     if repository:
         fetch_weights(repository, folder, home.relative_to(folder).as_posix(), variant)
-    unet = read_unet(config, find_weights(home, variant), dtype or torch.float32, device)
+    weights = find_weights(home, variant)
+    with torch.device("meta"):
+        unet = kind.build(config).to(dtype or torch.float32).eval()
+    read_weights(unet, weights, device)
     return Checkpoint(
         unet=unet,
         schedule=options.schedule if options else None,
@@ -159,17 +163,32 @@ def _locate(folder: Path, part: str, name: str) -> Path:
     return path
 
 
-def _read_index(path: Path) -> str:
-    """The scheduler that model_index.json names, after a check of all that it names."""
+def _read_index(path: Path) -> tuple[str, str]:
+    """The U-Net and the scheduler that model_index.json names, after a check of all it names."""
     index = read_json(path)
     if index.get("_class_name") not in _PIPELINES:
         accepted = " or ".join(_PIPELINES)
         raise ValueError(f"{path}: expected a {accepted}, found {index.get('_class_name')!r}")
-    for part, kinds in (("unet", ("UNet2DModel",)), ("scheduler", SCHEDULERS)):
+    for part, kinds in (("unet", tuple(kind.name for kind in KINDS)), ("scheduler", SCHEDULERS)):
         entry = index.get(part)
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in kinds:
             raise ValueError(f"{path}: {part} is {entry!r}, expected {' or '.join(kinds)}")
-    return index["scheduler"][1]
+    return index["unet"][1], index["scheduler"][1]
+
+
+def _kind(config: Mapping[str, Any], path: Path, named: str | None) -> Kind:
+    """The class of a U-Net's config; `named` is what model_index.json calls it, where there is one.
+
+    A config that does not say is what the index names, or a UNet2DModel.
+    """
+    name = config.get("_class_name", named or UNET.name)
+    kind = kind_named(name)
+    if kind is None:
+        accepted = " or ".join(kind.name for kind in KINDS)
+        raise ValueError(f"{path}: expected a {accepted}, found {name!r}")
+    if named not in (None, name):
+        raise ValueError(f"{path}: is the config of a {name}; {INDEX} names a {named}")
+    return kind
 
 
 def _read_scheduler(
@@ -197,7 +216,7 @@ def _read_scheduler(
 
 def save(
     folder: str | os.PathLike[str],
-    unet: UNet,
+    unet: AnyUNet,
     schedule: NoiseSchedule | None = None,
     *,
     prediction: str = "epsilon",
@@ -208,11 +227,15 @@ def save(
     overwrite: bool = False,
     variant: str | None = None,
 ) -> Path:
-    """Write a checkpoint that `load` and diffusers' from_pretrained read; returns the folder.
+    """Write a checkpoint that `load` reads; returns the folder.
+
+    With a `UNet` it is one for diffusers' from_pretrained as well. A `ThesisUNet`'s has the same
+    files, but diffusers has no such network: its pipelines refuse the folder, and its UNet2DModel
+    would leave these weights aside, with a warning, for random ones.
 
     The scheduler is described either by `schedule` and the four options after it, or by
     `scheduler_config` verbatim (what `Checkpoint.scheduler_config` holds). With neither, the
-    folder holds the U-Net alone and is one for diffusers' UNet2DModel.from_pretrained.
+    folder holds the U-Net alone, a `UNet` for diffusers' UNet2DModel.from_pretrained.
     Weights keep their dtype. With `variant`, such as "fp16", they are found under that name alone.
 
     All is written and flushed to a folder beside the target, which then takes its name; after an
@@ -227,8 +250,7 @@ def save(
             not part of a checkpoint, or weights of another variant, which would be lost.
         OSError: the folder cannot be written; the message has the path and the reason.
     """
-    if not isinstance(unet, UNet):
-        raise TypeError(f"unet: expected a UNet, got {type(unet).__name__}")
+    network = kind_of(unet)
     check_variant(variant)
     if schedule is not None:
         if scheduler_config is not None:
@@ -237,7 +259,7 @@ def save(
             schedule, prediction=prediction, variance=variance, clip=clip, spacing=spacing
         )
     documents: dict[str, Mapping[str, Any]] = {
-        CONFIG: {"_class_name": "UNet2DModel", **unet.config.to_dict()}
+        CONFIG: {"_class_name": network.name, **unet.config.to_dict()}
     }
     weights = single_name(variant)
     if scheduler_config is not None:
@@ -252,7 +274,7 @@ def save(
             INDEX: {
                 "_class_name": pipeline if pipeline in _PIPELINES else "DDPMPipeline",
                 "scheduler": ["diffusers", kind],
-                "unet": ["diffusers", "UNet2DModel"],
+                "unet": [network.library, network.name],
             },
         }
 

@@ -361,7 +361,7 @@ except OSError as error:
         assert list(tmp_path.iterdir()) == []
 
     def test_module_of_another_kind(self, tmp_path):
-        with pytest.raises(TypeError, match="unet: expected a UNet, got Linear"):
+        with pytest.raises(TypeError, match="unet: expected a UNet or ThesisUNet, got Linear"):
             save(tmp_path / "model", torch.nn.Linear(1, 1))
 
     def test_weights_that_are_not_finite(self, tmp_path, unet):

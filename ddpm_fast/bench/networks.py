@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ def build(name: str) -> UNet:
     ValueError for another name.
     """
     if name == "triangles":
-        return ddpm_fast.load(TRIANGLES).unet
+        return cast(UNet, ddpm_fast.load(TRIANGLES).unet)
     if name not in NETWORKS:
         raise ValueError(f"network must be {', '.join(NETWORKS)}; got {name!r}")
     with torch.device("meta"):

@@ -15,6 +15,7 @@ from ddpm_fast.checkpoint import load
 from ddpm_fast.cli.devices import device_of
 from ddpm_fast.engine import accelerate
 from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.unet import UNet
 
 SHIPPED = str(Path(__file__).resolve().parent.parent / "assets" / "triangles")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -104,10 +105,11 @@ class OpenModel:
         if shape is None:
             reason = "its unet/config.json has no sample_size"
             raise ValueError(f"{model}: cannot be used here: {reason}")
-        if checkpoint.unet.config.class_embed_type is not None:
+        unet, config = checkpoint.unet, checkpoint.unet.config
+        if isinstance(unet, UNet) and unet.config.class_embed_type is not None:
             reason = "its network embeds its labels itself (class_embed_type)"
             raise ValueError(f"{model}: cannot be used here: {reason}")
-        network: Any = checkpoint.unet
+        network: Any = unet
         if engine:
             network = accelerate(network, dtype=DTYPES[chosen], num_timesteps=schedule.T)
         name = "triangles (shipped)" if model == SHIPPED else model
@@ -122,8 +124,8 @@ class OpenModel:
             sample_shape=shape,
             device=place,
             dtype=chosen,
-            classes=checkpoint.unet.config.num_class_embeds,
-            learns_variance=checkpoint.unet.config.out_channels == 2 * shape[0],
+            classes=config.num_classes,
+            learns_variance=config.out_channels == 2 * shape[0],
             in_words=f"{name}, {' x '.join(map(str, shape))}",
         )
 

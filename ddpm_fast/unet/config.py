@@ -172,6 +172,11 @@ class UNetConfig(NetworkOptions):
         return None if sides is None else (self.in_channels, *sides)
 
     @property
+    def num_classes(self) -> int | None:
+        """Labels are 0 .. num_classes - 1; None where there are none, or none of this kind."""
+        return None if self.class_embed_type is not None else self.num_class_embeds
+
+    @property
     def time_channels(self) -> int:
         """Width of the time embedding that the residual blocks see."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]

@@ -1,4 +1,4 @@
-"""The U-Net's weights on disk, under diffusers' keys."""
+"""A network's weights on disk: the keys of its state dict, which for `UNet` are diffusers'."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ddpm_fast.unet.config import UNetConfig
-from ddpm_fast.unet.model import UNet
+from ddpm_fast.unet.networks import KINDS, AnyUNet, kind_of
 from ddpm_fast.unet.tensor_files import FLOATING, TensorFile, open_tensors
 from ddpm_fast.weight_files import WeightFiles
 
@@ -26,20 +25,17 @@ def current_key(key: str) -> str:
     return _OLD_ATTENTION.sub(lambda m: f"{m[1]}.{_NEW_ATTENTION[m[2]]}.", key)
 
 
-def read_unet(
-    config: UNetConfig, files: WeightFiles, dtype: torch.dtype, device: torch.device
-) -> UNet:
-    """A `UNet` in eval mode with the weights of `files`, cast to `dtype`, on `device`.
+def read_weights(unet: AnyUNet, files: WeightFiles, device: torch.device) -> None:
+    """Give a network on the meta device memory on `device`, and there the weights of `files`.
 
-    Nothing is allocated before the files' headers fit the network.
+    They are cast to its dtype. Nothing is allocated before the files' headers fit the network.
 
     Raises:
-        ValueError: a file that is damaged or of another kind, keys missing, left over, given
-            twice or not where the index has them, a shape or dtype that does not fit, weights
-            that are not finite in `dtype`; the message names file and key.
+        ValueError: a file that is damaged or of another kind, weights of another class of networks,
+            keys missing, left over, given twice or not where the index has them, a shape or dtype
+            that does not fit, weights that are not finite in the network's dtype; the message names
+            file and key.
     """
-    with torch.device("meta"):
-        unet = UNet(config).to(dtype).eval()
     opened = {path: open_tensors(path) for path in files.paths}
     if files.index is not None:
         for path, file in opened.items():
@@ -53,12 +49,11 @@ def read_unet(
             parameter.copy_(value.reshape(parameter.shape))
             if not parameter.isfinite().all():
                 cause = (
-                    f"values {dtype} cannot hold"
+                    f"values {parameter.dtype} cannot hold"
                     if value.isfinite().all()
                     else "values that are not finite"
                 )
                 raise ValueError(f"{path}: {key} has {cause}")
-    return unet
 
 
 def _check_shard(source: Path, index: Mapping[str, Path], path: Path, file: TensorFile) -> None:
@@ -73,7 +68,7 @@ def _check_shard(source: Path, index: Mapping[str, Path], path: Path, file: Tens
 
 
 def _match(
-    unet: UNet, opened: Mapping[Path, TensorFile], source: Path
+    unet: AnyUNet, opened: Mapping[Path, TensorFile], source: Path
 ) -> dict[str, tuple[Path, str]]:
     """The file and the key of each of the network's weights, names, shapes and dtypes compared."""
     places: dict[str, tuple[Path, str]] = {}
@@ -82,6 +77,12 @@ def _match(
             held = places.setdefault(current_key(key), (path, key))
             if held != (path, key):
                 raise ValueError(f"{path}: {held[1]} and {key} are the same weight")
+    kind = kind_of(unet)
+    held_kind = next((other for other in KINDS if other.own_key in places), kind)
+    if kind.own_key not in places and held_kind is not kind:
+        raise ValueError(
+            f"{source}: holds the weights of a {held_kind.name}; the config is a {kind.name}'s"
+        )
     wanted = {name: list(value.shape) for name, value in unet.state_dict().items()}
     if missing := wanted.keys() - places.keys():
         raise ValueError(f"{source}: keys are missing: {_some(missing)}")
@@ -102,7 +103,7 @@ def _some(keys: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def write_weights(unet: UNet, path: Path) -> None:
+def write_weights(unet: AnyUNet, path: Path) -> None:
     """Write the state dict as safetensors, contiguous, in the dtype it has.
 
     Raises:
