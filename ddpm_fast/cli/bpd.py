@@ -82,8 +82,7 @@ def bpd(
 
     say("model", opened.in_words)
     say("data", f"{data}, {len(images)} image{'s' if len(images) > 1 else ''}")
-    where = device_text(opened.device)
-    say("device", where if engine else f"{where}, network in {dtype}")
+    say("device", opened.on(device_text(opened.device)))
     T = opened.schedule.T
     which = f"{steps or T} of {T}, variance {kind}, decoder {decoder}"
     say("steps", which)
@@ -106,7 +105,7 @@ def bpd(
     rows, texts = summary(bound)
     say("time", f"{time.perf_counter() - begun:.1f} s")
     if engine:
-        say("engine", opened.network.report().splitlines()[-1])
+        say("engine", opened.engine_report())
     for what, text in texts.items():
         say(what, text)
 

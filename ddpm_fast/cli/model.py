@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm_fast.chain import Clip, DynamicThreshold
 from ddpm_fast.checkpoint import load
 from ddpm_fast.cli.devices import device_of
-from ddpm_fast.engine import accelerate
+from ddpm_fast.engine import AcceleratedUNet, accelerate
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.unet import UNet
 
@@ -53,7 +53,10 @@ BackendOption = Annotated[
 ]
 EngineOption = Annotated[
     bool,
-    typer.Option(help="Run the network as a fused plan where that is faster; a CPU times it."),
+    typer.Option(
+        help="Run the network as a fused plan where that is faster (a CPU times it) and there is"
+        " one: not of a ThesisUNet."
+    ),
 ]
 ClipOption = Annotated[
     str | None,
@@ -89,7 +92,10 @@ class OpenModel:
     def open(
         cls, model: str, variant: str | None, device: str | None, dtype: str | None, engine: bool
     ) -> OpenModel:
-        """Load a checkpoint. Raises ValueError where it lacks what a chain needs."""
+        """Load a checkpoint. Raises ValueError where it lacks what a chain needs.
+
+        engine: run the network as a plan, if it is one of which plans are made.
+        """
         place = device_of(device)
         chosen = dtype or ("float16" if place.type == "cuda" else "float32")
         if chosen not in DTYPES:
@@ -98,6 +104,9 @@ class OpenModel:
         checkpoint = load(
             model, torch.float32 if engine else DTYPES[chosen], place, variant=variant
         )
+        if engine and not isinstance(checkpoint.unet, UNet):
+            # The network itself, read in the dtype that it runs in, which must hold its weights.
+            return cls.open(model, variant, device, dtype, engine=False)
         schedule, shape = checkpoint.schedule, checkpoint.sample_shape
         if schedule is None:
             reason = "it holds a network alone; scheduler/scheduler_config.json is needed"
@@ -111,7 +120,7 @@ class OpenModel:
             raise ValueError(f"{model}: cannot be used here: {reason}")
         network: Any = unet
         if engine:
-            network = accelerate(network, dtype=DTYPES[chosen], num_timesteps=schedule.T)
+            network = accelerate(unet, dtype=DTYPES[chosen], num_timesteps=schedule.T)
         name = "triangles (shipped)" if model == SHIPPED else model
         if variant is not None:
             name += f" ({variant})"
@@ -128,6 +137,17 @@ class OpenModel:
             learns_variance=config.out_channels == 2 * shape[0],
             in_words=f"{name}, {' x '.join(map(str, shape))}",
         )
+
+    def on(self, where: str) -> str:
+        """Where a command runs, and the network's dtype if no engine chooses it."""
+        planned = isinstance(self.network, AcceleratedUNet)
+        return where if planned else f"{where}, network in {self.dtype}"
+
+    def engine_report(self) -> str:
+        """What ran the network in the end, for a command that asked for the engine."""
+        if isinstance(self.network, AcceleratedUNet):
+            return self.network.report().splitlines()[-1]
+        return f"none for a {type(self.network).__name__}, which runs as it is"
 
     def labels(self, text: str | None, num: int, first: int = 0) -> Tensor | None:
         """The label of each of num images, of which the first has that index."""

@@ -151,8 +151,7 @@ def sample(
         prepare_folder(trajectory.parent)
 
     say("model", opened.in_words)
-    where = f"{sampler.backend} on {device_text(opened.device)}"
-    say("backend", where if engine else f"{where}, network in {opened.dtype}")
+    say("backend", opened.on(f"{sampler.backend} on {device_text(opened.device)}"))
     say("method", method)
     say("steps", which)
     say("images", f"{first_sample} .. {first_sample + num - 1} of seed {seed}, {batch} at a time")
@@ -162,7 +161,7 @@ def sample(
     samples, states, counts = _run(sampler, num, seed, first_sample, strip_num, progress, labels)
     say("time", f"{time.perf_counter() - begun:.1f} s")
     if engine:
-        say("engine", opened.network.report().splitlines()[-1])
+        say("engine", opened.engine_report())
     say("wrote", output.write(samples, first_sample, scale))
     if trajectory is not None:
         save_png(_strip(states, counts, table, first_sample, scale), trajectory)
