@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ddpm_fast import checks
 from ddpm_fast.chain import PREDICTIONS, Chain, Prediction
+from ddpm_fast.frozen import Frozen
 from ddpm_fast.graph import state_of
 from ddpm_fast.outputs import tensor_of
-from ddpm_fast.schedules import Frozen, NoiseSchedule
+from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.spacing import check_name
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ddpm_fast import checks
 from ddpm_fast.diffusers.fused import backend_for
+from ddpm_fast.frozen import Frozen
 from ddpm_fast.ops import implementation
-from ddpm_fast.schedules import Frozen
 
 
 class ForwardScales(Frozen):
