@@ -75,16 +75,11 @@ class Chain:
         """
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
-        check_name("prediction", prediction, PREDICTIONS)
-        abar = schedule.alphas_cumprod
-        if abar[-1] == 0 and prediction in ("epsilon", "score"):
-            raise ValueError(
-                "prediction must be 'x0' or 'v' for a schedule of zero terminal SNR, where "
-                f"alphas_cumprod ends at 0; got {prediction!r}"
-            )
+        check_prediction(prediction, schedule)
         begin = checked_start(start, schedule.T)
         length = begin if isinstance(begin, int) else schedule.T
         kept = timesteps(length, steps, spacing, to_data)
+        abar = schedule.alphas_cumprod
         return cls._from(kept, prediction, abar[kept], schedule.one_minus_alphas_cumprod[kept])
 
     @classmethod
@@ -126,21 +121,11 @@ class Chain:
 
     def x0(self) -> tuple[Tensor, Tensor]:
         """P and Q of x0 = P x_t + Q out (Eq. 15, Ho et al. 2020, for epsilon)."""
-        signal, noise, none = self.abar.sqrt(), self.rest.sqrt(), torch.zeros_like(self.abar)
-        if self.prediction == "epsilon":
-            return 1 / signal, -noise / signal
-        if self.prediction == "score":
-            return 1 / signal, self.rest / signal
-        return (none, none + 1) if self.prediction == "x0" else (signal, -noise)
+        return x0_factors(self.prediction, self.abar, self.rest)
 
     def epsilon(self) -> tuple[Tensor, Tensor]:
         """Factors of x_t and out in the epsilon that the network's output stands for."""
-        signal, noise, none = self.abar.sqrt(), self.rest.sqrt(), torch.zeros_like(self.abar)
-        if self.prediction == "epsilon":
-            return none, none + 1
-        if self.prediction == "score":
-            return none, -noise
-        return (1 / noise, -signal / noise) if self.prediction == "x0" else (noise, signal)
+        return epsilon_factors(self.prediction, self.abar, self.rest)
 
     def epsilon_of_x0(self) -> tuple[Tensor, Tensor]:
         """Factors of x_t and x0 in the epsilon that a (clipped) x0 stands for."""
@@ -155,6 +140,36 @@ class Chain:
         for name, values in columns.items():
             rows[:, column(name)] = values
         return rows
+
+
+def check_prediction(prediction: str, schedule: NoiseSchedule) -> None:
+    """That a network can predict this under a schedule: an x_t without signal tells no x_0."""
+    check_name("prediction", prediction, PREDICTIONS)
+    if schedule.zero_terminal_snr and prediction in ("epsilon", "score"):
+        raise ValueError(
+            "prediction must be 'x0' or 'v' for a schedule of zero terminal SNR, where "
+            f"alphas_cumprod ends at 0; got {prediction!r}"
+        )
+
+
+def x0_factors(prediction: str, abar: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """P and Q of x0 = P x_t + Q out, from abar and rest = 1 - abar, all of one shape."""
+    signal, noise, none = abar.sqrt(), rest.sqrt(), torch.zeros_like(abar)
+    if prediction == "epsilon":
+        return 1 / signal, -noise / signal
+    if prediction == "score":
+        return 1 / signal, rest / signal
+    return (none, none + 1) if prediction == "x0" else (signal, -noise)
+
+
+def epsilon_factors(prediction: str, abar: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of x_t and out in the epsilon that out stands for; arguments as of x0_factors."""
+    signal, noise, none = abar.sqrt(), rest.sqrt(), torch.zeros_like(abar)
+    if prediction == "epsilon":
+        return none, none + 1
+    if prediction == "score":
+        return none, -noise
+    return (1 / noise, -signal / noise) if prediction == "x0" else (noise, signal)
 
 
 def clip_bound(clip: Clip) -> float:

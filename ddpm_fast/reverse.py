@@ -1,6 +1,7 @@
 """p(x_{t-1} | x_t): the variances a model can have, and the x_0 its output stands for.
 
-Tables of coefficients are float64 on the CPU, [T, ...]; index t is step t + 1 of the papers.
+Tables of coefficients are float64 [T, ...], made where they are used out of what the schedule keeps
+there, so that nothing waits for a GPU; index t is step t + 1 of the papers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import checks
-from ddpm_fast.chain import Chain
+from ddpm_fast.chain import check_prediction, x0_factors
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.spacing import check_name
 
@@ -54,7 +55,7 @@ def model_variance(
         raise ValueError(f"raw must be {wanted} for the variance {kind!r}")
     index = checks.index("t", t, x_t, schedule.T).clamp(0, schedule.T - 1)
     dtype = checks.arithmetic(x_t.dtype)
-    table = log_variances(schedule, kind, log_variance).to(x_t.device, dtype)
+    table = log_variances(schedule, kind, log_variance, x_t.device).to(dtype)
     ends = table.index_select(0, index).view(-1, 2, *[1] * (x_t.ndim - 1))
     if raw is not None:
         raw = checks.like("raw", raw, "x_t", x_t, checks.FLOATS).to(dtype)
@@ -63,17 +64,20 @@ def model_variance(
 
 
 def log_variances(
-    schedule: NoiseSchedule, kind: Variance, log_variance: First = "repeat"
+    schedule: NoiseSchedule,
+    kind: Variance,
+    log_variance: First = "repeat",
+    device: str | torch.device = "cpu",
 ) -> Tensor:
     """Float64 [T, 2]: the lowest and the highest log-variance that a kind allows at each t.
 
     Equal for the fixed kinds; not bounds, and not used, for "learned". Errors are those of
     `model_variance`.
     """
-    beta = schedule.betas.log()
+    beta = schedule.levels(device, torch.float64)[:, 0].log()
     if kind == "learned" or (kind == "beta" and schedule.T == 1):
         return torch.stack([beta, beta], 1)
-    posterior = schedule.q_posterior_coefs("cpu", torch.float64, log_variance)[:, 3]
+    posterior = schedule.q_posterior_coefs(device, torch.float64, log_variance)[:, 3]
     if kind == "beta":
         if log_variance == "repeat":
             beta[0] = posterior[0]
@@ -88,11 +92,14 @@ def chosen_log_variance(kind: Variance, low: Tensor, high: Tensor, raw: Tensor |
     return raw if kind == "learned" else torch.lerp(low, high, (raw + 1) / 2)
 
 
-def x0_coefficients(schedule: NoiseSchedule, prediction: str) -> Tensor:
+def x0_coefficients(
+    schedule: NoiseSchedule, prediction: str, device: str | torch.device = "cpu"
+) -> Tensor:
     """Float64 [T, 2]: P and Q of x_0 = P x_t + Q out (Eq. 15, Ho et al. 2020, for epsilon).
 
     prediction: "epsilon", "x0", "v" (Salimans & Ho 2022) or "score". Raises ValueError for another
     one, and for epsilon or score on a schedule of zero terminal SNR.
     """
-    chain = Chain.of(schedule, None, "linspace", None, prediction)
-    return torch.stack(chain.x0(), 1).flip(0)
+    check_prediction(prediction, schedule)
+    _, abar, rest = schedule.levels(device, torch.float64).unbind(1)
+    return torch.stack(x0_factors(prediction, abar, rest), 1)

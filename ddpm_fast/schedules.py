@@ -57,6 +57,7 @@ class NoiseSchedule(Frozen):
 
     T: int
     num_timesteps: int
+    zero_terminal_snr: bool  # alphas_cumprod ends at 0
     name: str
     betas = _Table("Variances of the forward steps, in (0, 1].")
     alphas = _Table("1 - betas.")
@@ -95,13 +96,16 @@ class NoiseSchedule(Frozen):
             "posterior_log_variance": log_variance,
             "posterior_mean_coef1": posterior[0],
             "posterior_mean_coef2": posterior[1],
+            "levels": torch.stack([betas, abar, rest], dim=1),
             "q_sample": torch.stack([abar.sqrt(), rest.sqrt()], dim=1),
             "q_posterior_clamp": torch.stack([*posterior, log_variance], dim=1),
         }
         if len(betas) > 1:
             tables["q_posterior_repeat"] = torch.stack([*posterior, repeated], dim=1)
         content = ("betas", "alphas", "alphas_cumprod", "one_minus_alphas_cumprod")
-        self._freeze(tables, content, T=len(betas), num_timesteps=len(betas), name=name)
+        lengths = {"T": len(betas), "num_timesteps": len(betas)}
+        ends_at_0 = bool(abar[-1] == 0)
+        self._freeze(tables, content, **lengths, zero_terminal_snr=ends_at_0, name=name)
 
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Self:
@@ -259,6 +263,12 @@ class NoiseSchedule(Frozen):
     def __repr__(self) -> str:
         end = float(self.alphas_cumprod[-1])
         return f"NoiseSchedule({self.name}, T={self.T}, alphas_cumprod[-1]={end:.3g})"
+
+    def levels(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Columns [T, 3] of beta_t, abar_t and 1 - abar_t, otherwise as q_sample_coefs."""
+        return self._on("levels", device, dtype)
 
     def q_sample_coefs(
         self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32

@@ -154,6 +154,7 @@ def test_zero_terminal_snr_equals_diffusers(T):
     torch.testing.assert_close(got.betas, peer, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(got.alphas_cumprod[0], base.alphas_cumprod[0], rtol=1e-14, atol=0)
     assert got.alphas_cumprod[-1] == 0
+    assert (got.zero_terminal_snr, base.zero_terminal_snr) == (True, False)
     assert got.betas[-1] == 1
     assert got.snr[-1] == 0
     assert got.rescale_zero_terminal_snr() == got
@@ -327,6 +328,8 @@ def test_coefficient_tables(dtype):
     s = NoiseSchedule.linear()
     columns = [s.sqrt_alphas_cumprod, s.sqrt_one_minus_alphas_cumprod]
     assert torch.equal(s.q_sample_coefs("cpu", dtype), torch.stack(columns, 1).to(dtype))
+    columns = [s.betas, s.alphas_cumprod, s.one_minus_alphas_cumprod]
+    assert torch.equal(s.levels("cpu", dtype), torch.stack(columns, 1).to(dtype))
     mean = [s.posterior_mean_coef1, s.posterior_mean_coef2]
     columns = [*mean, s.posterior_variance, s.posterior_log_variance]
     clamped = s.q_posterior_coefs("cpu", dtype)
