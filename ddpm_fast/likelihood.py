@@ -5,36 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_fast import checks, outputs
+from ddpm_fast.bound_terms import DECODERS, BoundTerms, Decoder
 from ddpm_fast.chain import Clip, Prediction, clip_bound, threshold_of
-from ddpm_fast.gaussians import (
-    discretised_gaussian_log_likelihood,
-    gaussian_kl,
-    gaussian_log_density,
-)
+from ddpm_fast.gaussians import gaussian_kl
 from ddpm_fast.noise import STREAM_TRAINING
 from ddpm_fast.respacing import respace
-from ddpm_fast.reverse import (
-    LEARNED,
-    VARIANCES,
-    First,
-    Variance,
-    chosen_log_variance,
-    log_variances,
-    x0_coefficients,
-)
+from ddpm_fast.reverse import LEARNED, First, Variance
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.spacing import check_name
 from ddpm_fast.updates import q_sample_philox
-
-Decoder = Literal["discretised", "gaussian"]
-DECODERS = ("discretised", "gaussian")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +126,8 @@ def variational_bound(
         raise ValueError(f"labels must be a tensor [{len(x0)}, ...]; got {got}")
     num, size = len(x0), checks.integer("micro_batch", micro_batch, 1, 1 << 31)
     checks.integer("first_sample", first_sample, 0, checks.SAMPLE_END - num)
-    terms = _Terms(chain, prediction, variance, log_variance, clip, decoder, x0)
+    rows = BoundTerms(chain, prediction, variance, decoder, log_variance, x0.device, x0.dtype)
+    terms = _Terms(rows, variance in LEARNED, clip)
     vb, xstart_mse = (
         torch.empty(num, chain.T, dtype=torch.float64, device=x0.device) for _ in range(2)
     )
@@ -196,63 +183,27 @@ def prior_kl(x0: Tensor, schedule: NoiseSchedule) -> Tensor:
 class _Terms:
     """What turns a model's output at a timestep into L_{t-1}, or L_0, of each item."""
 
-    def __init__(
-        self,
-        chain: NoiseSchedule,
-        prediction: str,
-        variance: Variance,
-        log_variance: First,
-        clip: Clip,
-        decoder: str,
-        x0: Tensor,
-    ) -> None:
-        check_name("variance", variance, VARIANCES)
-        self._variance, self._decoder = variance, decoder
+    def __init__(self, terms: BoundTerms, learned: bool, clip: Clip) -> None:
+        self._terms, self._learned = terms, learned
         self._clip, self._threshold = clip_bound(clip), threshold_of(clip)
-        ends = log_variances(chain, variance, log_variance)
-        if decoder == "gaussian" and variance not in LEARNED:
-            ends[0] = chain.betas[0].log()
-        columns = [
-            x0_coefficients(chain, prediction),
-            ends,
-            chain.posterior_mean_coef1[:, None],
-            chain.posterior_log_variance[:, None],
-        ]
-        # To the device at once: the steps then read their row without waiting.
-        self._rows = torch.cat(columns, 1).to(x0.device, x0.dtype)
 
     def at(self, index: int, x0: Tensor, x_t: Tensor, output: Any) -> tuple[Tensor, Tensor]:
         """L_{t-1} in bits per dimension and the mean squared error of x_0, float64 [B]."""
-        of_x, of_out, low, high, of_x0, log_q = self._rows[index].unbind()
-        out, raw = self._split(output, x0)
-        pred_x0 = of_x * x_t + of_out * out
+        row = self._terms.row(index)
+        out, raw = outputs.prediction_of(output, x0, self._learned)
+        pred_x0 = row.x0(x_t, out)
         if self._threshold is not None:
             bound = outputs.threshold_of(self._threshold, pred_x0)
             bound = bound.view(-1, *[1] * (x0.ndim - 1))
             pred_x0 = pred_x0.clamp(-bound, bound) / bound
         else:
             pred_x0 = pred_x0.clamp(-self._clip, self._clip)
-        log_p = chosen_log_variance(self._variance, low, high, raw)
+        log_p = self._terms.log_variance(row, raw)
         if index > 0:
-            # The means' shares of x_t are equal, and left out so that their digits are not lost.
-            term = gaussian_kl(of_x0 * x0, log_q, of_x0 * pred_x0, log_p)
-        elif self._decoder == "discretised":
-            term = -discretised_gaussian_log_likelihood(x0, pred_x0, log_p)
+            term = row.divergence(x0, pred_x0, log_p)
         else:
-            term = -gaussian_log_density(x0, pred_x0, log_p)
+            term = self._terms.decode(x0, pred_x0, log_p)
         return _bits(term), _mean((pred_x0 - x0).square())
-
-    def _split(self, output: Any, x0: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The prediction, and what a learned variance is made from, in the dtype of x0."""
-        out = outputs.tensor_of(output)
-        if out.device != x0.device:
-            raise ValueError(
-                f"model must return a tensor on {x0.device}, the device of x0; it returned one on"
-                f" {out.device}"
-            )
-        learned = self._variance in LEARNED
-        mean, raw = outputs.halves("the model's output", out, x0, learned)
-        return mean.to(x0.dtype), None if raw is None else raw.to(x0.dtype)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,21 @@ def halves(
     return out, None
 
 
+def prediction_of(output: Any, x: Tensor, learned: bool) -> tuple[Tensor, Tensor | None]:
+    """The prediction and, where it is learned, v, of what a model returned for x, in x's dtype.
+
+    Raises as `tensor_of` and `halves`, and ValueError for a tensor on another device.
+    """
+    out = tensor_of(output)
+    if out.device != x.device:
+        raise ValueError(
+            f"model must return a tensor on {x.device}, the device of x0; it returned one on"
+            f" {out.device}"
+        )
+    mean, raw = halves("the model's output", out, x, learned)
+    return mean.to(x.dtype), None if raw is None else raw.to(x.dtype)
+
+
 def thresholds(
     how: DynamicThreshold,
     x: Tensor,

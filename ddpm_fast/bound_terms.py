@@ -1,0 +1,97 @@
+"""The terms of the variational bound, from what a model returned at a timestep."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.chain import Prediction
+from ddpm_fast.gaussians import (
+    discretised_gaussian_log_likelihood,
+    gaussian_kl,
+    gaussian_log_density,
+)
+from ddpm_fast.reverse import (
+    LEARNED,
+    VARIANCES,
+    First,
+    Variance,
+    chosen_log_variance,
+    log_variances,
+    x0_coefficients,
+)
+from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.spacing import check_name
+
+Decoder = Literal["discretised", "gaussian"]
+DECODERS = ("discretised", "gaussian")
+
+
+class BoundRow(NamedTuple):
+    """What a timestep's term takes: numbers, or one for each sample, [N, 1, ...]."""
+
+    of_x: Tensor  # x_0 = of_x x_t + of_out out
+    of_out: Tensor
+    low: Tensor  # the log-variances of p lie between
+    high: Tensor
+    of_x0: Tensor  # factor of x_0 in the mean of q(x_{t-1} | x_t, x_0)
+    log_q: Tensor  # its log-variance
+
+    def x0(self, x_t: Tensor, out: Tensor) -> Tensor:
+        """The x_0 that the model's prediction stands for."""
+        return self.of_x * x_t + self.of_out * out
+
+    def divergence(self, x0: Tensor, pred_x0: Tensor, log_p: Tensor) -> Tensor:
+        """L_{t-1}: D_KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each element, in nats."""
+        # The means' shares of x_t are equal, and left out so that their digits are not lost.
+        return gaussian_kl(self.of_x0 * x0, self.log_q, self.of_x0 * pred_x0, log_p)
+
+
+class BoundTerms:
+    """The rows of a schedule, a prediction, a variance of p and a decoder. Differentiable.
+
+    Made on a device from what the schedule keeps there: nothing waits for a GPU.
+    Raises ValueError for an unknown name, and what `log_variances` and `x0_coefficients` raise.
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        prediction: Prediction,
+        variance: Variance,
+        decoder: Decoder,
+        log_variance: First,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        check_name("variance", variance, VARIANCES)
+        check_name("decoder", decoder, DECODERS)
+        self._variance, self._decoder = variance, decoder
+        ends = log_variances(schedule, variance, log_variance, device)
+        if decoder == "gaussian" and variance not in LEARNED:
+            first = schedule.levels(device, torch.float64)[:1, :1].log().expand(1, 2)
+            ends = torch.cat([first, ends[1:]])
+        posterior = schedule.q_posterior_coefs(device, torch.float64)
+        columns = [x0_coefficients(schedule, prediction, device), ends, posterior[:, ::3]]
+        self._rows = torch.cat(columns, 1).to(dtype)
+
+    def row(self, t: int) -> BoundRow:
+        """The row of a timestep."""
+        return BoundRow(*self._rows[t].unbind())
+
+    def rows(self, t: Tensor, ndim: int) -> BoundRow:
+        """The row of each sample, for tensors of ndim dimensions; t: int64 [N], in [0, T)."""
+        chosen = self._rows.index_select(0, t)
+        return BoundRow(*(column.view(-1, *[1] * (ndim - 1)) for column in chosen.unbind(1)))
+
+    def log_variance(self, row: BoundRow, raw: Tensor | None) -> Tensor:
+        """That of p(x_{t-1} | x_t); raw: what a learned one is made from, None for the others."""
+        return chosen_log_variance(self._variance, row.low, row.high, raw)
+
+    def decode(self, x0: Tensor, pred_x0: Tensor, log_p: Tensor) -> Tensor:
+        """L_0: -log p(x_0 | x_1) of each element, in nats."""
+        if self._decoder == "discretised":
+            return -discretised_gaussian_log_likelihood(x0, pred_x0, log_p)
+        return -gaussian_log_density(x0, pred_x0, log_p)
