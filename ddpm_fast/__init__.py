@@ -31,6 +31,7 @@ from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedules import NoiseSchedule, ScheduleWarning
 from ddpm_fast.scores import noise_from_score, score_from_noise, tweedie
 from ddpm_fast.tables import StepMemory, StepTable
+from ddpm_fast.training import TrainingLosses, training_losses
 from ddpm_fast.unet import ThesisUNet, ThesisUNetConfig, UNet, UNetConfig
 from ddpm_fast.updates import q_posterior, q_sample, q_sample_philox, reverse_step_
 
@@ -51,6 +52,7 @@ __all__ = [
     "StepTable",
     "ThesisUNet",
     "ThesisUNetConfig",
+    "TrainingLosses",
     "Tuner",
     "UNet",
     "UNetConfig",
@@ -80,6 +82,7 @@ __all__ = [
     "save",
     "score_from_noise",
     "slerp",
+    "training_losses",
     "tweedie",
     "variational_bound",
 ]

@@ -92,7 +92,7 @@ def discretised_gaussian_log_likelihood(x: Value, mean: Value, log_variance: Val
     of a float32 alone.
     """
     x, mean, log_variance = _values(x=x, mean=mean, log_variance=log_variance)
-    dtype = torch.result_type(x, mean)
+    dtype = x.dtype
     x, mean, log_variance = x.double(), mean.double(), log_variance.double()
     narrow = torch.exp(-log_variance / 2)
     lower, upper = (x - mean - BIN / 2) * narrow, (x - mean + BIN / 2) * narrow

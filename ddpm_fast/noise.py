@@ -20,6 +20,7 @@ STREAM_STEPS = 1  # row i of a step table uses stream STREAM_STEPS + i
 STREAM_PARTNER = 0x7FFF_FFFE  # the forward noise of the second image of a pair
 STREAM_START = 0x7FFF_FFFF  # where a chain of random length begins
 STREAM_TRAINING = 0x8000_0000  # training uses the streams from here on
+STREAM_OFFSET = 0xC000_0000  # from here on the offsets of training noise, 2^30 above its streams
 
 
 def philox_rng(
