@@ -99,6 +99,18 @@ def test_full_summed_over_t_is_the_variational_bound(prediction: str, variance: 
     torch.testing.assert_close(total, bound.total_bpd, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("objective", ["full", "hybrid"])
+def test_a_term_is_the_same_whatever_timesteps_are_beside_it(objective: str) -> None:
+    """L_0 is left out of a batch that has none, on a CPU, where looking costs nothing."""
+    network, (x0, noise) = Network(learned=True), batch()
+    options = {"objective": objective, "variance": "learned_range"}
+    whole = training_losses(network, x0, T4, SHORT, noise=noise, **options).vb
+    for i in range(4):
+        one = slice(i, i + 1)
+        alone = training_losses(network, x0[one], T4[one], SHORT, noise=noise[one], **options).vb
+        torch.testing.assert_close(alone, whole[one], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 @pytest.mark.parametrize("weight", [None, 0.25])
 def test_hybrid_teaches_the_variance_by_the_bound_and_the_mean_by_simple(variance, weight) -> None:

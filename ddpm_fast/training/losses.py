@@ -160,6 +160,9 @@ def _bound_term(
     pred_x0, log_p = row.x0(x_t, pred), terms.log_variance(row, raw)
     first = (t == 0).view(-1, *[1] * (x0.ndim - 1))
     divergence = row.divergence(x0, pred_x0, log_p)
+    looked_at = t.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and not first.any():
+        return divergence
     # The decoder gets harmless values where it is not taken: far from its mean it has no digits
     # left, and would give back a gradient of NaN.
     decoded = terms.decode(x0, torch.where(first, pred_x0, x0), torch.where(first, log_p, 0.0))
