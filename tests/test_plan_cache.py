@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddpm_fast.cache_folder import default_folder
 from ddpm_fast.engine import plan_cache
-from ddpm_fast.engine.plan_cache import Choice, PlanCache, default_folder, environment
+from ddpm_fast.engine.plan_cache import Choice, PlanCache, environment
 from ddpm_fast.engine.tuning import Tuner
 
 CPU = torch.device("cpu")

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from ddpm_fast.cache_folder import default_folder
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system: writers are not kept apart there, and the last one wins
@@ -30,7 +32,6 @@ except ImportError:  # not a POSIX system: writers are not kept apart there, and
 
 _log = logging.getLogger("ddpm_fast")
 
-OFF = "off"
 _PACKAGES = ("ddpm_fast", "triton", "nvidia-cudnn-frontend")
 
 
@@ -40,20 +41,6 @@ class Choice:
 
     name: str
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-def default_folder() -> Path | None:
-    """The folder of the cache; None where DDPM_FAST_CACHE is ``off``."""
-    chosen = os.environ.get("DDPM_FAST_CACHE", "")
-    if chosen.lower() == OFF:
-        return None
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "ddpm_fast"
-    except RuntimeError:  # no home folder
-        return None
 
 
 def environment(device: torch.device) -> dict[str, str]:
