@@ -68,8 +68,9 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -c "from ddpm_fast import _C; info = _C.build_info(); print('ddpm_fast: built for the CPU' + (' and CUDA ' + info['cuda_architectures'] if info['cuda'] else ' only: see DDPM_FAST_CUDA in setup.py'))"
 	touch $@
 
+# torchvision wants one version of torch: TORCH is named again, so that it does not bring another.
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet --group test
+	$(BIN)/pip install --quiet --group test "$(TORCH)"
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
