@@ -28,7 +28,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET_S = 530
-# What needs no GPU: the build, the C++ tests, compiled code, parity of the U-Net.
+# What needs no GPU: the build, the C++ tests, compiled code, parity of the U-Net, data.
 ELSEWHERE = {
     "bench",
     "bench_parts",
@@ -37,9 +37,13 @@ ELSEWHERE = {
     "cpp",
     "cuda_build",
     "engine_memory",
+    "image_data",
+    "load_data",
     "memory_plan",
+    "nearest",
     "plan_cache",
     "triangle_quality",
+    "triangles",
     "triton_code",
     "triton_network_code",
     "unet",
