@@ -189,6 +189,21 @@ def test_compiles_as_one_graph_without_having_run_before(case: str) -> None:
         assert isinstance(losses, TrainingLosses)
 
 
+def test_a_timestep_outside_is_clamped_where_nobody_looks() -> None:
+    x0, noise = batch(dtype=F32)
+
+    def step(t):
+        return training_losses(
+            lambda x, t: x, x0, t, SHORT, prediction="v", objective="full", noise=noise,
+            backend="reference",  # which clamps, as those of a GPU do
+        )  # fmt: skip
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    outside, inside = torch.tensor([-3, 0, 7, 8]), torch.tensor([0, 0, 7, 7])
+    torch.testing.assert_close(compiled(outside), step(inside))
+
+
 def test_a_compiled_step_of_a_cosine_is_not_that_of_a_linear_schedule() -> None:
     x0, noise = batch(dtype=F32)
     network = Network(dtype=F32)

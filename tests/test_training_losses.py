@@ -294,8 +294,8 @@ def test_gradcheck_in_x0_the_noise_and_the_parameters(prediction, objective, mad
 def test_nan_stays_nan_and_reaches_no_other_sample(objective: str, place: int) -> None:
     x0, noise = batch(dtype=F32)
     network = Network(learned=True, dtype=F32)
-    spoilt = torch.zeros(4, 1, 1, 1)
-    spoilt[place] = math.nan
+    spoilt = torch.zeros(4, 4, 3, 5)
+    spoilt[place, 1, 2, 3] = math.nan  # one element of the prediction
 
     found = training_losses(
         lambda x, t: network(x, t) + spoilt, x0, T4, SHORT, objective=objective,
