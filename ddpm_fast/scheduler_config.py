@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 from ddpm_fast.chain import Clip, DynamicThreshold
 from ddpm_fast.schedules import NoiseSchedule, ScheduleWarning
 
-PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
+# diffusers has no name for a score, and its schedulers refuse ours.
+PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v", "score": "score"}
 VARIANCES = {
     "fixed_small": "posterior",
     "fixed_small_log": "posterior",
@@ -106,7 +107,7 @@ class SchedulerOptions:
 
     schedule: from beta_schedule or trained_betas, rescaled where rescale_betas_zero_snr is on (its
         last alphas_cumprod is then 0; diffusers' DPM-Solver++ and UniPC step from 2^-24 instead).
-    prediction: what the network returns, "epsilon", "x0" or "v".
+    prediction: what the network returns, "epsilon", "x0", "v" or "score".
     variance: "posterior" (fixed_small), "beta" (fixed_large), "learned" or "learned_range".
     clip: x0 is clipped to [-clip, clip]; None leaves it; a `DynamicThreshold` thresholds it.
     spacing: "linspace", "leading" or "trailing", with steps_offset added to leading timesteps.

@@ -1,4 +1,4 @@
-"""The command line ``ddpm-fast``: sample, encode, decode, interpolate, bpd, noise, ..."""
+"""The command line ``ddpm-fast``: sample, train, encode, decode, interpolate, bpd, noise, ..."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ddpm_fast.cli.info import info as info_command
 from ddpm_fast.cli.latents import decode, encode, interpolate
 from ddpm_fast.cli.noise import noise as noise_command
 from ddpm_fast.cli.sample import sample as sample_command
+from ddpm_fast.cli.train import train as train_command
 from ddpm_fast.cli.verify import verify as verify_command
 
 app = typer.Typer(
@@ -51,7 +52,7 @@ def options(
 
 
 for command in (
-    *(sample_command, encode, decode, interpolate),
+    *(sample_command, train_command, encode, decode, interpolate),
     *(bpd_command, noise_command, verify_command, info_command),
 ):
     app.command()(command)

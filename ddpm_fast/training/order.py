@@ -1,0 +1,63 @@
+"""Which image, which timestep and which noise a step gets: by counters alone.
+
+Place p of a run is the p-th image that it sees. Everything random of it is made from the seed and
+p, so that a run that is resumed, cut into other batches or spread over processes sees the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.noise import STREAM_TRAINING, philox_rng
+from ddpm_fast.ops.reference import philox4x32_10
+
+STREAM_TIMESTEPS = STREAM_TRAINING + 16
+STREAM_DROPPED_LABELS = STREAM_TRAINING + 17
+STREAM_HELD_OUT = STREAM_TRAINING + 18  # the noise of held-out images, the same in every epoch
+STREAM_HELD_OUT_TIMESTEPS = STREAM_TRAINING + 19
+
+
+def words(seed: int, stream: int, first: int, num: int) -> Tensor:
+    """A 32-bit word for each of the places first .. first + num - 1, int64 on the CPU."""
+    place = first + torch.arange(num)
+    zero = torch.zeros_like(place)
+    key = philox_rng(seed, stream, device="cpu")
+    word, *_ = philox4x32_10(
+        (zero, zero + key[1], place, place >> 32), (key[0] + zero, (key[0] >> 32) + zero)
+    )
+    return word
+
+
+def timesteps(seed: int, first: int, num: int, T: int, stream: int = STREAM_TIMESTEPS) -> Tensor:
+    """Timesteps for the places first .. first + num - 1, uniform in 0..T-1, int64 on the CPU."""
+    return (words(seed, stream, first, num) * T) >> 32
+
+
+def dropped(seed: int, first: int, num: int, share: float) -> Tensor:
+    """Which of the places first .. first + num - 1 lose their label, bool on the CPU."""
+    return words(seed, STREAM_DROPPED_LABELS, first, num) < int(share * 2**32)
+
+
+class Epoch:
+    """The order of the images in one epoch, in batches of ``batch``; what is left over is left out.
+
+    num: images. Where there are fewer than a batch they make one batch.
+    """
+
+    def __init__(self, num: int, batch: int, seed: int, epoch: int) -> None:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
+        self._order = torch.randperm(num, generator=generator)
+        self.batch = min(batch, num)
+        self.steps = num // self.batch
+        self._epoch = epoch
+
+    def batches(self, rank: int, ranks: int) -> Iterator[tuple[Tensor, int]]:
+        """The indices of a process's share of each step, and the place of the first of them."""
+        share = self.batch // ranks
+        for step in range(self.steps):
+            place = step * self.batch + rank * share
+            first = self._epoch * self.steps * self.batch + place
+            yield self._order[place : place + share], first

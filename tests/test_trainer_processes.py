@@ -1,0 +1,137 @@
+"""``ddpm-fast train`` as processes: killed and gone on with, two at once, and what it prints."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("accelerate", reason="needs accelerate")
+
+import ddpm_fast
+
+SMALL = (
+    *("--data", "triangles-array", "--num", "80", "--network", "tiny", "--batch", "16"),
+    *("--epochs", "4", "--warmup", "2", "--device", "cpu", "--no-progress"),
+)
+
+
+def command(out: Path, *more: str, launch: tuple[str, ...] = ("-m", "ddpm_fast")) -> list[str]:
+    quiet = () if "--sample-every" in more else ("--sample-every", "0")
+    return [sys.executable, *launch, "train", *SMALL, "--out", str(out), *quiet, *more]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "DDPM_FAST_CACHE": "off"} | more
+
+
+def run(*args, **options) -> subprocess.CompletedProcess:
+    made = subprocess.run(
+        command(*args, **options), capture_output=True, text=True, env=environment(), timeout=300
+    )
+    assert made.returncode == 0, made.stderr
+    return made
+
+
+def losses(out: Path) -> list[list[str]]:
+    """The digits of a history, as they are written."""
+    with (out / "history.csv").open() as file:
+        return [
+            [row[n] for n in ("loss", "loss_min", "loss_max", "test_loss")]
+            for row in csv.DictReader(file)
+        ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(out, "--sample-every", "2", "--sample-steps", "3")
+    return out
+
+
+def test_what_a_run_leaves(whole):
+    found = sorted(str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file())
+    assert found == [
+        "checkpoint/model_index.json",
+        "checkpoint/scheduler/scheduler_config.json",
+        "checkpoint/unet/config.json",
+        "checkpoint/unet/diffusion_pytorch_model.safetensors",
+        "history.csv",
+        "loss.png",
+        "samples/00002.png",
+        "samples/00004.png",
+        "state.pt",
+    ]
+    assert len(losses(whole)) == 4
+    assert ddpm_fast.load(whole / "checkpoint").sample_shape == (1, 32, 32)
+    for name in ("loss.png", "samples/00004.png"):
+        with Image.open(whole / name) as picture:
+            picture.load()
+            assert min(picture.size) > 100
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_losses(whole, tmp_path):
+    """By kill -9, once within every epoch or so, at no point of ours."""
+    out = tmp_path / "run"
+    for attempt in range(6):
+        resume = ("--resume",) if (out / "state.pt").exists() else ()
+        process = subprocess.Popen(
+            command(out, *resume),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        before = (out / "state.pt").stat().st_mtime_ns if resume else 0
+        while process.poll() is None:
+            written = (out / "state.pt").exists() and (out / "state.pt").stat().st_mtime_ns > before
+            if written and attempt < 3:
+                time.sleep(0.05 * attempt)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.wait()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, process.stdout.read().decode()
+    assert process.returncode == 0
+    assert losses(out) == losses(whole)
+
+
+def test_two_processes_have_the_losses_of_one(whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
+    out = tmp_path / "run"
+    run(out, launch=(*launch, "-m", "--", "ddpm_fast"))
+    for ours, theirs in zip(losses(out), losses(whole), strict=True):
+        assert [float(v) for v in ours] == pytest.approx([float(v) for v in theirs], rel=2e-4)
+
+
+def test_another_network_or_data_set_is_refused(whole):
+    before = (whole / "state.pt").read_bytes()
+    for more, words in (
+        (("--network", "small"), "network.block_out_channels"),
+        (("--data", "triangles"), "data.name: 'triangles-array', now 'triangles'"),
+        (("--seed", "3"), "seed: 0, now 3"),
+        (("--schedule", "cosine"), "schedule.name: 'linear', now 'cosine'"),
+    ):
+        made = subprocess.run(
+            command(whole, "--resume", *more), capture_output=True, text=True, env=environment()
+        )
+        assert made.returncode == 2
+        assert words in made.stderr
+        assert len(made.stderr.strip().splitlines()) == 1
+    made = subprocess.run(command(whole), capture_output=True, text=True, env=environment())
+    assert made.returncode == 2
+    assert "holds a run; resume it" in made.stderr
+    assert (whole / "state.pt").read_bytes() == before

@@ -1,0 +1,87 @@
+"""Small networks and data for the tests of training."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ddpm_fast import UNet
+from ddpm_fast.training.options import TrainOptions
+
+SHAPE = (1, 8, 8)
+TINY = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "add_attention": False,
+}
+
+
+class Squares(Dataset):
+    """Dark squares on white, some of them, at places of their own."""
+
+    num_classes = None
+    sample_shape = SHAPE
+
+    def __init__(self, num: int = 96, seed: int = 0, images: Tensor | None = None) -> None:
+        if images is None:
+            generator = torch.Generator().manual_seed(seed)
+            images = torch.ones(num, *SHAPE)
+            for image, (y, x) in zip(
+                images, torch.randint(0, 5, (num, 2), generator=generator).tolist(), strict=True
+            ):
+                image[:, y : y + 3, x : x + 3] = -1
+        self.images, self.name = images, "squares"
+        self.fingerprint = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int):
+        return self.images[i]
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+    def split(self, test: float, seed: int):
+        cut = round(len(self) * (1 - test))
+        return Squares(images=self.images[:cut]), Squares(images=self.images[cut:])
+
+
+class Labelled(Squares):
+    """Squares with the row of their corner as a label."""
+
+    num_classes = 5
+
+    def __getitem__(self, i: int):
+        image = self.images[i]
+        return image, int((image[0] < 0).any(1).nonzero()[0])
+
+    def split(self, test: float, seed: int):
+        cut = round(len(self) * (1 - test))
+        return Labelled(images=self.images[:cut]), Labelled(images=self.images[cut:])
+
+
+def network(seed: int = 0, **options) -> UNet:
+    torch.manual_seed(seed)
+    return UNet(**TINY | options)
+
+
+def options(**changed) -> TrainOptions:
+    """Two epochs of three steps, without a decay."""
+    given = {"epochs": 2, "batch": 28, "lr": 1e-3, "warmup": 2, "decay": "none", "ema": 0.9}
+    return TrainOptions(**given | changed)
+
+
+def losses(trainer) -> list[tuple[float, float, float, float | None]]:
+    """What a history says of the losses, with all digits."""
+    names = ("loss", "loss_min", "loss_max", "test_loss")
+    return [tuple(row[name] for name in names) for row in trainer.history]
