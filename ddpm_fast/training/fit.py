@@ -58,5 +58,5 @@ def identity(network: Any, data: Any, schedule: NoiseSchedule) -> dict[str, Any]
     return {
         "network": {"class": type(network).__name__, **network.config.to_dict()},
         "schedule": {"name": schedule.name, "T": schedule.T, "digest": digest},
-        "data": {"name": data.name, "images": len(data), "fingerprint": data.fingerprint},
+        "data": {"name": data.name, "images": len(data), "fingerprint": data.fingerprint[:16]},
     }

@@ -1,0 +1,101 @@
+"""``ddpm-fast train`` as a user types it: what it takes, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("accelerate", reason="needs accelerate")
+
+import ddpm_fast
+from cli_runs import error_of, run
+
+QUICK = ("--network", "tiny", "--batch", "8", "--warmup", "1", "--device", "cpu", "--no-progress")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDPM_FAST_CACHE", "off")
+
+
+def photos(*sizes: tuple[int, int], folder: str = "photos") -> None:
+    """Colour images of these sizes, in two sub-folders by turns."""
+    random = np.random.default_rng(0)
+    for i, (width, height) in enumerate(sizes):
+        place = Path(folder) / "ab"[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{i}.png")
+
+
+def train(*more: object, status: int = 0):
+    given = ("--epochs", 1, "--sample-every", 0, "--out", "run", *QUICK, *more)
+    return run("train", *given, status=status)
+
+
+def refused(*more: object) -> str:
+    return error_of(train(*more, status=2))
+
+
+def test_a_folder_with_labels(tmp_path: Path) -> None:
+    photos(*[(20, 16)] * 20)
+    made = train(
+        *("--data", "./photos", "--labels", "--label-dropout", 0.5, "--resize", 16, "--crop"),
+        *("--flip", "--sample-every", 1, "--sample-steps", 2, "--tensorboard"),
+    )
+    assert "photos, 20 images of [3, 16, 16]" in made.output
+    found = ddpm_fast.load("run/checkpoint")
+    assert found.unet.config.num_classes == 3
+    assert Path("run/samples/00001.png").is_file()
+    assert list(Path("run/tensorboard").iterdir())
+    unlike = refused("--data", "./photos", "--labels", "--label-dropout", 0.5, "--resume")
+    assert "network.sample_size: 16, now [16, 20]" in unlike
+    assert "data.fingerprint" in unlike
+
+
+def test_a_checkpoint_is_trained_further() -> None:
+    photos(*[(8, 8)] * 20)
+    train("--data", "./photos")
+    train("--data", "./photos", "--network", "run/checkpoint", "--out", "more")
+    first, second = (ddpm_fast.load(f"{name}/checkpoint").unet for name in ("run", "more"))
+    assert first.config == second.config
+    near = (first.conv_in.weight - second.conv_in.weight).detach().abs().max()
+    assert 0 < float(near) < 0.01
+
+
+def test_data_that_cannot_be_trained_on() -> None:
+    Path("empty").mkdir()
+    assert "empty holds no images" in refused("--data", "./empty")
+    assert "neither a folder nor one of" in refused("--data", "nosuch")
+    photos(*[(16, 16)] * 11, (20, 16))
+    assert "--resize" in refused("--data", "./photos")
+    Path("photos/a/torn.png").write_bytes(b"no picture")
+    assert "torn.png" in refused("--data", "./photos", "--resize", 16)
+    assert not Path("run").exists()
+    train("--data", "./photos", "--resize", 16, "--skip-broken")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--precision", "fp8"), "precision must be one of"),
+        (("--lr", "-1"), "lr must be"),
+        (("--schedule", "steep"), "--schedule"),
+        (("--network", "nosuch"), "nosuch"),
+        (("--objective", "hybrid"), "objective 'hybrid' needs variance"),
+        (("--labels", "--data", "triangles-array"), "labels is no option of triangles-array"),
+        (("--network", "thesis", "--variance", "learned"), "thesis"),
+        (("--out", "/proc/nowhere/run"), "/proc/nowhere/run"),
+        (("--device", "cuda:7"), "device must be cpu"),
+        (("--resume",), "no training state to go on from"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_is_refused_is_named(more: tuple[str, ...], words: str) -> None:
+    given = ("--data", "triangles-array", "--num", 16)
+    assert words in refused(*given, *more)
+    assert not Path("run").exists()
