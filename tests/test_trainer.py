@@ -69,7 +69,7 @@ def test_a_run_is_the_loop_written_out(tmp_path):
             optimizer.step()
             with torch.no_grad():
                 for a, b in zip(average.parameters(), model.parameters(), strict=True):
-                    a.copy_(b) if step == 0 else a.lerp_(b, 1 - (1 + step) / (10 + step))
+                    a.lerp_(b, 1 - (1 + step) / (10 + step))
             means.append(loss.item())
             step += 1
     for row, of_epoch in zip(made.history, (means[:3], means[3:]), strict=True):
@@ -342,6 +342,25 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch, file):
     again = run(trainer(tmp_path, chosen=options(epochs=3), resume=True))
     whole = run(trainer(tmp_path / "whole", chosen=options(epochs=3)))
     assert losses(again) == losses(whole)
+
+
+def test_what_was_killed_before_its_checkpoint_gets_it(tmp_path, monkeypatch):
+    """The state of the last epoch is on disk, its checkpoint is not."""
+    made = trainer(tmp_path)
+    steps = made.run(progress=False)
+    next(steps)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddpm_fast.training.trainer.save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        next(steps)
+    monkeypatch.undo()
+    assert not same_weights(ddpm_fast.load(tmp_path / CHECKPOINT).unet, made.averaged)
+    again = run(trainer(tmp_path, resume=True))
+    assert again.step == made.step
+    assert same_weights(ddpm_fast.load(tmp_path / CHECKPOINT).unet, made.averaged)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

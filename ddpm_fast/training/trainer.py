@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from ddpm_fast import checks
@@ -20,6 +19,7 @@ from ddpm_fast.images import prepare_folder
 from ddpm_fast.noise import STREAM_TRAINING
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.training import order
+from ddpm_fast.training.average import Average
 from ddpm_fast.training.feed import Feed
 from ddpm_fast.training.fit import check_fit, identity, parts
 from ddpm_fast.training.history import draw_history, write_history
@@ -80,7 +80,7 @@ class Trainer:
         check_fit(network, data, options)
         self.train_data, self.test_data = parts(data, options)
         self.network = network.to(self.device, memory_format=torch.channels_last)
-        self._average = _average(network, options.ema)
+        self._average = Average(network, options.ema) if options.ema else None
         self._model = self._processes.prepare_model(self.network)
         if options.compile:
             self._model = torch.compile(self._model)
@@ -108,7 +108,7 @@ class Trainer:
     @property
     def averaged(self) -> Any:
         """The network that is saved and sampled: of averaged weights, or itself without any."""
-        return self._average.module if self.options.ema else self.network
+        return self._average.module if self._average else self.network
 
     @property
     def steps(self) -> int:
@@ -127,6 +127,8 @@ class Trainer:
             unit="step",
             disable=not (progress and self.is_main),
         )
+        if self.epoch:  # what was killed after its state was written
+            self.save()
         with shown as bar:
             while self.epoch < self.options.epochs:
                 row = self._epoch(bar)
@@ -168,14 +170,14 @@ class Trainer:
         options, ranks = self.options, self._processes.num_processes
         rank, begun = self._processes.process_index, time.perf_counter()
         epoch = self._order(self.epoch)
-        places = list(epoch.batches(rank, ranks))
+        places, steps = list(epoch.batches(rank, ranks)), self.steps
         losses, rate = [], options.lr
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(((options.seed * 1_000_003 + self.epoch) * 1009 + rank) % (1 << 63))
             self._model.train()
             for images, labels, first in self._feed(self.train_data, places, self.epoch):
-                rate = options.rate(self.step, self.steps)
+                rate = options.rate(self.step, steps)
                 losses.append(self._train_step(images, labels, first, rate))
                 self.step += 1
                 bar.update(1)
@@ -202,7 +204,7 @@ class Trainer:
         t = order.timesteps(options.seed, first, len(images), self.schedule.T)
         if labels is not None and options.label_dropout:
             lost = order.dropped(options.seed, first, len(images), options.label_dropout)
-            labels = torch.where(lost.to(self.device), self._null_label, labels)
+            labels = torch.where(lost.to(self.device, non_blocking=True), self._null_label, labels)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
@@ -213,8 +215,8 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.network.parameters(), options.clip_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        if options.ema:
-            self._average.update_parameters(self.network)
+        if self._average:
+            self._average.update(self.step)
         return loss.detach()
 
     def _loss(
@@ -277,7 +279,7 @@ class Trainer:
             "step": self.step,
             "history": self.history,
             "network": self.network.state_dict(),
-            "average": self._average.state_dict(),
+            "average": self._average.module.state_dict() if self._average else None,
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
@@ -293,7 +295,8 @@ class Trainer:
                 + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
             )
         self.network.load_state_dict(state["network"])
-        self._average.load_state_dict(state["average"])
+        if self._average:
+            self._average.module.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
@@ -319,19 +322,13 @@ def _processes(device: torch.device | str | None) -> Any:
     return processes
 
 
-def _average(network: nn.Module, decay: float) -> AveragedModel:
-    """Of decay min(decay, (1 + n) / (10 + n)) after n steps: the beginning is soon forgotten."""
-
-    def update(averaged: Any, current: Any, steps: Tensor | int) -> None:
-        n = int(average.n_averaged)  # on the CPU, where ``steps`` may lie on the device
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, steps)
-
-    average = AveragedModel(network, multi_avg_fn=update, use_buffers=True)
-    return average
-
-
 def _optimizer(network: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
+    parameters = list(network.parameters())
     return kind(
-        network.parameters(), options.lr, betas=options.betas, weight_decay=options.weight_decay
+        parameters,
+        options.lr,
+        betas=options.betas,
+        weight_decay=options.weight_decay,
+        fused=parameters[0].is_cuda,  # also so that a GradScaler waits for nothing
     )

@@ -1,0 +1,55 @@
+"""The trainer on a GPU: that its steps wait for nothing, and what goes on there."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate", reason="needs accelerate")
+
+from ddpm_fast import NoiseSchedule
+from ddpm_fast.training.trainer import Trainer
+from trainer_cases import Labelled, losses, network, options
+
+pytestmark = pytest.mark.cuda
+LABELLED = {"label_dropout": 0.5, "offset_noise": 0.1}
+
+
+def trainer(out, chosen, **others) -> Trainer:
+    """Its last class stands for no label."""
+    model = network(num_class_embeds=6)
+    return Trainer(model, Labelled(), NoiseSchedule.linear(), chosen, out, device="cuda", **others)
+
+
+def run(made: Trainer) -> Trainer:
+    for _ in made.run(progress=False):
+        pass
+    return made
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_step_waits_for_nothing(tmp_path, precision):
+    made = run(trainer(tmp_path, options(precision=precision, **LABELLED)))  # warm
+    images = torch.randn(28, 1, 8, 8, device="cuda").to(memory_format=torch.channels_last)
+    labels = torch.zeros(28, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = made._train_step(images, labels, 10_000, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(loss.item())
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_run_goes_on(tmp_path, precision):
+    chosen = options(epochs=4, precision=precision, **LABELLED)
+    whole = run(trainer(tmp_path / "a", chosen))
+    steps = trainer(tmp_path / "b", chosen).run(progress=False)
+    next(steps), next(steps)
+    steps.close()
+    second = run(trainer(tmp_path / "b", chosen, resume=True))
+    for ours, theirs in zip(losses(second), losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
