@@ -29,26 +29,14 @@ def accelerate(
 
 @overload
 def accelerate(
-    target: DDPMPipeline,
+    target: DDPMPipeline | DDIMPipeline,
     *,
     dtype: torch.dtype | None = ...,
     compat: Compat | None = ...,
     noise: Literal["generator", "philox"] = ...,
     micro_batch: int | None = ...,
     tuner: Tuner | None = ...,
-) -> FastDDPMPipeline: ...
-
-
-@overload
-def accelerate(
-    target: DDIMPipeline,
-    *,
-    dtype: torch.dtype | None = ...,
-    compat: Compat | None = ...,
-    noise: Literal["generator", "philox"] = ...,
-    micro_batch: int | None = ...,
-    tuner: Tuner | None = ...,
-) -> FastDDIMPipeline: ...
+) -> FastDDPMPipeline | FastDDIMPipeline: ...
 
 
 @overload
