@@ -7,11 +7,15 @@ import csv
 import errno
 import math
 import os
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("accelerate", reason="needs accelerate")
+
+from accelerate.state import AcceleratorState
 
 import ddpm_fast
 from cases import same_bits
@@ -23,6 +27,7 @@ from ddpm_fast.training.trainer import CHECKPOINT, CURVE, HISTORY, STATE, Traine
 from trainer_cases import TINY, Labelled, Squares, losses, network, options
 
 LINEAR = NoiseSchedule.linear()
+ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
 
 
 def trainer(out, model=None, data=None, schedule=LINEAR, chosen=None, **others) -> Trainer:
@@ -151,7 +156,9 @@ def test_diffusers_reads_the_checkpoint(tmp_path):
         {"prediction": "v", "weighting": "min_snr"},
         {"prediction": "x0"},
         {"offset_noise": 0.1},
+        {"prediction": "score"},
         {"precision": "bfloat16"},
+        {"precision": "float16"},
         {"optimizer": "adamw", "weight_decay": 0.1, "decay": "cosine"},
     ],
     ids=lambda c: "-".join(map(str, c.values())),
@@ -173,7 +180,7 @@ def test_labels_and_their_dropout(tmp_path):
     made.network.register_forward_pre_hook(lambda module, args: seen.append(args[2].clone()))
     made.averaged.register_forward_pre_hook(lambda module, args: held_out.append(args[2].clone()))
     run(made)
-    lost = torch.cat([order.dropped(0, first, 28, 0.5) for first in (0, 28, 56, 84, 112, 140)])
+    lost = torch.cat([order.dropped(0, first, 28, 0.5) for first in (0, 28, 56, 86, 114, 142)])
     assert torch.equal(torch.cat(seen) == 5, lost)
     assert 0.3 < float(lost.float().mean()) < 0.7
     assert held_out
@@ -231,7 +238,12 @@ def test_processes_share_the_steps_of_one():
         assert torch.equal(torch.cat([share[step][0] for share in shares]), indices)
         assert [share[step][1] for share in shares] == [first + 5 * rank for rank in range(4)]
     assert len(whole) == 4  # ten images are left out
-    assert order.Epoch(7, 20, 0, 0).steps == 1
+    assert whole[0][1] == 180
+    assert order.cut(90, 20, 4) == (20, 4)
+    assert order.cut(7, 20, 1) == (7, 1)
+    assert order.cut(7, 20, 2) == (6, 1)
+    with pytest.raises(ValueError, match="data must have an image for each of 8 processes"):
+        order.cut(7, 20, 8)
 
 
 def test_timesteps_are_uniform_and_each_places_own():
@@ -246,7 +258,9 @@ def test_timesteps_are_uniform_and_each_places_own():
 # Going on
 
 
-@pytest.mark.parametrize("chosen", [{}, {"ema": 0.0}, {"precision": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "chosen", [{}, {"ema": 0.0}, {"precision": "bfloat16"}, {"precision": "float16"}], ids=str
+)
 def test_a_run_that_goes_on_has_the_losses_of_one_that_was_not_stopped(tmp_path, chosen):
     """Bit for bit, dropout included."""
     model = lambda: network(dropout=0.3)  # noqa: E731
@@ -291,7 +305,10 @@ def test_what_a_run_cannot_go_on_with_is_named(tmp_path):
 
 def test_a_folder_that_holds_a_run_is_not_begun_anew(tmp_path):
     run(trainer(tmp_path))
-    with pytest.raises(FileExistsError, match="holds a run; resume it"):
+    with pytest.raises(FileExistsError, match=r"holds a run \(state.pt\); resume it"):
+        trainer(tmp_path)
+    (tmp_path / STATE).unlink()
+    with pytest.raises(FileExistsError, match=r"holds a run \(history.csv\)"):
         trainer(tmp_path)
     with pytest.raises(FileNotFoundError, match="no training state to go on from"):
         trainer(tmp_path / "none", resume=True)
@@ -371,7 +388,71 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         made.network.conv_out.bias.fill_(math.nan)
     with pytest.raises(RuntimeError, match="the loss is not finite at step 3, epoch 1"):
         next(steps)
+    assert ddpm_fast.load(tmp_path / CHECKPOINT).unet.conv_out.bias.isfinite().all()
     assert run(trainer(tmp_path, chosen=options(epochs=3), resume=True)).epoch == 3
+
+
+def test_a_last_step_that_spoils_the_weights_is_not_saved(tmp_path):
+    """All losses of its epoch are finite."""
+    made = trainer(tmp_path, chosen=options(epochs=3, test_share=0.0))
+    steps = made.run(progress=False)
+    next(steps)
+    good = (tmp_path / STATE).read_bytes()
+    step = made._train_step
+
+    def spoiled(*args):
+        loss = step(*args)
+        if made.step == 5:
+            with torch.no_grad():
+                made.network.conv_out.bias.fill_(math.inf)
+        return loss
+
+    made._train_step = spoiled
+    with pytest.raises(RuntimeError, match="the weights are not finite after step 5"):
+        next(steps)
+    assert (tmp_path / STATE).read_bytes() == good
+
+
+def test_the_optimizer_is_fused_by_the_device_and_not_by_the_state(tmp_path):
+    made = trainer(tmp_path, chosen=options(epochs=2, precision="float16"))
+    steps = made.run(progress=False)
+    next(steps)
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    state["optimizer"]["param_groups"][0]["fused"] = True
+    torch.save(state, tmp_path / STATE)
+    again = run(trainer(tmp_path, chosen=options(epochs=2, precision="float16"), resume=True))
+    assert not again._optimizer.param_groups[0]["fused"]
+
+
+def test_accelerates_own_settings_change_nothing(tmp_path, monkeypatch):
+    whole = run(trainer(tmp_path / "a"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert losses(run(trainer(tmp_path / "b"))) == losses(whole)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_held_out_images_are_shared_out(tmp_path, monkeypatch, ranks):
+    """Every rank's share of few images, also where some have none."""
+    made = trainer(tmp_path, data=Squares(50), chosen=options(batch=16))
+    assert len(made.test_data) == 5
+    alone, shared = made._held_out(), []
+    for rank in range(ranks):
+        processes = SimpleNamespace(
+            num_processes=ranks, process_index=rank, reduce=lambda value, how: value
+        )
+        monkeypatch.setattr(made, "_processes", processes)
+        shared.append(made._held_out())
+    assert sum(shared) == pytest.approx(alone, rel=1e-6)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    run(trainer(tmp_path))
+    (tmp_path / ".ddpm_fast.0badcafe.tmp").write_bytes(b"half")
+    (tmp_path / f".{CHECKPOINT}.0badcafe.old").mkdir()
+    trainer(tmp_path, resume=True)
+    assert not list(tmp_path.glob(".*"))
 
 
 # What is refused
@@ -395,6 +476,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         ("clip_norm", 0.0, "clip_norm"),
         ("seed", 1 << 64, "seed"),
         ("test_share", 1.0, "test_share"),
+        ("compile", "no", "compile must be a bool"),
     ],
 )
 def test_bad_options_are_named(name, value, words):
@@ -405,6 +487,10 @@ def test_bad_options_are_named(name, value, words):
 def test_options_go_through_json():
     chosen = options(betas=(0.8, 0.95), weighting="min_snr")
     assert TrainOptions.from_dict(chosen.to_dict()) == chosen
+    kinds = TrainOptions(lr=np.float64(1e-3), seed=np.int64(3), betas=[np.float32(0.5), 0.9])
+    assert [type(v) for v in (kinds.lr, kinds.seed, *kinds.betas)] == [float, int, float, float]
+    with pytest.raises(ValueError, match="weighting must be None for the objective 'full'"):
+        TrainOptions(objective="full", weighting="min_snr")
     with pytest.raises(ValueError, match="there is no momentum"):
         TrainOptions.from_dict({"momentum": 0.9})
 
@@ -422,8 +508,12 @@ def test_options_go_through_json():
         ({"schedule": "linear"}, TypeError, "schedule must be a NoiseSchedule"),
         ({"save_every": 0}, ValueError, "save_every"),
         ({"chosen": options(test_share=0.999)}, ValueError, "test_share"),
+        ({"chosen": options(label_dropout=0.1)}, ValueError, "label_dropout needs labels"),
+        ({"model": network().half()}, ValueError, "float32"),
+        ({"model": torch.nn.Linear(1, 1)}, TypeError, "network must be a UNet or ThesisUNet"),
+        ({"schedule": ZERO_SNR}, ValueError, "zero terminal SNR"),
     ],
-    ids=str,
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )
 def test_what_does_not_fit_is_refused(tmp_path, change, error, words):
     with pytest.raises(error, match=words):

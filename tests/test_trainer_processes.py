@@ -104,6 +104,9 @@ def test_a_run_that_is_killed_goes_on_to_the_same_losses(whole, tmp_path):
         assert process.returncode == -signal.SIGKILL, process.stdout.read().decode()
     assert process.returncode == 0
     assert losses(out) == losses(whole)
+    weights = "checkpoint/unet/diffusion_pytorch_model.safetensors"
+    assert (out / weights).read_bytes() == (whole / weights).read_bytes()
+    assert not list(out.glob(".*"))
 
 
 def test_two_processes_have_the_losses_of_one(whole, tmp_path):
@@ -133,5 +136,5 @@ def test_another_network_or_data_set_is_refused(whole):
         assert len(made.stderr.strip().splitlines()) == 1
     made = subprocess.run(command(whole), capture_output=True, text=True, env=environment())
     assert made.returncode == 2
-    assert "holds a run; resume it" in made.stderr
+    assert "holds a run (state.pt); resume it" in made.stderr
     assert (whole / "state.pt").read_bytes() == before

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import torch
+
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.training.options import TrainOptions
 
@@ -25,6 +27,10 @@ def parts(data: Any, options: TrainOptions) -> tuple[Any, Any]:
 
 def check_fit(network: Any, data: Any, options: TrainOptions) -> None:
     """That the images and their labels are those of the network."""
+    if not hasattr(network, "config"):
+        raise TypeError(f"network must be a UNet or ThesisUNet; got {type(network).__name__}")
+    if (dtype := next(network.parameters()).dtype) != torch.float32:
+        raise ValueError(f"network must have weights of float32, see precision; got {dtype}")
     config, (channels, *_) = network.config, data.sample_shape
     if tuple(data.sample_shape) != config.sample_shape:
         raise ValueError(
@@ -43,6 +49,8 @@ def check_fit(network: Any, data: Any, options: TrainOptions) -> None:
         takes = "takes none" if classes is None else f"takes {classes} labels"
         has = "have none" if labels is None else f"have {labels} labels"
         raise ValueError(f"network {takes}, and the images {has}")
+    if labels is None and options.label_dropout:
+        raise ValueError(f"label_dropout needs labels, and {data.name} has none")
     if classes is not None and classes != labels + bool(options.label_dropout):
         raise ValueError(
             f"network must take {labels + bool(options.label_dropout)} labels: the images have"

@@ -56,6 +56,10 @@ def _build(
     path = Path(source)
     if path.suffix == ".json":
         return UNet(UNetConfig.from_dict(read_json(path) | options | {"dropout": dropout}))
+    if not path.exists() and "/" not in source:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, or a path; got {source!r}")
+    if dropout:
+        raise ValueError(f"dropout is for networks that begin anew; {source} is a checkpoint")
     return load(source).unet
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from ddpm_fast import checks
 from ddpm_fast.chain import PREDICTIONS
 from ddpm_fast.spacing import check_int, check_name, check_real
 
@@ -66,9 +67,9 @@ class TrainOptions:
             ("precision", PRECISIONS),
         ):
             check_name(name, getattr(self, name), accepted)
-        for name, low in (("epochs", 1), ("batch", 1), ("warmup", 0), ("seed", 0)):
-            check_int(name, getattr(self, name), low)
-        check_int("seed", self.seed, 0, (1 << 64) - 1)
+        ends = {"epochs": (1, 1 << 31), "batch": (1, 1 << 31), "warmup": (0, 1 << 31)}
+        for name, (least, most) in (ends | {"seed": (0, (1 << 64) - 1)}).items():
+            self._set(name, check_int(name, getattr(self, name), least, most))
         for name, low, high, closed in (
             ("lr", 0, math.inf, "()"),
             ("weight_decay", 0, math.inf, "[)"),
@@ -79,20 +80,27 @@ class TrainOptions:
             ("label_dropout", 0, 1, "[)"),
             ("test_share", 0, 1, "[)"),
         ):
-            check_real(name, getattr(self, name), low, high, closed)
+            self._set(name, check_real(name, getattr(self, name), low, high, closed))
         if self.clip_norm is not None:
-            check_real("clip_norm", self.clip_norm, 0, math.inf, "()")
+            self._set("clip_norm", check_real("clip_norm", self.clip_norm, 0, math.inf, "()"))
         if self.weighting is not None:
             check_name("weighting", self.weighting, ("min_snr",))
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1); got {self.betas}")
-        for i, beta in enumerate(self.betas):
-            check_real(f"betas[{i}]", beta, 0, 1, "[)")
+        names = [f"betas[{i}]" for i in range(2)]
+        betas = [check_real(n, b, 0, 1, "[)") for n, b in zip(names, self.betas, strict=True)]
+        self._set("betas", tuple(betas))
+        checks.instance("compile", self.compile, bool)
+        if self.objective == "full" and self.weighting is not None:
+            raise ValueError("weighting must be None for the objective 'full', which has its own")
         if self.objective == "hybrid" and not self.learned:
             raise ValueError(
                 "objective 'hybrid' needs variance 'learned' or 'learned_range'; got"
                 f" {self.variance!r}"
             )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def learned(self) -> bool:

@@ -1,7 +1,7 @@
 """Which image, which timestep and which noise a step gets: by counters alone.
 
 Place p of a run is the p-th image that it sees. Everything random of it is made from the seed and
-p, so that a run that is resumed, cut into other batches or spread over processes sees the same.
+p, so that a run that is resumed or spread over processes sees the same.
 """
 
 from __future__ import annotations
@@ -41,23 +41,28 @@ def dropped(seed: int, first: int, num: int, share: float) -> Tensor:
     return words(seed, STREAM_DROPPED_LABELS, first, num) < int(share * 2**32)
 
 
-class Epoch:
-    """The order of the images in one epoch, in batches of ``batch``; what is left over is left out.
+def cut(num: int, batch: int, ranks: int) -> tuple[int, int]:
+    """The images of a step and the steps of an epoch of num images, over all processes.
 
-    num: images. Where there are fewer than a batch they make one batch.
+    Fewer images than a batch make one step, of as many as every process can have the same of.
     """
+    batch = min(batch, num // ranks * ranks)
+    if batch == 0:
+        raise ValueError(f"data must have an image for each of {ranks} processes; got {num}")
+    return batch, num // batch
+
+
+class Epoch:
+    """The order of num images in an epoch, in steps of ``batch``; what is left over is left out."""
 
     def __init__(self, num: int, batch: int, seed: int, epoch: int) -> None:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
         self._order = torch.randperm(num, generator=generator)
-        self.batch = min(batch, num)
-        self.steps = num // self.batch
-        self._epoch = epoch
+        self._batch, self._first = batch, epoch * num
 
     def batches(self, rank: int, ranks: int) -> Iterator[tuple[Tensor, int]]:
         """The indices of a process's share of each step, and the place of the first of them."""
-        share = self.batch // ranks
-        for step in range(self.steps):
-            place = step * self.batch + rank * share
-            first = self._epoch * self.steps * self.batch + place
-            yield self._order[place : place + share], first
+        share = self._batch // ranks
+        for begin in range(0, len(self._order) - self._batch + 1, self._batch):
+            place = begin + rank * share
+            yield self._order[place : place + share], self._first + place

@@ -12,6 +12,8 @@ import torch
 from ddpm_fast.images import replacing
 
 FORMAT = 1
+KEYS = {"options", "identity", "epoch", "step", "history", "network", "average"}
+KEYS |= {"optimizer", "scaler"}
 
 
 def write_state(state: Mapping[str, Any], path: Path) -> None:
@@ -37,7 +39,7 @@ def read_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise ValueError(f"{path}: is no whole training state ({error})") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= KEYS:
         raise ValueError(f"{path}: is no training state of this release")
     return state
 

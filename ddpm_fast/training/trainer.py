@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ddpm_fast import checks
+from ddpm_fast.chain import check_prediction
 from ddpm_fast.checkpoint import save
 from ddpm_fast.images import prepare_folder
 from ddpm_fast.noise import STREAM_TRAINING
@@ -41,9 +43,10 @@ class Trainer:
     ``fingerprint`` (`ddpm_fast.data.ImageData`). out: gets ``state.pt``, ``history.csv`` and its
     picture ``loss.png``, ``checkpoint`` (the averaged weights, in the layout of `ddpm_fast.save`).
 
-    Every number drawn is a function of the seed and of the place of an image in the run (`order`),
-    so that a run that was killed and goes on has the losses of one that was not, and several
-    processes, started by ``accelerate launch`` or ``torchrun``, those of one.
+    Order, timesteps, noise and dropped labels are functions of the seed and of an image's place in
+    the run (`order`), so that a run that was killed and goes on has the losses of one that was not,
+    and several processes, started by ``accelerate launch`` or ``torchrun``, those of one. A dropout
+    in the network is drawn by epoch and process.
 
     resume: go on from ``state.pt``. save_every: epochs between savings; the last one saves.
 
@@ -77,6 +80,7 @@ class Trainer:
                 f"batch must be a multiple of the {self._processes.num_processes} processes; got"
                 f" {options.batch}"
             )
+        check_prediction(options.prediction, schedule)
         check_fit(network, data, options)
         self.train_data, self.test_data = parts(data, options)
         self.network = network.to(self.device, memory_format=torch.channels_last)
@@ -88,6 +92,9 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(
             self.device.type, enabled=options.precision == "float16"
         )
+        self.batch, self._epoch_steps = order.cut(
+            len(self.train_data), options.batch, self._processes.num_processes
+        )
         self._feed = Feed(self.device, workers)
         self.epoch, self.step = 0, 0
         self.history: list[dict[str, Any]] = []
@@ -95,10 +102,13 @@ class Trainer:
         self._identity = identity(network, data, schedule)
         if resume:
             self._go_on(read_state(self.out / STATE))
-        elif (self.out / STATE).exists():
-            raise FileExistsError(f"{self.out}: holds a run; resume it, or take another folder")
+        elif found := [n for n in (STATE, HISTORY, CHECKPOINT) if (self.out / n).exists()]:
+            raise FileExistsError(
+                f"{self.out}: holds a run ({found[0]}); resume it, or take another folder"
+            )
         if self.is_main:
             prepare_folder(self.out)
+            _remove_leftovers(self.out)
 
     @property
     def is_main(self) -> bool:
@@ -113,7 +123,7 @@ class Trainer:
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
-        return self.options.epochs * self._order(0).steps
+        return self.options.epochs * self._epoch_steps
 
     def run(self, progress: bool = True) -> Iterator[dict[str, Any]]:
         """Train to the last epoch; yields the row of the history after each.
@@ -127,8 +137,9 @@ class Trainer:
             unit="step",
             disable=not (progress and self.is_main),
         )
-        if self.epoch:  # what was killed after its state was written
-            self.save()
+        # From here on there is something to go on from; and a run that was killed between its
+        # state and its checkpoint gets the checkpoint.
+        self.save()
         with shown as bar:
             while self.epoch < self.options.epochs:
                 row = self._epoch(bar)
@@ -142,8 +153,12 @@ class Trainer:
     def save(self) -> None:
         """Write the state, the history and the checkpoint; by the main process, for all.
 
-        Raises OSError with the path and the reason; what was saved before is then intact.
+        Raises OSError with the path and the reason, and RuntimeError where a weight is not finite;
+        what was saved before is then intact.
         """
+        norms = torch._foreach_norm([*self.network.parameters(), *self.averaged.parameters()])
+        if not torch.stack(norms).isfinite().all():
+            raise RuntimeError(f"the weights are not finite after step {self.step - 1}")
         if self.is_main:
             write_state(self._state(), self.out / STATE)
             write_history(self.history, self.out / HISTORY)
@@ -162,22 +177,19 @@ class Trainer:
         if self.is_main and self.history:
             draw_history(self.history, self.out / CURVE, title)
 
-    def _order(self, epoch: int) -> order.Epoch:
-        return order.Epoch(len(self.train_data), self.options.batch, self.options.seed, epoch)
-
     def _epoch(self, bar: Any) -> dict[str, Any]:
         """One pass over the training images, and the held-out loss after it."""
         options, ranks = self.options, self._processes.num_processes
         rank, begun = self._processes.process_index, time.perf_counter()
-        epoch = self._order(self.epoch)
-        places, steps = list(epoch.batches(rank, ranks)), self.steps
+        images_of = order.Epoch(len(self.train_data), self.batch, options.seed, self.epoch)
+        places = list(images_of.batches(rank, ranks))
         losses, rate = [], options.lr
-        devices = [self.device] if self.device.type == "cuda" else []
+        devices = range(torch.cuda.device_count()) if self.device.type == "cuda" else ()
         with torch.random.fork_rng(devices):
             torch.manual_seed(((options.seed * 1_000_003 + self.epoch) * 1009 + rank) % (1 << 63))
             self._model.train()
             for images, labels, first in self._feed(self.train_data, places, self.epoch):
-                rate = options.rate(self.step, steps)
+                rate = options.rate(self.step, self.steps)
                 losses.append(self._train_step(images, labels, first, rate))
                 self.step += 1
                 bar.update(1)
@@ -195,7 +207,7 @@ class Trainer:
             "loss_min": float(mean.min()),
             "loss_max": float(mean.max()),
             "test_loss": self._held_out(),
-            "images_per_s": round(epoch.steps * epoch.batch / seconds, 2),
+            "images_per_s": round(self._epoch_steps * self.batch / seconds, 2),
         }
 
     def _train_step(self, images: Tensor, labels: Tensor | None, first: int, rate: float) -> Tensor:
@@ -260,7 +272,7 @@ class Trainer:
         options, num = self.options, len(self.test_data)
         ranks, rank = self._processes.num_processes, self._processes.process_index
         share = -(-num // ranks)
-        mine = torch.arange(rank * share, min((rank + 1) * share, num))
+        mine = torch.arange(min(rank * share, num), min((rank + 1) * share, num))
         cuts = [(part, int(part[0])) for part in mine.split(options.batch) if len(part)]
         network = self.averaged.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -297,6 +309,10 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         if self._average:
             self._average.module.load_state_dict(state["average"])
+        for group, fresh in zip(
+            state["optimizer"]["param_groups"], self._optimizer.param_groups, strict=True
+        ):
+            group["fused"] = fresh["fused"]  # of this device, not of the one it was saved on
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
@@ -312,7 +328,12 @@ def _processes(device: torch.device | str | None) -> Any:
             "training needs the package accelerate: pip install ddpm_fast[train]"
         ) from error
     place = None if device is None else torch.device(device)
-    processes = accelerate.Accelerator(cpu=place is not None and place.type == "cpu")
+    on_cpu = place.type == "cpu" if place is not None else not torch.cuda.is_available()
+    # Autocast and compilation are the options', not those of `accelerate config`.
+    processes = accelerate.Accelerator(cpu=on_cpu, mixed_precision="no", dynamo_backend="no")
+    kind = str(getattr(processes.distributed_type, "value", processes.distributed_type))
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise ValueError(f"training is for one process, or several on CPUs or GPUs; got {kind}")
     found = processes.device
     if place is not None and (place.type != found.type or place.index not in (None, found.index)):
         raise ValueError(
@@ -320,6 +341,12 @@ def _processes(device: torch.device | str | None) -> Any:
             f" {place}. Set CUDA_VISIBLE_DEVICES to choose a GPU"
         )
     return processes
+
+
+def _remove_leftovers(out: Path) -> None:
+    """What a process that was killed while it wrote has left."""
+    for path in (*out.glob(".ddpm_fast.*.tmp"), *out.glob(f".{CHECKPOINT}.*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _optimizer(network: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
