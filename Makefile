@@ -3,8 +3,8 @@
 # make lint        ruff, mypy, clang-format
 # make bench       the CPU benchmarks, into benchmarks/results/
 # make quality     how many samples of the shipped model are triangles, beside diffusers'
-# make gpu OUT=dir [PART=base|cifar32|ddpm256|pipelines] what needs a GPU, nine minutes each, offline, with the
-#                  python3 and torch already there
+# make gpu OUT=dir [PART=base|cifar32|ddpm256|pipelines|training|triangles]
+#                  what needs a GPU, nine minutes each, offline, with the python3 and torch already there
 PYTHON ?= python3
 TORCH ?= torch>=2.10
 OUT ?= out/gpu
@@ -48,6 +48,7 @@ bench: $(VENV)/.package $(VENV)/.test
 		--out $(RESULTS)/network_cifar32_cpu.csv --plot docs/network_cifar32_cpu.png
 	$(BIN)/ddpm-fast bench sampling --device cpu --network triangles --batch 16 --steps 50 \
 		--out $(RESULTS)/sampling_triangles_cpu.csv --plot docs/sampling_triangles_cpu.png
+	$(BIN)/python benchmarks/training.py --device cpu --network small tiny --batch 32
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-columns=median,iqr
 
 quality: $(VENV)/.package $(VENV)/.test

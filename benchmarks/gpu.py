@@ -1,10 +1,12 @@
 """Everything that needs a GPU, in parts of nine minutes each.
 
-    python benchmarks/gpu.py --out DIR [--part base|cifar32|ddpm256|pipelines]
+    python benchmarks/gpu.py --out DIR [--part base|cifar32|ddpm256|pipelines|training|triangles]
 
 base: build, verify, sanitizers, tests, the benchmarks of the updates and of the loop. cifar32,
 ddpm256: the engine and its peers on that network, batch by batch, and its operations. pipelines:
-whole sampling with cifar32, 1000 steps, beside diffusers' pipeline.
+whole sampling with cifar32, 1000 steps, beside diffusers' pipeline. training: the trainer beside
+a plain loop. triangles: the experiment of examples/triangles; it goes on where a run before it
+stopped, if --out is the same.
 
 Runs offline with the Python and torch that call it, builds in place for this GPU alone, and stops
 each stage at its limit, so that a part ends within nine minutes. DIR gets PART.log, the CSVs of
@@ -42,13 +44,15 @@ ELSEWHERE = {
     "memory_plan",
     "nearest",
     "plan_cache",
+    "trainer",
+    "trainer_processes",
     "triangle_quality",
     "triangles",
     "triton_code",
     "triton_network_code",
     "unet",
 }
-PARTS = ("base", "cifar32", "ddpm256", "pipelines")
+PARTS = ("base", "cifar32", "ddpm256", "pipelines", "training", "triangles")
 DENIED = ("Device not supported", "not supported on this", "ERR_NVGPUCTRPERM")
 
 
@@ -109,7 +113,21 @@ def stages(part: str, out: Path) -> list[Stage]:
             bench("sampling cifar32 1", out, 220, "--rounds", 2),
             bench("sampling cifar32 64", out, 300, "--rounds", 2),
         ]
+    if part == "training":
+        return [BUILD, training(out, "small", 256, 110), training(out, "cifar32", 128, 200)]
+    if part == "triangles":
+        command = [sys.executable, "examples/triangles/run.py", "--gpu", "--no-progress"]
+        return [BUILD, Stage("triangles", [*command, "--out", str(out / "triangles")], 500)]
     return base(out)
+
+
+def training(out: Path, network: str, batch: int, limit_s: int) -> Stage:
+    """The trainer beside a plain loop, both compiled, in float32 and bfloat16."""
+    command = [sys.executable, "benchmarks/training.py", "--device", "cuda", "--compile"]
+    command += ["--network", network, "--batch", str(batch), "--steps", "20"]
+    command += ["--precision", "float32", "bfloat16", "--out", str(out / f"training_{network}.csv")]
+    missing = "" if _has("accelerate") else "needs accelerate"
+    return Stage(f"training {network}", command, limit_s, missing)
 
 
 def base(out: Path) -> list[Stage]:
