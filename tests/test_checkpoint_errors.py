@@ -130,7 +130,7 @@ CORRUPTIONS = [
         edit_json(SCHEDULER, num_train_timesteps=10.5), "scheduler_config.json.*10.5", id="steps"
     ),
     pytest.param(
-        edit_json(SCHEDULER, prediction_type="score"), "prediction_type='score'", id="prediction"
+        edit_json(SCHEDULER, prediction_type="flow"), "prediction_type='flow'", id="prediction"
     ),
     pytest.param(edit_json(SCHEDULER, variance_type="big"), "variance_type='big'", id="variance"),
     pytest.param(edit_json(SCHEDULER, timestep_spacing=3), "timestep_spacing=3", id="spacing"),
@@ -331,9 +331,7 @@ except OSError as error:
         ("arguments", "error", "match"),
         [
             pytest.param({"schedule": [0.1]}, TypeError, "schedule: .*list", id="schedule"),
-            pytest.param(
-                {"prediction": "score"}, ValueError, "prediction: .*'score'", id="predict"
-            ),
+            pytest.param({"prediction": "flow"}, ValueError, "prediction: .*'flow'", id="predict"),
             pytest.param(
                 {"variance": "fixed_small"}, ValueError, "variance: .*fixed", id="variance"
             ),
