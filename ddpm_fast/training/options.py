@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from ddpm_fast import checks
 from ddpm_fast.chain import PREDICTIONS
+from ddpm_fast.reverse import LEARNED, VARIANCES
 from ddpm_fast.spacing import check_int, check_name, check_real
+from ddpm_fast.training.losses import OBJECTIVES
 
-OBJECTIVES = ("simple", "full", "hybrid", "score")
-VARIANCES = ("posterior", "beta", "learned", "learned_range")
 DECAYS = ("none", "linear", "cosine")
 PRECISIONS = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("adam", "adamw")
@@ -105,7 +105,7 @@ class TrainOptions:
     @property
     def learned(self) -> bool:
         """Whether the network returns a variance beside its prediction."""
-        return self.variance in ("learned", "learned_range")
+        return self.variance in LEARNED
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step, 0 .. steps - 1."""
