@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ddpm_fast.chain import Clip
+from ddpm_fast.folders import flush, install
 from ddpm_fast.hub import fetch, fetch_weights, is_repository_id
 from ddpm_fast.json_files import read_json, write_json
 from ddpm_fast.scheduler_config import (
@@ -240,7 +241,7 @@ def save(
 
     All is written and flushed to a folder beside the target, which then takes its name; after an
     error the target is as it was and nothing else is left. With `overwrite` an existing
-    checkpoint is replaced as a whole.
+    checkpoint is replaced as a whole, and on Linux is there at every moment, the old or the new.
 
     Raises:
         TypeError: `unet` or `schedule` is something else.
@@ -293,8 +294,8 @@ def save(
             mode = (temporary / weights).with_name(CONFIG).stat().st_mode
             (temporary / weights).chmod(mode & 0o777)
             for path in (temporary / weights, *_folders(temporary)):
-                _flush(path)
-            _install(temporary, target, target.with_name(f".{target.name}.{token}.old"))
+                flush(path)
+            install(temporary, target, target.with_name(f".{target.name}.{token}.old"))
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -328,28 +329,3 @@ def _is_own(path: Path, variant: str | None) -> bool:
 
 def _folders(root: Path) -> list[Path]:
     return [path for path in root.iterdir() if path.is_dir()] + [root]
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _install(temporary: Path, target: Path, aside: Path) -> None:
-    """Give `temporary` the name `target`; what had it steps aside first and is then removed."""
-    try:
-        if target.exists():
-            target.rename(aside)
-        temporary.rename(target)
-        _flush(target.parent)
-    except BaseException:
-        if not temporary.exists():
-            target.rename(temporary)
-        if aside.exists():
-            aside.rename(target)
-        raise
-    if aside.exists():
-        shutil.rmtree(aside, ignore_errors=True)

@@ -18,7 +18,7 @@ from checkpoint_cases import (
     contents,
     edit,
 )
-from ddpm_fast import checkpoint
+from ddpm_fast import checkpoint, folders
 from ddpm_fast.checkpoint import load, save
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.unet import UNet, weights
@@ -253,13 +253,20 @@ def fails_at_last_rename(monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", guarded)
+    cannot_exchange(monkeypatch)
+
+
+def cannot_exchange(monkeypatch):
+    monkeypatch.setattr(folders, "exchange", lambda a, b: False)
 
 
 def fails_after_last_rename(monkeypatch):
-    flush = checkpoint._flush
-    monkeypatch.setattr(
-        checkpoint, "_flush", lambda path: flush(path) if ".tmp" in str(path) else full_disk()
-    )
+    monkeypatch.setattr(folders, "flush", full_disk)
+
+
+def fails_after_renames_one_by_one(monkeypatch):
+    cannot_exchange(monkeypatch)
+    fails_after_last_rename(monkeypatch)
 
 
 FAILURES = [
@@ -267,10 +274,11 @@ FAILURES = [
     pytest.param(
         lambda m: m.setattr(weights, "save_file", full_disk_in_safetensors), id="safetensors"
     ),
-    pytest.param(lambda m: m.setattr(checkpoint, "_flush", full_disk), id="fsync"),
+    pytest.param(lambda m: m.setattr(checkpoint, "flush", full_disk), id="fsync"),
     pytest.param(lambda m: m.setattr(checkpoint, "write_json", full_disk), id="json"),
     pytest.param(fails_at_last_rename, id="rename"),
     pytest.param(fails_after_last_rename, id="fsync-of-parent"),
+    pytest.param(fails_after_renames_one_by_one, id="fsync-of-parent-without-exchange"),
 ]
 
 
@@ -286,6 +294,28 @@ class TestFailureOnSave:
         assert caught.value.errno == errno.ENOSPC
         monkeypatch.undo()
         assert contents(folder.parent) == before
+
+    def test_replaced_at_no_moment_without_a_checkpoint(self, folder, unet, monkeypatch):
+        """Where names can be exchanged nothing is renamed; where not, the end is the same."""
+        exchanged = []
+        exchange = folders.exchange
+        monkeypatch.setattr(
+            folders, "exchange", lambda a, b: exchanged.append(exchange(a, b)) or exchanged[-1]
+        )
+        for T in (10, 20):
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "rename", full_disk)
+                try:
+                    save(folder, unet, NoiseSchedule.cosine(T), overwrite=True)
+                except OSError:
+                    assert exchanged == [False]
+                    pytest.skip("needs a file system that exchanges names")
+            assert load(folder).schedule.T == T
+        assert exchanged == [True, True]
+        cannot_exchange(monkeypatch)
+        save(folder, unet, NoiseSchedule.cosine(30), overwrite=True)
+        assert load(folder).schedule.T == 30
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
     def test_interrupt_leaves_all_as_it_was(self, folder, unet, monkeypatch):
         def interrupt(*args):
