@@ -58,6 +58,41 @@ def test_items_have_labels_where_there_are_classes() -> None:
     assert numbers.tolist() == [0, 1, 2, 0]
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_batch_is_its_items(flip: bool) -> None:
+    """In memory and from a source, of the whole and of a part, in any order, more than once."""
+
+    class Source:
+        sample_shape = (2, 3, 4)
+
+        def __len__(self) -> int:
+            return COUNT
+
+        def __getitem__(self, index: int) -> Tensor:
+            return ramps()[index]
+
+        def digest(self) -> str:
+            return "0"
+
+    labels, names = np.arange(COUNT) % 3, ["a", "b", "c"]
+    for source in (ramps(), Source()):
+        whole = ImageData(source, name="ramps", labels=labels, class_names=names, flip=flip, seed=2)
+        whole.set_epoch(3)
+        for images in (whole, whole.split(0.25, 1)[0]):
+            indices = [5, 0, len(images) - 1, 5, 7, 3]
+            batch, numbers = images.batch(indices)
+            assert torch.equal(batch, torch.stack([images[i][0] for i in indices]))
+            assert numbers.tolist() == [images[i][1] for i in indices]
+            assert numbers.dtype == torch.int64
+            before = images[5][0].clone()
+            batch.fill_(0)
+            assert torch.equal(images[5][0], before)
+        plain = ImageData(source, name="ramps", flip=flip)
+        assert torch.equal(plain.batch([1, 2]), torch.stack([plain[1], plain[2]]))
+        with pytest.raises(IndexError):
+            plain.batch([COUNT])
+
+
 def test_flips_depend_on_seed_epoch_and_image_alone() -> None:
     images = data(flip=True, seed=3)
     first = flipped(images)

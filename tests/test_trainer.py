@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 import ddpm_fast
 from cases import same_bits
 from ddpm_fast import NoiseSchedule, ThesisUNet, training_losses
+from ddpm_fast.data import ImageData
 from ddpm_fast.training import order
 from ddpm_fast.training.options import TrainOptions
 from ddpm_fast.training.samples import draw_samples, save_samples
@@ -113,6 +114,42 @@ def test_the_loss_falls_as_that_of_a_plain_loop(tmp_path):
     spread = max(abs(a - b) for a in plain for b in plain) + 0.02
     assert abs(sum(ours) / 3 - sum(plain) / 3) < 2 * spread
     assert max(ours) < 0.7  # it begins at 1
+
+
+def test_images_come_at_once_or_one_by_one(tmp_path):
+    """A data set with `batch` and one without, labels and flips included."""
+    given = Labelled()
+    pairs = [given[i] for i in range(len(given))]
+    data = ImageData(
+        torch.stack([image for image, _ in pairs]),
+        name="squares",
+        labels=[label for _, label in pairs],
+        class_names=list("abcde"),
+        flip=True,
+    )
+
+    class OneByOne(Labelled):
+        def __init__(self, of):
+            self.of, self.name, self.fingerprint = of, of.name, of.fingerprint
+
+        def __len__(self):
+            return len(self.of)
+
+        def __getitem__(self, i):
+            return self.of[i]
+
+        def set_epoch(self, epoch):
+            self.of.set_epoch(epoch)
+
+        def split(self, test, seed):
+            return tuple(OneByOne(part) for part in self.of.split(test, seed))
+
+    made = [
+        run(trainer(tmp_path / name, network(num_class_embeds=5), which))
+        for name, which in (("a", data), ("b", OneByOne(data)))
+    ]
+    assert losses(made[0]) == losses(made[1])
+    assert same_weights(made[0].network, made[1].network)
 
 
 def test_without_an_average_the_network_itself_is_saved(tmp_path):
@@ -272,6 +309,36 @@ def test_a_run_that_goes_on_has_the_losses_of_one_that_was_not_stopped(tmp_path,
     second = run(trainer(tmp_path / "b", model(), chosen=options(epochs=4, **chosen), resume=True))
     assert losses(second) == losses(whole)
     assert second.step == whole.step
+    assert same_weights(second.network, whole.network)
+    assert same_weights(second.averaged, whole.averaged)
+
+
+@pytest.mark.parametrize("last", [1, 4, 5, 7])
+def test_a_run_that_goes_on_within_an_epoch(tmp_path, last):
+    """Saved after every second of an epoch's three steps and stopped in step `last`; 6 ends one."""
+    chosen = options(epochs=3)
+    model = lambda: network(dropout=0.3)  # noqa: E731
+    whole = run(trainer(tmp_path / "a", model(), chosen=chosen))
+    first = trainer(tmp_path / "b", model(), chosen=chosen, save_every=3, save_steps=2)
+    step = first._train_step
+
+    def stopped(*args):
+        if first.step == last:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    first._train_step = stopped
+    with pytest.raises(KeyboardInterrupt):
+        run(first)
+    second = trainer(tmp_path / "b", model(), chosen=chosen, resume=True)
+    assert second.step == last // 2 * 2
+    assert second.epoch == second.step // 3
+    assert same_weights(ddpm_fast.load(tmp_path / "b" / CHECKPOINT).unet, second.averaged) or (
+        second.step == 0
+    )
+    run(second)
+    assert losses(second) == losses(whole)
+    assert [row["steps"] for row in second.history] == [3, 6, 9]
     assert same_weights(second.network, whole.network)
     assert same_weights(second.averaged, whole.averaged)
 
@@ -507,6 +574,7 @@ def test_options_go_through_json():
         ({"chosen": 3}, TypeError, "options must be a TrainOptions"),
         ({"schedule": "linear"}, TypeError, "schedule must be a NoiseSchedule"),
         ({"save_every": 0}, ValueError, "save_every"),
+        ({"save_steps": 0}, ValueError, "save_steps"),
         ({"chosen": options(test_share=0.999)}, ValueError, "test_share"),
         ({"chosen": options(label_dropout=0.1)}, ValueError, "label_dropout needs labels"),
         ({"model": network().half()}, ValueError, "float32"),

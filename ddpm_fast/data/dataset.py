@@ -56,6 +56,10 @@ class TensorImages:
     def __getitem__(self, index: int) -> Tensor:
         return self._images[index]
 
+    def batch(self, indices: np.ndarray) -> Tensor:
+        """Images [n, C, H, W] of their own memory."""
+        return self._images[torch.from_numpy(indices)]
+
     def digest(self) -> str:
         """The SHA-256 of shape and values."""
         found = hashlib.sha256(checks.shape_text(self._images).encode())
@@ -155,10 +159,28 @@ class ImageData(Dataset):
         """Image ``index`` or, with labels, the image and its label. IndexError beyond the last."""
         place = int(self._indices[index])
         image = self._source[place]
-        if self._flip:
-            coin = np.random.default_rng((self._seed, self.epoch, place)).integers(2)
-            image = image.flip(-1) if coin else image
+        if self._flip and self._coin(place):
+            image = image.flip(-1)
         return image if self._labels is None else (image, int(self._labels[place]))
+
+    def batch(self, indices: Sequence[int]) -> Tensor | tuple[Tensor, Tensor]:
+        """``data[i]`` of several at once: float32 [n, C, H, W] and, with labels, int64 [n].
+
+        The images are the caller's to change.
+        """
+        places = self._indices[np.asarray(indices, dtype=np.int64)]
+        if isinstance(self._source, TensorImages):
+            images = self._source.batch(places)
+        else:
+            images = torch.stack([self._source[place] for place in places.tolist()])
+        if self._flip:
+            mirrored = [i for i, place in enumerate(places.tolist()) if self._coin(place)]
+            images[mirrored] = images[mirrored].flip(-1)
+        return images if self._labels is None else (images, torch.from_numpy(self._labels[places]))
+
+    def _coin(self, place: int) -> bool:
+        """Whether an image is mirrored in this epoch."""
+        return bool(np.random.default_rng((self._seed, self.epoch, place)).integers(2))
 
     def split(self, test: float, seed: int = 0) -> tuple[ImageData, ImageData]:
         """Two parts that share no image: one to train on, and one to test on without flips.

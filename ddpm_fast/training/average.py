@@ -19,18 +19,19 @@ class Average:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
         self.module = copy.deepcopy(network).requires_grad_(False)
-        self._of = network
+        kinds: dict[bool, list[tuple[Tensor, Tensor]]] = {True: [], False: []}
+        for ours, theirs in zip(_tensors(self.module), _tensors(network), strict=True):
+            kinds[theirs.is_floating_point()].append((ours, theirs))
+        self._averaged, self._current = [list(side) for side in zip(*kinds[True], strict=True)]
+        self._copied = kinds[False]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights that step has led to."""
-        averaged, current = _tensors(self.module), _tensors(self._of)
-        floating = [i for i, value in enumerate(current) if value.is_floating_point()]
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_([averaged[i] for i in floating], [current[i] for i in floating], share)
-        for ours, value in zip(averaged, current, strict=True):
-            if not value.is_floating_point():
-                ours.copy_(value)
+        torch._foreach_lerp_(self._averaged, self._current, share)
+        for ours, theirs in self._copied:
+            ours.copy_(theirs)
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

@@ -41,6 +41,11 @@ def dropped(seed: int, first: int, num: int, share: float) -> Tensor:
     return words(seed, STREAM_DROPPED_LABELS, first, num) < int(share * 2**32)
 
 
+def torch_seed(seed: int, step: int, rank: int) -> int:
+    """What torch's own generator draws from in a step of a process: a network's dropout."""
+    return ((seed * 1_000_003 + step) * 1009 + rank) % (1 << 63)
+
+
 def cut(num: int, batch: int, ranks: int) -> tuple[int, int]:
     """The images of a step and the steps of an epoch of num images, over all processes.
 
@@ -58,11 +63,12 @@ class Epoch:
     def __init__(self, num: int, batch: int, seed: int, epoch: int) -> None:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
         self._order = torch.randperm(num, generator=generator)
-        self._batch, self._first = batch, epoch * num
+        self._batch = batch
+        self.first = epoch * num  # the place of its first image
 
     def batches(self, rank: int, ranks: int) -> Iterator[tuple[Tensor, int]]:
         """The indices of a process's share of each step, and the place of the first of them."""
         share = self._batch // ranks
         for begin in range(0, len(self._order) - self._batch + 1, self._batch):
             place = begin + rank * share
-            yield self._order[place : place + share], self._first + place
+            yield self._order[place : place + share], self.first + place

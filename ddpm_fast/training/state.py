@@ -12,8 +12,8 @@ import torch
 from ddpm_fast.images import replacing
 
 FORMAT = 1
-KEYS = {"options", "identity", "epoch", "step", "history", "network", "average"}
-KEYS |= {"optimizer", "scaler"}
+KEYS = {"options", "identity", "epoch", "step", "history", "losses"}
+KEYS |= {"network", "average", "optimizer", "scaler"}
 
 
 def write_state(state: Mapping[str, Any], path: Path) -> None:

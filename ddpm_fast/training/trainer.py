@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from ddpm_fast.training.fit import check_fit, identity, parts
 from ddpm_fast.training.history import draw_history, write_history
 from ddpm_fast.training.losses import training_losses
 from ddpm_fast.training.options import TrainOptions
+from ddpm_fast.training.processes import processes
 from ddpm_fast.training.state import differences, read_state, write_state
 
 STATE, HISTORY, CHECKPOINT, CURVE = "state.pt", "history.csv", "checkpoint", "loss.png"
@@ -49,6 +49,7 @@ class Trainer:
     in the network is drawn by epoch and process.
 
     resume: go on from ``state.pt``. save_every: epochs between savings; the last one saves.
+    save_steps: also save after every so many steps, for epochs of hours; None for never.
 
     Raises TypeError, ValueError naming the argument: also for a run that goes on with another
     network, schedule, data set or option than it began with, the difference named; OSError from the
@@ -66,6 +67,7 @@ class Trainer:
         device: torch.device | str | None = None,
         resume: bool = False,
         save_every: int = 1,
+        save_steps: int | None = None,
         workers: int = 0,
     ) -> None:
         checks.instance("network", network, nn.Module)
@@ -73,7 +75,10 @@ class Trainer:
         self.options = checks.instance("options", options, TrainOptions)
         self.schedule, self.out = schedule, Path(out)
         self.save_every = checks.integer("save_every", save_every, 1, 1 << 31)
-        self._processes = _processes(device)
+        self.save_steps = save_steps
+        if save_steps is not None:
+            self.save_steps = checks.integer("save_steps", save_steps, 1, 1 << 31)
+        self._processes = processes(device)
         self.device = self._processes.device
         if options.batch % self._processes.num_processes:
             raise ValueError(
@@ -84,11 +89,12 @@ class Trainer:
         check_fit(network, data, options)
         self.train_data, self.test_data = parts(data, options)
         self.network = network.to(self.device, memory_format=torch.channels_last)
+        self._parameters = list(network.parameters())
         self._average = Average(network, options.ema) if options.ema else None
         self._model = self._processes.prepare_model(self.network)
         if options.compile:
             self._model = torch.compile(self._model)
-        self._optimizer = _optimizer(network, options)
+        self._optimizer = _optimizer(self._parameters, options)
         self._scaler = torch.amp.GradScaler(
             self.device.type, enabled=options.precision == "float16"
         )
@@ -98,6 +104,9 @@ class Trainer:
         self._feed = Feed(self.device, workers)
         self.epoch, self.step = 0, 0
         self.history: list[dict[str, Any]] = []
+        # Of the steps of this epoch: over all processes, and those of this one not yet read.
+        self._losses: list[float] = []
+        self._unread: list[Tensor] = []
         self._null_label = (network.config.num_classes or 0) - 1
         self._identity = identity(network, data, schedule)
         if resume:
@@ -146,17 +155,19 @@ class Trainer:
                 bar.set_postfix(loss=f"{row['loss']:.4g}")
                 self.history.append(row)
                 self.epoch += 1
-                if self.epoch % self.save_every == 0 or self.epoch == self.options.epochs:
+                at_epoch = self.epoch % self.save_every == 0 or self.epoch == self.options.epochs
+                if at_epoch or self._saves_at_step():
                     self.save()
                 yield row
 
     def save(self) -> None:
         """Write the state, the history and the checkpoint; by the main process, for all.
 
-        Raises OSError with the path and the reason, and RuntimeError where a weight is not finite;
-        what was saved before is then intact.
+        Raises OSError with the path and the reason, and RuntimeError where a loss or a weight is
+        not finite; what was saved before is then intact.
         """
-        norms = torch._foreach_norm([*self.network.parameters(), *self.averaged.parameters()])
+        self._read_losses()
+        norms = torch._foreach_norm([*self._parameters, *self.averaged.parameters()])
         if not torch.stack(norms).isfinite().all():
             raise RuntimeError(f"the weights are not finite after step {self.step - 1}")
         if self.is_main:
@@ -178,26 +189,30 @@ class Trainer:
             draw_history(self.history, self.out / CURVE, title)
 
     def _epoch(self, bar: Any) -> dict[str, Any]:
-        """One pass over the training images, and the held-out loss after it."""
+        """The rest of a pass over the training images, and the held-out loss after it."""
         options, ranks = self.options, self._processes.num_processes
-        rank, begun = self._processes.process_index, time.perf_counter()
+        rank, begun, first_step = self._processes.process_index, time.perf_counter(), self.step
         images_of = order.Epoch(len(self.train_data), self.batch, options.seed, self.epoch)
-        places = list(images_of.batches(rank, ranks))
-        losses, rate = [], options.lr
+        places = list(images_of.batches(rank, ranks))[self.step - self.epoch * self._epoch_steps :]
+        t, lost = self._draws(images_of.first, self._epoch_steps * self.batch)
+        rate = options.lr
         devices = range(torch.cuda.device_count()) if self.device.type == "cuda" else ()
         with torch.random.fork_rng(devices):
-            torch.manual_seed(((options.seed * 1_000_003 + self.epoch) * 1009 + rank) % (1 << 63))
             self._model.train()
             for images, labels, first in self._feed(self.train_data, places, self.epoch):
+                torch.manual_seed(order.torch_seed(options.seed, self.step, rank))
                 rate = options.rate(self.step, self.steps)
-                losses.append(self._train_step(images, labels, first, rate))
+                begin = first - images_of.first
+                own = slice(begin, begin + len(images))
+                if labels is not None and lost is not None:
+                    labels = torch.where(lost[own], self._null_label, labels)
+                self._unread.append(self._train_step(images, labels, t[own], first, rate))
                 self.step += 1
                 bar.update(1)
-        # Of all processes, in the order of the places; nothing waits for a GPU before.
-        mean = self._processes.reduce(torch.stack(losses), "mean").double().cpu()
-        if not mean.isfinite().all():
-            step = self.step - len(losses) + int((~mean.isfinite()).nonzero()[0])
-            raise RuntimeError(f"the loss is not finite at step {step}, epoch {self.epoch}")
+                if self._saves_at_step() and self.step % self._epoch_steps:
+                    self.save()
+        self._read_losses()
+        mean, self._losses = torch.tensor(self._losses, dtype=torch.float64), []
         seconds = time.perf_counter() - begun
         return {
             "epoch": self.epoch,
@@ -207,24 +222,47 @@ class Trainer:
             "loss_min": float(mean.min()),
             "loss_max": float(mean.max()),
             "test_loss": self._held_out(),
-            "images_per_s": round(self._epoch_steps * self.batch / seconds, 2),
+            "images_per_s": round((self.step - first_step) * self.batch / seconds, 2),
         }
 
-    def _train_step(self, images: Tensor, labels: Tensor | None, first: int, rate: float) -> Tensor:
-        """One step of the optimizer; the mean loss of this process's images, on the device."""
+    def _draws(self, first: int, num: int) -> tuple[Tensor, Tensor | None]:
+        """Timesteps, and which labels are lost, of the places from ``first`` on, on the device."""
         options = self.options
-        t = order.timesteps(options.seed, first, len(images), self.schedule.T)
-        if labels is not None and options.label_dropout:
-            lost = order.dropped(options.seed, first, len(images), options.label_dropout)
-            labels = torch.where(lost.to(self.device, non_blocking=True), self._null_label, labels)
+        t = order.timesteps(options.seed, first, num, self.schedule.T).to(self.device)
+        if not options.label_dropout:
+            return t, None
+        return t, order.dropped(options.seed, first, num, options.label_dropout).to(self.device)
+
+    def _saves_at_step(self) -> bool:
+        return self.save_steps is not None and self.step % self.save_steps == 0
+
+    def _read_losses(self) -> None:
+        """Take in the losses since the last reading; nothing waits for a GPU between two.
+
+        Raises RuntimeError where one is not finite.
+        """
+        if not self._unread:
+            return
+        # Of all processes, in the order of the places.
+        mean = self._processes.reduce(torch.stack(self._unread), "mean").double().cpu()
+        first, self._unread = self.step - len(self._unread), []
+        if not mean.isfinite().all():
+            step = first + int((~mean.isfinite()).nonzero()[0])
+            raise RuntimeError(f"the loss is not finite at step {step}, epoch {self.epoch}")
+        self._losses += mean.tolist()
+
+    def _train_step(
+        self, images: Tensor, labels: Tensor | None, t: Tensor, first: int, rate: float
+    ) -> Tensor:
+        """One step of the optimizer; the mean loss of this process's images, on the device."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
         loss = self._loss(self._model, images, labels, t, first)
         self._scaler.scale(loss).backward()
-        if options.clip_norm is not None:
+        if self.options.clip_norm is not None:
             self._scaler.unscale_(self._optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), options.clip_norm)
+            nn.utils.clip_grad_norm_(self._parameters, self.options.clip_norm)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         if self._average:
@@ -247,7 +285,7 @@ class Trainer:
             return training_losses(
                 model,
                 images,
-                t.to(self.device, non_blocking=True),
+                t,
                 self.schedule,
                 prediction=options.prediction,
                 objective=options.objective,
@@ -275,11 +313,12 @@ class Trainer:
         mine = torch.arange(min(rank * share, num), min((rank + 1) * share, num))
         cuts = [(part, int(part[0])) for part in mine.split(options.batch) if len(part)]
         network = self.averaged.eval()
+        stream = order.STREAM_HELD_OUT_TIMESTEPS
+        t = order.timesteps(options.seed, 0, num, self.schedule.T, stream).to(self.device)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for images, labels, first in self._feed(self.test_data, cuts, 0):
-            stream = order.STREAM_HELD_OUT_TIMESTEPS
-            t = order.timesteps(options.seed, first, len(images), self.schedule.T, stream)
-            loss = self._loss(network, images, labels, t, first, order.STREAM_HELD_OUT)
+            own = t[first : first + len(images)]
+            loss = self._loss(network, images, labels, own, first, order.STREAM_HELD_OUT)
             total += loss.double() * len(images)
         return float(self._processes.reduce(total, "sum")) / num
 
@@ -290,6 +329,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "history": self.history,
+            "losses": self._losses,
             "network": self.network.state_dict(),
             "average": self._average.module.state_dict() if self._average else None,
             "optimizer": self._optimizer.state_dict(),
@@ -316,31 +356,7 @@ class Trainer:
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
-        self.history = list(state["history"])
-
-
-def _processes(device: torch.device | str | None) -> Any:
-    """The processes of the run, by accelerate. Raises ImportError saying what to install."""
-    try:
-        accelerate = importlib.import_module("accelerate")
-    except ImportError as error:
-        raise ImportError(
-            "training needs the package accelerate: pip install ddpm_fast[train]"
-        ) from error
-    place = None if device is None else torch.device(device)
-    on_cpu = place.type == "cpu" if place is not None else not torch.cuda.is_available()
-    # Autocast and compilation are the options', not those of `accelerate config`.
-    processes = accelerate.Accelerator(cpu=on_cpu, mixed_precision="no", dynamo_backend="no")
-    kind = str(getattr(processes.distributed_type, "value", processes.distributed_type))
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise ValueError(f"training is for one process, or several on CPUs or GPUs; got {kind}")
-    found = processes.device
-    if place is not None and (place.type != found.type or place.index not in (None, found.index)):
-        raise ValueError(
-            f"device must be cpu, or the one that accelerate gives this process, {found}; got"
-            f" {place}. Set CUDA_VISIBLE_DEVICES to choose a GPU"
-        )
-    return processes
+        self.history, self._losses = list(state["history"]), list(state["losses"])
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -349,9 +365,8 @@ def _remove_leftovers(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _optimizer(network: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
-    parameters = list(network.parameters())
     return kind(
         parameters,
         options.lr,
