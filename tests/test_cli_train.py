@@ -57,6 +57,32 @@ def test_a_folder_with_labels(tmp_path: Path) -> None:
     assert "data.fingerprint" in unlike
 
 
+def test_what_a_kill_left_out_is_made_up_for() -> None:
+    """A sheet and a row of TensorBoard that were due after the last saving."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    given = ("--data", "triangles-array", "--num", 20, "--tensorboard", "--sample-steps", 2)
+    train(*given, "--epochs", 2, "--sample-every", 1, "--decay", "none")
+    last = Path("run/samples/00002.png")
+    before = last.read_bytes()
+    last.unlink()
+    for file in Path("run/tensorboard").iterdir():
+        file.unlink()
+    train(*given, "--epochs", 3, "--sample-every", 1, "--decay", "none", "--resume")
+    assert last.read_bytes() == before
+    assert Path("run/samples/00003.png").is_file()
+    train(*given, "--epochs", 4, "--sample-every", 1, "--decay", "none", "--resume")
+    board = EventAccumulator("run/tensorboard").Reload()
+    assert [event.step for event in board.Scalars("loss")] == [4, 6, 8]  # two steps an epoch
+
+
+def test_options_that_reach_the_trainer() -> None:
+    given = ("--data", "triangles-array", "--num", 20)
+    train(*given, "--betas", 0.8, 0.95, "--epochs", 2, "--save-steps", 1)
+    unlike = refused(*given, "--epochs", 2, "--resume")
+    assert "betas: [0.8, 0.95], now [0.9, 0.999]" in unlike
+
+
 def test_a_checkpoint_is_trained_further() -> None:
     photos(*[(8, 8)] * 20)
     train("--data", "./photos")

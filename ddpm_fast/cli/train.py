@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from ddpm_fast.cli.devices import device_text
 from ddpm_fast.cli.output import say
 from ddpm_fast.cli.schedules import SCHEDULES, schedule_of
 from ddpm_fast.figures import NoMatplotlibError
+from ddpm_fast.unet.architectures import ARCHITECTURES
 
 DATA = ("triangles", "triangles-lowres", "triangles-array", "digits")
 
@@ -19,7 +20,8 @@ def train(
     data: Annotated[str, typer.Option(help=f"{', '.join(DATA)}, or a folder of images.")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     network: Annotated[
-        str, typer.Option(help="small, tiny, cifar32, thesis, a config.json or a checkpoint.")
+        str,
+        typer.Option(help=f"{', '.join(ARCHITECTURES)}, thesis, a config.json or a checkpoint."),
     ] = "small",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     epochs: Annotated[int, typer.Option(min=1)] = 100,
@@ -30,6 +32,10 @@ def train(
     timesteps: Annotated[int, typer.Option(min=1, help="T, steps of the schedule.")] = 1000,
     optimizer: Annotated[str, typer.Option(help="adam or adamw.")] = "adam",
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 4e-4,
+    betas: Annotated[tuple[float, float], typer.Option(help="Of the optimizer's averages.")] = (
+        0.9,
+        0.999,
+    ),
     weight_decay: Annotated[float, typer.Option()] = 0.0,
     warmup: Annotated[int, typer.Option(min=0, help="Steps in which the rate rises.")] = 1000,
     decay: Annotated[str, typer.Option(help="none, linear or cosine.")] = "linear",
@@ -68,6 +74,9 @@ def train(
     compile_: Annotated[bool, typer.Option("--compile", help="By torch.compile.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="That load images.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Epochs between savings.")] = 1,
+    save_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps between savings within an epoch.")
+    ] = None,
     sample_every: Annotated[int, typer.Option(min=0, help="Epochs between sheets; 0: none.")] = 10,
     sample_steps: Annotated[int, typer.Option(min=1, help="Of a sheet's chains.")] = 50,
     tensorboard: Annotated[
@@ -82,6 +91,7 @@ def train(
     GPUs: ``accelerate launch -m ddpm_fast train ...``.
     """
     from ddpm_fast.data import load_data
+    from ddpm_fast.training.board import Board, require_tensorboard
     from ddpm_fast.training.networks import build_network
     from ddpm_fast.training.options import TrainOptions
     from ddpm_fast.training.samples import save_samples
@@ -92,6 +102,7 @@ def train(
         batch=batch,
         optimizer=optimizer,  # type: ignore[arg-type]
         lr=lr,
+        betas=betas,
         weight_decay=weight_decay,
         warmup=warmup,
         decay=decay,  # type: ignore[arg-type]
@@ -110,6 +121,8 @@ def train(
         precision=precision,  # type: ignore[arg-type]
         compile=compile_,
     )
+    if tensorboard:
+        require_tensorboard()
     images = load_data(
         data,
         num=num,
@@ -133,6 +146,7 @@ def train(
         device=device,
         resume=resume,
         save_every=save_every,
+        save_steps=save_steps,
         workers=workers,
     )
     if trainer.is_main:
@@ -141,35 +155,30 @@ def train(
         say("network", f"{network}, {parameters / 1e6:.2f} M parameters")
         say("device", device_text(trainer.device))
         say("steps", f"{trainer.step} .. {trainer.steps}")
-    board = _board(out) if tensorboard and trainer.is_main else None
+    board = Board(out / "tensorboard", trainer.history) if tensorboard and trainer.is_main else None
+
+    def sheet_if_due() -> None:
+        if sample_every and trainer.epoch and trainer.epoch % sample_every == 0:
+            path = out / "samples" / f"{trainer.epoch:05d}.png"
+            if not path.exists():
+                save_samples(trainer, path, steps=sample_steps)
+
+    def draw() -> None:
+        try:
+            trainer.draw(f"{network} on {images.name}, {schedule}")
+        except NoMatplotlibError as error:
+            typer.echo(f"note: no loss.png, {error}", err=True)
+
+    sheet_if_due()  # where a run was killed before it
     for row in trainer.run(progress):
         if board is not None:
-            _show(board, row)
-        if sample_every and (row["epoch"] + 1) % sample_every == 0:
-            save_samples(
-                trainer, out / "samples" / f"{row['epoch'] + 1:05d}.png", steps=sample_steps
-            )
-    try:
-        trainer.draw(f"{network} on {images.name}, {schedule}")
-    except NoMatplotlibError as error:
-        typer.echo(f"note: no loss.png, {error}", err=True)
+            board.show(row)
+        sheet_if_due()
+        if sample_every and trainer.epoch % sample_every == 0:
+            draw()
+    draw()
     if trainer.is_main:
         last = trainer.history[-1]
         held_out = "" if last["test_loss"] is None else f", held out {last['test_loss']:.5g}"
         say("loss", f"{last['loss']:.5g}{held_out}")
         say("wrote", str(out / "checkpoint"))
-
-
-def _board(out: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--tensorboard needs the package tensorboard; pip install it") from error
-    return SummaryWriter(str(out / "tensorboard"))
-
-
-def _show(board: Any, row: dict[str, Any]) -> None:
-    for name in ("loss", "test_loss", "lr", "images_per_s"):
-        if row[name] is not None:
-            board.add_scalar(name, row[name], row["steps"])
-    board.flush()

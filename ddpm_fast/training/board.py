@@ -1,0 +1,42 @@
+"""The history of a run in TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SHOWN = ("loss", "test_loss", "lr", "images_per_s")
+
+
+def require_tensorboard() -> Any:
+    """Torch's writer of its files. Raises ImportError saying what to install."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "--tensorboard needs the package tensorboard: pip install tensorboard"
+        ) from error
+    return SummaryWriter
+
+
+class Board:
+    """A row of the history for each epoch, over the steps.
+
+    history: what a run that goes on has behind it. Its last row is written again, and later ones
+    are taken back, which a run may have shown after its last saving.
+    """
+
+    def __init__(self, folder: Path, history: Sequence[dict[str, Any]] = ()) -> None:
+        last = history[-1] if history else None
+        begin = last["steps"] if last else 0
+        self._writer = require_tensorboard()(str(folder), purge_step=begin)
+        if last:
+            self.show(last)
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Write a row, to be seen at once."""
+        for name in SHOWN:
+            if row[name] is not None:
+                self._writer.add_scalar(name, row[name], row["steps"])
+        self._writer.flush()
