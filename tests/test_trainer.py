@@ -249,6 +249,14 @@ def test_training_leaves_the_callers_random_numbers_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_dropout_is_another_in_every_step(tmp_path):
+    made, seeds = trainer(tmp_path, network(dropout=0.3), chosen=options(epochs=3)), []
+    made.network.register_forward_pre_hook(lambda module, args: seeds.append(torch.initial_seed()))
+    run(made)
+    assert len(set(seeds)) == len(seeds) == 9
+    assert order.torch_seed(0, 5, 0) not in (order.torch_seed(0, 5, 1), order.torch_seed(1, 5, 0))
+
+
 # Order
 
 

@@ -70,9 +70,7 @@ def draw_samples(trainer: Trainer, form: str, schedule: str, num: int, steps: in
     )
 
 
-def write_report(
-    out: Path, plan: Any, results: Sequence[Result], seconds: float, device: str
-) -> None:
+def write_report(out: Path, plan: Any, results: Sequence[Result], device: str) -> None:
     """README.md, quality.csv and the pictures, into a folder."""
     prepare_folder(out)
     forms = list(dict.fromkeys(result.form for result in results))
@@ -91,7 +89,13 @@ def write_report(
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (out / "README.md").write_text(text(plan, rows, forms, seconds, device))
+    (out / "README.md").write_text(text(plan, rows, forms, minutes(results), device))
+
+
+def minutes(results: Sequence[Result]) -> float:
+    """What all trainings took, also those that were done when this run began."""
+    epochs = ((len(r.training), row["images_per_s"]) for r in results for row in r.history)
+    return sum(images / speed for images, speed in epochs) / 60
 
 
 def quality(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -176,7 +180,7 @@ def draw_losses(results: Sequence[Result], path: Path) -> None:
 
 
 def text(
-    plan: Any, rows: Sequence[dict[str, Any]], forms: Sequence[str], seconds: float, device: str
+    plan: Any, rows: Sequence[dict[str, Any]], forms: Sequence[str], minutes: float, device: str
 ) -> str:
     """The report in words."""
     lines = [
@@ -184,7 +188,7 @@ def text(
         "",
         f"Network `{plan.network}`, {plan.images:,} images, {plan.epochs} epochs of batch"
         f" {plan.batch}; {plan.samples} samples by {plan.steps} ancestral steps with the variance"
-        f" beta_t. {device}, torch {torch.__version__}, {seconds / 60:.0f} minutes in this run.",
+        f" beta_t. {device}, torch {torch.__version__}, trained in {minutes:.0f} minutes.",
         "",
         "`triangles`: the share of samples that pass the measure of"
         " `benchmarks/triangle_quality.py`; `of_data`: that of images made by the recipe."
