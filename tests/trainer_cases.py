@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ddpm_fast import UNet
+from cases import same_bits
+from ddpm_fast import NoiseSchedule, UNet
 from ddpm_fast.training.options import TrainOptions
+from ddpm_fast.training.trainer import Trainer
 
+LINEAR = NoiseSchedule.linear()
 SHAPE = (1, 8, 8)
 TINY = {
     "sample_size": 8,
@@ -85,3 +88,23 @@ def losses(trainer) -> list[tuple[float, float, float, float | None]]:
     """What a history says of the losses, with all digits."""
     names = ("loss", "loss_min", "loss_max", "test_loss")
     return [tuple(row[name] for name in names) for row in trainer.history]
+
+
+def trainer(out, model=None, data=None, schedule=LINEAR, chosen=None, **others) -> Trainer:
+    model = model if model is not None else network()
+    data = data if data is not None else Squares()
+    return Trainer(model, data, schedule, chosen or options(), out, device="cpu", **others)
+
+
+def run(made: Trainer) -> Trainer:
+    for _ in made.run(progress=False):
+        pass
+    return made
+
+
+def weights(module) -> list[torch.Tensor]:
+    return [value.clone() for value in module.state_dict().values()]
+
+
+def same_weights(a, b) -> bool:
+    return all(map(same_bits, weights(a), weights(b)))
