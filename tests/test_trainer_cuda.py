@@ -34,10 +34,11 @@ def test_a_step_waits_for_nothing(tmp_path, precision):
     made = run(trainer(tmp_path, options(precision=precision, **LABELLED)))  # warm
     images = torch.randn(28, 1, 8, 8, device="cuda").to(memory_format=torch.channels_last)
     labels = torch.zeros(28, dtype=torch.int64, device="cuda")
+    t = torch.full((28,), 500, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss = made._train_step(images, labels, 10_000, 1e-3)
+        loss = made._train_step(images, labels, t, 10_000)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert math.isfinite(loss.item())
