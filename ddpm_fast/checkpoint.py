@@ -241,7 +241,9 @@ def save(
 
     All is written and flushed to a folder beside the target, which then takes its name; after an
     error the target is as it was and nothing else is left. With `overwrite` an existing
-    checkpoint is replaced as a whole, and on Linux is there at every moment, the old or the new.
+    checkpoint is replaced as a whole; where the file system can exchange two names (Linux has
+    several) it is there at every moment, the old or the new, and elsewhere is
+    ``.<name>.<token>.old`` between two renames.
 
     Raises:
         TypeError: `unet` or `schedule` is something else.

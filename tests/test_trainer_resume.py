@@ -226,5 +226,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     run(trainer(tmp_path))
     (tmp_path / ".ddpm_fast.0badcafe.tmp").write_bytes(b"half")
     (tmp_path / f".{CHECKPOINT}.0badcafe.old").mkdir()
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / ".ddpm_fast.0badcafe.tmp").write_bytes(b"half")
     trainer(tmp_path, resume=True)
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.rglob(".*"))

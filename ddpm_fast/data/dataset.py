@@ -166,7 +166,8 @@ class ImageData(Dataset):
     def batch(self, indices: Sequence[int]) -> Tensor | tuple[Tensor, Tensor]:
         """``data[i]`` of several at once: float32 [n, C, H, W] and, with labels, int64 [n].
 
-        The images are the caller's to change.
+        The images are the caller's to change. A subclass with another ``__getitem__`` needs
+        another ``batch``.
         """
         places = self._indices[np.asarray(indices, dtype=np.int64)]
         if isinstance(self._source, TensorImages):

@@ -12,7 +12,7 @@ import torch
 from ddpm_fast.images import replacing
 
 FORMAT = 1
-KEYS = {"options", "identity", "epoch", "step", "history", "losses"}
+KEYS = {"options", "identity", "epoch", "step", "history", "losses", "seconds"}
 KEYS |= {"network", "average", "optimizer", "scaler"}
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from ddpm_fast.training.losses import training_losses
 from ddpm_fast.training.options import TrainOptions
 from ddpm_fast.training.processes import processes
 from ddpm_fast.training.state import differences, read_state, write_state
+from ddpm_fast.training.tally import Tally
 
 STATE, HISTORY, CHECKPOINT, CURVE = "state.pt", "history.csv", "checkpoint", "loss.png"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,7 +46,7 @@ class Trainer:
     Order, timesteps, noise and dropped labels are functions of the seed and of an image's place in
     the run (`order`), so that a run that was killed and goes on has the losses of one that was not,
     and several processes, started by ``accelerate launch`` or ``torchrun``, those of one. A dropout
-    in the network is drawn by epoch and process.
+    in the network is drawn by step and process.
 
     resume: go on from ``state.pt``. save_every: epochs between savings; the last one saves.
     save_steps: also save after every so many steps, for epochs of hours; None for never.
@@ -104,9 +104,8 @@ class Trainer:
         self._feed = Feed(self.device, workers)
         self.epoch, self.step = 0, 0
         self.history: list[dict[str, Any]] = []
-        # Of the steps of this epoch: over all processes, and those of this one not yet read.
-        self._losses: list[float] = []
-        self._unread: list[Tensor] = []
+        self._tally = Tally(self._processes, 0, 0)
+        self._in_step = False
         self._null_label = (network.config.num_classes or 0) - 1
         self._identity = identity(network, data, schedule)
         if resume:
@@ -115,9 +114,10 @@ class Trainer:
             raise FileExistsError(
                 f"{self.out}: holds a run ({found[0]}); resume it, or take another folder"
             )
+        self._processes.wait_for_everyone()  # all have looked before one writes
         if self.is_main:
             prepare_folder(self.out)
-            _remove_leftovers(self.out)
+            _clear_up(self.out)
 
     @property
     def is_main(self) -> bool:
@@ -134,10 +134,17 @@ class Trainer:
         """Steps of the whole run."""
         return self.options.epochs * self._epoch_steps
 
+    @property
+    def between_epochs(self) -> bool:
+        """Whether the last step was the last of epoch ``epoch - 1``, or none was made yet."""
+        return self.step == self.epoch * self._epoch_steps
+
     def run(self, progress: bool = True) -> Iterator[dict[str, Any]]:
         """Train to the last epoch; yields the row of the history after each.
 
-        Raises RuntimeError where a loss is not finite; what was saved before stays.
+        Raises RuntimeError where a loss is not finite; what was saved before stays. After an
+        interrupt it may be called again, unless that came within a step: then it raises, and
+        another `Trainer` goes on with ``resume=True``.
         """
         shown = tqdm(
             total=self.steps,
@@ -153,8 +160,12 @@ class Trainer:
             while self.epoch < self.options.epochs:
                 row = self._epoch(bar)
                 bar.set_postfix(loss=f"{row['loss']:.4g}")
-                self.history.append(row)
-                self.epoch += 1
+                # At once, so that an interrupt finds all of it or nothing.
+                self.history, self._tally, self.epoch = (
+                    [*self.history, row],
+                    Tally(self._processes, self.epoch + 1, self.step),
+                    self.epoch + 1,
+                )
                 at_epoch = self.epoch % self.save_every == 0 or self.epoch == self.options.epochs
                 if at_epoch or self._saves_at_step():
                     self.save()
@@ -164,9 +175,13 @@ class Trainer:
         """Write the state, the history and the checkpoint; by the main process, for all.
 
         Raises OSError with the path and the reason, and RuntimeError where a loss or a weight is
-        not finite; what was saved before is then intact.
+        not finite, or a step was interrupted; what was saved before is then intact.
         """
-        self._read_losses()
+        if self._in_step:
+            raise RuntimeError(
+                f"step {self.step} was interrupted: go on from {self.out / STATE} with resume=True"
+            )
+        self._tally.read()
         norms = torch._foreach_norm([*self._parameters, *self.averaged.parameters()])
         if not torch.stack(norms).isfinite().all():
             raise RuntimeError(f"the weights are not finite after step {self.step - 1}")
@@ -191,39 +206,44 @@ class Trainer:
     def _epoch(self, bar: Any) -> dict[str, Any]:
         """The rest of a pass over the training images, and the held-out loss after it."""
         options, ranks = self.options, self._processes.num_processes
-        rank, begun, first_step = self._processes.process_index, time.perf_counter(), self.step
+        rank, first_step = self._processes.process_index, self.epoch * self._epoch_steps
         images_of = order.Epoch(len(self.train_data), self.batch, options.seed, self.epoch)
-        places = list(images_of.batches(rank, ranks))[self.step - self.epoch * self._epoch_steps :]
+        places = list(images_of.batches(rank, ranks))[self.step - first_step :]
         t, lost = self._draws(images_of.first, self._epoch_steps * self.batch)
-        rate = options.lr
-        devices = range(torch.cuda.device_count()) if self.device.type == "cuda" else ()
-        with torch.random.fork_rng(devices):
+        with self._own_generator():
             self._model.train()
-            for images, labels, first in self._feed(self.train_data, places, self.epoch):
+            self._tally.start()
+            fed = self._feed(self.train_data, places, self.epoch)
+            for _ in places:
+                # Before the images are fetched, which may draw from it too.
                 torch.manual_seed(order.torch_seed(options.seed, self.step, rank))
-                rate = options.rate(self.step, self.steps)
+                images, labels, first = next(fed)
                 begin = first - images_of.first
                 own = slice(begin, begin + len(images))
                 if labels is not None and lost is not None:
                     labels = torch.where(lost[own], self._null_label, labels)
-                self._unread.append(self._train_step(images, labels, t[own], first, rate))
+                self._in_step = True
+                self._tally.add(self._train_step(images, labels, t[own], first))
                 self.step += 1
+                self._in_step = False
                 bar.update(1)
                 if self._saves_at_step() and self.step % self._epoch_steps:
                     self.save()
-        self._read_losses()
-        mean, self._losses = torch.tensor(self._losses, dtype=torch.float64), []
-        seconds = time.perf_counter() - begun
+                    self._tally.start()
+        self._tally.read()
+        found = self._tally.row(len(self._tally.losses) * self.batch)
         return {
             "epoch": self.epoch,
             "steps": self.step,
-            "lr": rate,
-            "loss": float(mean.mean()),
-            "loss_min": float(mean.min()),
-            "loss_max": float(mean.max()),
+            "lr": options.rate(self.step - 1, self.steps),
+            **found,
             "test_loss": self._held_out(),
-            "images_per_s": round((self.step - first_step) * self.batch / seconds, 2),
         }
+
+    def _own_generator(self) -> AbstractContextManager[None]:
+        """Torch's generators for the trainer; the caller's are as they were after it."""
+        devices = range(torch.cuda.device_count()) if self.device.type == "cuda" else ()
+        return torch.random.fork_rng(devices)
 
     def _draws(self, first: int, num: int) -> tuple[Tensor, Tensor | None]:
         """Timesteps, and which labels are lost, of the places from ``first`` on, on the device."""
@@ -236,25 +256,9 @@ class Trainer:
     def _saves_at_step(self) -> bool:
         return self.save_steps is not None and self.step % self.save_steps == 0
 
-    def _read_losses(self) -> None:
-        """Take in the losses since the last reading; nothing waits for a GPU between two.
-
-        Raises RuntimeError where one is not finite.
-        """
-        if not self._unread:
-            return
-        # Of all processes, in the order of the places.
-        mean = self._processes.reduce(torch.stack(self._unread), "mean").double().cpu()
-        first, self._unread = self.step - len(self._unread), []
-        if not mean.isfinite().all():
-            step = first + int((~mean.isfinite()).nonzero()[0])
-            raise RuntimeError(f"the loss is not finite at step {step}, epoch {self.epoch}")
-        self._losses += mean.tolist()
-
-    def _train_step(
-        self, images: Tensor, labels: Tensor | None, t: Tensor, first: int, rate: float
-    ) -> Tensor:
+    def _train_step(self, images: Tensor, labels: Tensor | None, t: Tensor, first: int) -> Tensor:
         """One step of the optimizer; the mean loss of this process's images, on the device."""
+        rate = self.options.rate(self.step, self.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
@@ -316,10 +320,12 @@ class Trainer:
         stream = order.STREAM_HELD_OUT_TIMESTEPS
         t = order.timesteps(options.seed, 0, num, self.schedule.T, stream).to(self.device)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for images, labels, first in self._feed(self.test_data, cuts, 0):
-            own = t[first : first + len(images)]
-            loss = self._loss(network, images, labels, own, first, order.STREAM_HELD_OUT)
-            total += loss.double() * len(images)
+        with self._own_generator():
+            torch.manual_seed(order.torch_seed(options.seed, 0, rank))
+            for images, labels, first in self._feed(self.test_data, cuts, 0):
+                own = t[first : first + len(images)]
+                loss = self._loss(network, images, labels, own, first, order.STREAM_HELD_OUT)
+                total += loss.double() * len(images)
         return float(self._processes.reduce(total, "sum")) / num
 
     def _state(self) -> dict[str, Any]:
@@ -329,7 +335,8 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "history": self.history,
-            "losses": self._losses,
+            "losses": self._tally.losses,
+            "seconds": self._tally.seconds,
             "network": self.network.state_dict(),
             "average": self._average.module.state_dict() if self._average else None,
             "optimizer": self._optimizer.state_dict(),
@@ -356,12 +363,24 @@ class Trainer:
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
-        self.history, self._losses = list(state["history"]), list(state["losses"])
+        self.history = list(state["history"])
+        self._tally = Tally(
+            self._processes,
+            self.epoch,
+            self.epoch * self._epoch_steps,
+            state["losses"],
+            state["seconds"],
+        )
 
 
-def _remove_leftovers(out: Path) -> None:
-    """What a process that was killed while it wrote has left."""
-    for path in (*out.glob(".ddpm_fast.*.tmp"), *out.glob(f".{CHECKPOINT}.*")):
+def _clear_up(out: Path) -> None:
+    """Remove what a process that was killed while it wrote has left."""
+    if not (out / CHECKPOINT).exists():
+        # Killed between two renames, where the file system has no exchange of names.
+        for path in sorted(out.glob(f".{CHECKPOINT}.*.old"))[:1]:
+            path.rename(out / CHECKPOINT)
+    unfinished = (".ddpm_fast.*.tmp", "samples/.ddpm_fast.*.tmp", f".{CHECKPOINT}.*")
+    for path in (path for names in unfinished for path in out.glob(names)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
