@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ pytest.importorskip("accelerate", reason="needs accelerate")
 
 import ddpm_fast
 from cli_runs import error_of, run
+from ddpm_fast.training.trainer import Trainer
 
 QUICK = ("--network", "tiny", "--batch", "8", "--warmup", "1", "--device", "cpu", "--no-progress")
 
@@ -74,6 +78,61 @@ def test_what_a_kill_left_out_is_made_up_for() -> None:
     train(*given, "--epochs", 4, "--sample-every", 1, "--decay", "none", "--resume")
     board = EventAccumulator("run/tensorboard").Reload()
     assert [event.step for event in board.Scalars("loss")] == [4, 6, 8]  # two steps an epoch
+    shutil.rmtree("run/tensorboard")
+    train(*given, "--epochs", 4, "--sample-every", 1, "--decay", "none", "--resume")
+    board = EventAccumulator("run/tensorboard").Reload()
+    assert [event.step for event in board.Scalars("loss")] == [2, 4, 6, 8]
+
+
+def test_a_sheet_is_of_the_weights_of_its_epoch() -> None:
+    """Neither of a run that was there before, nor of weights within the next epoch."""
+    given = ("--data", "triangles-array", "--num", 20, "--decay", "none", "--sample-steps", 2)
+    sheet = Path("run/samples/00001.png")
+    sheet.parent.mkdir(parents=True)
+    sheet.write_bytes(b"of another run")
+    train(*given, "--sample-every", 1)
+    first = sheet.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    # Two steps an epoch: what is saved last is the third.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_held_out", held_out_of(1, Trainer._held_out))
+        train(*given, "--epochs", 2, "--save-steps", 1, "--resume", status=2)
+    sheet.unlink()
+    train(*given, "--epochs", 2, "--sample-every", 1, "--resume")
+    assert not sheet.exists()
+    assert Path("run/samples/00002.png").is_file()
+
+
+def held_out_of(epoch: int, held_out: Callable[..., float | None]) -> Callable[..., float | None]:
+    """The held-out pass, which fails after that epoch."""
+
+    def found(trainer: Trainer) -> float | None:
+        if trainer.epoch == epoch:
+            raise RuntimeError("out of memory")
+        return held_out(trainer)
+
+    return found
+
+
+@pytest.mark.parametrize(
+    ("package", "more"),
+    [
+        ("torch.utils.tensorboard", ("--tensorboard",)),
+        ("accelerate", ()),
+        ("sklearn.datasets", ("--data", "digits")),
+        ("torchvision.transforms", ("--data", "./photos")),
+    ],
+)
+def test_a_package_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, package: str, more: tuple[str, ...]
+) -> None:
+    photos(*[(8, 8)] * 4)
+    for name in [n for n in sys.modules if n == package or n.startswith(f"{package}.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    given = ("--data", "triangles-array", "--num", 20)
+    assert "pip install" in refused(*given, *more)
+    assert not Path("run").exists()
 
 
 def test_options_that_reach_the_trainer() -> None:

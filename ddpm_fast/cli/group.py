@@ -10,6 +10,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+_REPORTED = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ImportError)
+
 
 class Commands(TyperGroup):
     """A group whose commands end an error of the package as ``error: ...`` with exit status 2."""
@@ -21,7 +23,7 @@ class Commands(TyperGroup):
                 return super().invoke(ctx)
             except (typer.Exit, typer.Abort, BrokenPipeError):
                 raise
-            except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+            except _REPORTED as error:
                 if ctx.params.get("debug"):
                     raise
                 typer.echo(f"error: {_one_line(error)}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -157,24 +158,25 @@ def train(
         say("steps", f"{trainer.step} .. {trainer.steps}")
     board = Board(out / "tensorboard", trainer.history) if tensorboard and trainer.is_main else None
 
-    def sheet_if_due() -> None:
-        if sample_every and trainer.epoch and trainer.epoch % sample_every == 0:
-            path = out / "samples" / f"{trainer.epoch:05d}.png"
-            if not path.exists():
-                save_samples(trainer, path, steps=sample_steps)
+    def sheet_path() -> Path | None:
+        """Of the sheet that is due after the epochs so far."""
+        due = sample_every and trainer.epoch and trainer.epoch % sample_every == 0
+        return out / "samples" / f"{trainer.epoch:05d}.png" if due else None
 
     def draw() -> None:
         try:
             trainer.draw(f"{network} on {images.name}, {schedule}")
         except NoMatplotlibError as error:
-            typer.echo(f"note: no loss.png, {error}", err=True)
+            warnings.warn(f"no loss.png, {error}", stacklevel=1)
 
-    sheet_if_due()  # where a run was killed before it
+    path = sheet_path()
+    if path and trainer.between_epochs and not path.exists():  # a run was killed before it
+        save_samples(trainer, path, steps=sample_steps)
     for row in trainer.run(progress):
         if board is not None:
             board.show(row)
-        sheet_if_due()
-        if sample_every and trainer.epoch % sample_every == 0:
+        if path := sheet_path():
+            save_samples(trainer, path, steps=sample_steps)
             draw()
     draw()
     if trainer.is_main:

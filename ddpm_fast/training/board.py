@@ -23,16 +23,17 @@ def require_tensorboard() -> Any:
 class Board:
     """A row of the history for each epoch, over the steps.
 
-    history: what a run that goes on has behind it. Its last row is written again, and later ones
-    are taken back, which a run may have shown after its last saving.
+    history: what a run that goes on has behind it. Its last row is written again, or all of it in
+    a folder that is new, and later ones are taken back, which a run may have shown after its last
+    saving.
     """
 
     def __init__(self, folder: Path, history: Sequence[dict[str, Any]] = ()) -> None:
-        last = history[-1] if history else None
-        begin = last["steps"] if last else 0
+        again = history[-1:] if folder.exists() else history
+        begin = again[0]["steps"] if again else 0
         self._writer = require_tensorboard()(str(folder), purge_step=begin)
-        if last:
-            self.show(last)
+        for row in again:
+            self.show(row)
 
     def show(self, row: dict[str, Any]) -> None:
         """Write a row, to be seen at once."""
