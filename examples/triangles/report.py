@@ -93,7 +93,7 @@ def write_report(out: Path, plan: Any, results: Sequence[Result], device: str) -
 
 
 def minutes(results: Sequence[Result]) -> float:
-    """What all trainings took, also those that were done when this run began."""
+    """What the steps of all trainings took, also those that were done when this run began."""
     epochs = ((len(r.training), row["images_per_s"]) for r in results for row in r.history)
     return sum(images / speed for images, speed in epochs) / 60
 
@@ -188,7 +188,7 @@ def text(
         "",
         f"Network `{plan.network}`, {plan.images:,} images, {plan.epochs} epochs of batch"
         f" {plan.batch}; {plan.samples} samples by {plan.steps} ancestral steps with the variance"
-        f" beta_t. {device}, torch {torch.__version__}, trained in {minutes:.0f} minutes.",
+        f" beta_t. {device}, torch {torch.__version__}, trained in {minutes:.0f} minutes of steps.",
         "",
         "`triangles`: the share of samples that pass the measure of"
         " `benchmarks/triangle_quality.py`; `of_data`: that of images made by the recipe."

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from report import Result, draw_samples, write_report
+from report import STARTS, Result, draw_samples, write_report
 
 from ddpm_fast import NoiseSchedule, ScheduleWarning
 from ddpm_fast.data import load_data
@@ -86,14 +87,25 @@ def train(plan: Plan, form: str, name: str, out: Path, device: str, progress: bo
     return trainer
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of argparse: an int from ``least`` on."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}; got {text}")
+        return value
+
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="one form of the data, a tiny network")
     which.add_argument("--gpu", action="store_true", help="the small U-Net, all three forms")
-    parser.add_argument("--epochs", type=int, help="instead of the plan's")
-    parser.add_argument("--images", type=int, help="of training, instead of the plan's")
-    parser.add_argument("--samples", type=int, help="of each network, instead of the plan's")
+    parser.add_argument("--epochs", type=at_least(1), help="instead of the plan's")
+    parser.add_argument("--images", type=at_least(10), help="of training, instead of the plan's")
+    parser.add_argument("--samples", type=at_least(STARTS), help="of each network, likewise")
     parser.add_argument("--out", type=Path, help="folder of the report")
     parser.add_argument("--runs", type=Path, help="folder of the trainings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -104,14 +116,16 @@ def main() -> None:
     warnings.simplefilter("ignore", ScheduleWarning)
     plan = PLANS["quick" if options.quick else "gpu" if options.gpu else "full"]
     wanted = {name: getattr(options, name) for name in ("epochs", "images", "samples")}
-    plan = replace(plan, **{name: value for name, value in wanted.items() if value})
+    plan = replace(plan, **{name: value for name, value in wanted.items() if value is not None})
     out = options.out or Path("out") / f"triangles-{plan.name}"
     runs = options.runs or out / "runs"
     results: list[Result] = []
     for form in plan.forms:
         for name in SCHEDULES:
             print(f"{form}, {name}", flush=True)
-            folder = runs / form / name.replace(" ", "-").replace("^", "")
+            # Of its own for every length: another is another curve of the learning rate.
+            length = f"{plan.images}-images-{plan.epochs}-epochs"
+            folder = runs / length / form / name.replace(" ", "-").replace("^", "")
             trainer = train(plan, form, name, folder, options.device, not options.no_progress)
             results.append(draw_samples(trainer, form, name, plan.samples, plan.steps))
     write_report(out, plan, results, options.device)
