@@ -191,7 +191,8 @@ def text(
         f" beta_t. {device}, torch {torch.__version__}, trained in {minutes:.0f} minutes of steps.",
         "",
         "`triangles`: the share of samples that pass the measure of"
-        " `benchmarks/triangle_quality.py`; `of_data`: that of images made by the recipe."
+        f" `benchmarks/triangle_quality.py`, with a standard error of up to"
+        f" {0.5 / plan.samples**0.5:.2f}; `of_data`: that of images made by the recipe."
         " `ks_area`: Kolmogorov-Smirnov distance of the foreground's areas. `grey`: the share of"
         " pixels that are neither black nor white. `nearest`: the median distance to the nearest"
         " training image, over that of fresh triangles.",
