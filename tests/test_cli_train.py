@@ -142,6 +142,21 @@ def test_options_that_reach_the_trainer() -> None:
     assert "betas: [0.8, 0.95], now [0.9, 0.999]" in unlike
 
 
+def test_another_network_or_data_set_is_refused() -> None:
+    given = ("--data", "triangles-array", "--num", 20)
+    train(*given)
+    before = Path("run/state.pt").read_bytes()
+    for more, words in (
+        (("--network", "small"), "network.block_out_channels"),
+        (("--data", "triangles"), "data.name: 'triangles-array', now 'triangles'"),
+        (("--seed", 3), "seed: 0, now 3"),
+        (("--schedule", "cosine"), "schedule.name: 'linear', now 'cosine'"),
+    ):
+        assert words in refused(*given, *more, "--resume")
+    assert "holds a run (state.pt); resume it" in refused(*given)
+    assert Path("run/state.pt").read_bytes() == before
+
+
 def test_a_checkpoint_is_trained_further() -> None:
     photos(*[(8, 8)] * 20)
     train("--data", "./photos")

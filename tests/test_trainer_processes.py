@@ -118,23 +118,3 @@ def test_two_processes_have_the_losses_of_one(whole, tmp_path):
     run(out, launch=(*launch, "-m", "--", "ddpm_fast"))
     for ours, theirs in zip(losses(out), losses(whole), strict=True):
         assert [float(v) for v in ours] == pytest.approx([float(v) for v in theirs], rel=2e-4)
-
-
-def test_another_network_or_data_set_is_refused(whole):
-    before = (whole / "state.pt").read_bytes()
-    for more, words in (
-        (("--network", "small"), "network.block_out_channels"),
-        (("--data", "triangles"), "data.name: 'triangles-array', now 'triangles'"),
-        (("--seed", "3"), "seed: 0, now 3"),
-        (("--schedule", "cosine"), "schedule.name: 'linear', now 'cosine'"),
-    ):
-        made = subprocess.run(
-            command(whole, "--resume", *more), capture_output=True, text=True, env=environment()
-        )
-        assert made.returncode == 2
-        assert words in made.stderr
-        assert len(made.stderr.strip().splitlines()) == 1
-    made = subprocess.run(command(whole), capture_output=True, text=True, env=environment())
-    assert made.returncode == 2
-    assert "holds a run (state.pt); resume it" in made.stderr
-    assert (whole / "state.pt").read_bytes() == before
