@@ -135,6 +135,17 @@ def test_a_package_that_is_missing_is_named(
     assert not Path("run").exists()
 
 
+def test_without_matplotlib_a_run_has_no_curve_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    given = ("--data", "triangles-array", "--num", 20, "--epochs", 3, "--sample-every", 1)
+    made = train(*given, "--sample-steps", 2)
+    assert made.stderr.count("note: no loss.png") == 1
+    assert Path("run/samples/00003.png").is_file()
+    assert not Path("run/loss.png").exists()
+
+
 def test_options_that_reach_the_trainer() -> None:
     given = ("--data", "triangles-array", "--num", 20)
     train(*given, "--betas", 0.8, 0.95, "--epochs", 2, "--save-steps", 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from ddpm_fast.cli.devices import device_text
 from ddpm_fast.cli.output import say
 from ddpm_fast.cli.schedules import SCHEDULES, schedule_of
-from ddpm_fast.figures import NoMatplotlibError
+from ddpm_fast.figures import NoMatplotlibError, require_matplotlib
 from ddpm_fast.unet.architectures import ARCHITECTURES
 
 DATA = ("triangles", "triangles-lowres", "triangles-array", "digits")
@@ -163,12 +162,8 @@ def train(
         due = sample_every and trainer.epoch and trainer.epoch % sample_every == 0
         return out / "samples" / f"{trainer.epoch:05d}.png" if due else None
 
-    def draw() -> None:
-        try:
-            trainer.draw(f"{network} on {images.name}, {schedule}")
-        except NoMatplotlibError as error:
-            warnings.warn(f"no loss.png, {error}", stacklevel=1)
-
+    title = f"{network} on {images.name}, {schedule}"
+    draws = trainer.is_main and _can_draw()
     path = sheet_path()
     if path and trainer.between_epochs and not path.exists():  # a run was killed before it
         save_samples(trainer, path, steps=sample_steps)
@@ -177,10 +172,22 @@ def train(
             board.show(row)
         if path := sheet_path():
             save_samples(trainer, path, steps=sample_steps)
-            draw()
-    draw()
+            if draws:
+                trainer.draw(title)
+    if draws:
+        trainer.draw(title)
     if trainer.is_main:
         last = trainer.history[-1]
         held_out = "" if last["test_loss"] is None else f", held out {last['test_loss']:.5g}"
         say("loss", f"{last['loss']:.5g}{held_out}")
         say("wrote", str(out / "checkpoint"))
+
+
+def _can_draw() -> bool:
+    """Whether there is matplotlib; where not, a note says what will be missing."""
+    try:
+        require_matplotlib()
+    except NoMatplotlibError as error:
+        typer.echo(f"note: no loss.png, {error}", err=True)
+        return False
+    return True
