@@ -11,7 +11,7 @@ pytest.importorskip("accelerate", reason="needs accelerate")
 
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.training.trainer import Trainer
-from trainer_cases import Labelled, losses, network, options
+from trainer_cases import Labelled, losses, network, options, run
 
 pytestmark = pytest.mark.cuda
 LABELLED = {"label_dropout": 0.5, "offset_noise": 0.1}
@@ -21,12 +21,6 @@ def trainer(out, chosen, **others) -> Trainer:
     """Its last class stands for no label."""
     model = network(num_class_embeds=6)
     return Trainer(model, Labelled(), NoiseSchedule.linear(), chosen, out, device="cuda", **others)
-
-
-def run(made: Trainer) -> Trainer:
-    for _ in made.run(progress=False):
-        pass
-    return made
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])

@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("accelerate", reason="needs accelerate")
 
-
 from ddpm_fast.training.options import TrainOptions
 from trainer_cases import LINEAR, TINY, Labelled, network, options, trainer
 

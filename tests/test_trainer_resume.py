@@ -11,19 +11,10 @@ import torch
 
 pytest.importorskip("accelerate", reason="needs accelerate")
 
-
 import ddpm_fast
 from ddpm_fast import NoiseSchedule, ThesisUNet
 from ddpm_fast.training.trainer import CHECKPOINT, HISTORY, STATE
-from trainer_cases import (
-    Squares,
-    losses,
-    network,
-    options,
-    run,
-    same_weights,
-    trainer,
-)
+from trainer_cases import Squares, losses, network, options, run, same_weights, trainer
 
 
 @pytest.mark.parametrize(
