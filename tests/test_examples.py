@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "encode_interpolate_decode.ipynb"
+from ddpm_fast.bench.results import read_csv
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+NOTEBOOK = EXAMPLES / "encode_interpolate_decode.ipynb"
+EXPERIMENT = EXAMPLES / "triangles" / "run.py"
 
 
 def pictures(notebook) -> list[int]:
@@ -16,6 +23,31 @@ def pictures(notebook) -> list[int]:
         for cell in notebook.cells
         if cell.cell_type == "code"
     ]
+
+
+def test_the_triangle_experiment_writes_its_report(tmp_path):
+    """One step of training for each schedule; the machine and its date beside the numbers."""
+    pytest.importorskip("accelerate", reason="needs accelerate")
+    pytest.importorskip("scipy", reason="needs scipy")
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    small = ("--quick", "--epochs", "1", "--images", "20", "--samples", "5", "--device", "cpu")
+    command = [sys.executable, EXPERIMENT, *small, "--no-progress", "--out", tmp_path]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DDPM_FAST_CACHE": "off"}
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment)
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "forward.png",
+        "loss_triangles-array.png",
+        "reverse_triangles-array.png",
+        "schedules.png",
+        "starts_triangles-array.png",
+    }
+    rows = read_csv(tmp_path / "quality.csv")
+    assert [row["schedule"] for row in rows] == ["linear", "sine wave", "x^1.5", "x^2", "x^10"]
+    assert all(row["date"] and row["cpu"] and row["samples"] == "5" for row in rows)
+    told = (tmp_path / "README.md").read_text()
+    assert "20 images, 1 epochs of batch 64; 5 samples" in told
+    assert f"{rows[0]['cores']} cores of {rows[0]['cpu']}" in told
+    assert "no network has learnt triangles" in told
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, Sampler, StepTable, philox_normal, q_sample
+from ddpm_fast.bench.results import metadata, write_csv
 from ddpm_fast.data import make_triangles
 from ddpm_fast.figures import ACCENT, FAINT, INK, entitle, new_figure, save_figure
 from ddpm_fast.images import prepare_folder, save_png, sheet
@@ -85,11 +85,11 @@ def write_report(out: Path, plan: Any, results: Sequence[Result], device: str) -
         save_png(sheet(starts, STARTS, 2, 2, names), out / f"starts_{form}.png")
         draw_losses(of_form, out / f"loss_{form}.png")
     rows = quality(results)
-    with (out / "quality.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    (out / "README.md").write_text(text(plan, rows, forms, minutes(results), device))
+    about = metadata()
+    write_csv(out / "quality.csv", [about | row for row in rows])
+    machine = str(about["gpu"]) if device != "cpu" else f"{about['cores']} cores of {about['cpu']}"
+    when = f"{str(about['date'])[:10]}, {machine}, torch {torch.__version__}"
+    (out / "README.md").write_text(text(plan, rows, forms, minutes(results), when))
 
 
 def minutes(results: Sequence[Result]) -> float:
@@ -98,27 +98,42 @@ def minutes(results: Sequence[Result]) -> float:
     return sum(images / speed for images, speed in epochs) / 60
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a form of the data is measured against: images that its recipe makes."""
+
+    share: float  # of triangles
+    areas: Any  # of the foregrounds
+    nearest: Memorisation
+
+
+def recipe(form: str, training: Any) -> Recipe:
+    """Of a form; training: its data set, which all of its trainings share."""
+    fresh = make_triangles(2_000, seed=7, form=form)
+    seen = torch.stack([training[i] for i in range(len(training))]).numpy()
+    nearest = Memorisation(seen, lambda num: fresh[:num])
+    return Recipe(triangle_share(fresh), foreground_areas(fresh), nearest)
+
+
 def quality(results: Sequence[Result]) -> list[dict[str, Any]]:
     """How many samples are triangles, beside images that the recipe makes."""
+    training = {result.form: result.training for result in results}
+    recipes = {form: recipe(form, images) for form, images in training.items()}
     rows = []
     for result in results:
-        fresh = make_triangles(2_000, seed=7, form=result.form)
-        seen = result.training
-        training = torch.stack([seen[i] for i in range(len(seen))]).numpy()
-        nearest = Memorisation(training, lambda n, fresh=fresh: fresh[:n])
-        share, of_data = (triangle_share(i) for i in (result.images.numpy(), fresh))
-        areas = [foreground_areas(i) for i in (result.images.numpy(), fresh)]
+        of_data, images = recipes[result.form], result.images.numpy()
+        areas = foreground_areas(images), of_data.areas
         rows.append(
             {
                 "form": result.form,
                 "schedule": result.schedule,
                 "signal_left": f"{float(result.noise.sqrt_alphas_cumprod[-1]):.3f}",
-                "samples": len(result.images),
-                "triangles": f"{share:.3f}",
-                "of_data": f"{of_data:.3f}",
+                "samples": len(images),
+                "triangles": f"{triangle_share(images):.3f}",
+                "of_data": f"{of_data.share:.3f}",
                 "ks_area": f"{stats.ks_2samp(*areas).statistic:.3f}",
                 "grey": f"{float((result.images.abs() < 0.5).float().mean()):.3f}",
-                "nearest": f"{nearest.columns(result.images.numpy())['nearest_of_fresh']:.3f}",
+                "nearest": f"{of_data.nearest.columns(images)['nearest_of_fresh']:.3f}",
                 "loss": f"{result.last['loss']:.5f}",
                 "test_loss": f"{result.last['test_loss']:.5f}",
             }
@@ -180,7 +195,7 @@ def draw_losses(results: Sequence[Result], path: Path) -> None:
 
 
 def text(
-    plan: Any, rows: Sequence[dict[str, Any]], forms: Sequence[str], minutes: float, device: str
+    plan: Any, rows: Sequence[dict[str, Any]], forms: Sequence[str], minutes: float, when: str
 ) -> str:
     """The report in words."""
     lines = [
@@ -188,7 +203,7 @@ def text(
         "",
         f"Network `{plan.network}`, {plan.images:,} images, {plan.epochs} epochs of batch"
         f" {plan.batch}; {plan.samples} samples by {plan.steps} ancestral steps with the variance"
-        f" beta_t. {device}, torch {torch.__version__}, trained in {minutes:.0f} minutes of steps.",
+        f" beta_t. {when}, trained in {minutes:.0f} minutes of steps.",
         "",
         "`triangles`: the share of samples that pass the measure of"
         f" `benchmarks/triangle_quality.py`, with a standard error of up to"
