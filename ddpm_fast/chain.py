@@ -30,6 +30,8 @@ class DynamicThreshold:
     Raises TypeError, ValueError for other numbers.
     """
 
+    __module__ = "ddpm_fast"  # as in NoiseSchedule
+
     quantile: float = 0.995
     cap: float = inf
 

@@ -55,6 +55,9 @@ class NoiseSchedule(Frozen):
     ScheduleWarning that gives the number: its chain does not end at N(0, I), where samplers start.
     """
 
+    # Pickles name the class as users import it, so that a file can move.
+    __module__ = "ddpm_fast"
+
     T: int
     num_timesteps: int
     zero_terminal_snr: bool  # alphas_cumprod ends at 0

@@ -58,6 +58,8 @@ class StepTable(Frozen):
     timesteps that are not one integer per row, and for an unknown prediction or start.
     """
 
+    __module__ = "ddpm_fast"  # as in NoiseSchedule
+
     steps: int
     prediction: str
     start: int | Literal["random", "data"] | None

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import pickletools
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import rows_with
+from ddpm_fast.chain import DynamicThreshold
 from ddpm_fast.row import ROW_FIELDS, RowFlag, column, flags_for
 from ddpm_fast.schedules import NoiseSchedule, ScheduleWarning
 from ddpm_fast.spacing import timesteps
@@ -282,6 +284,14 @@ def test_to_rounds_once_and_shares():
     assert torch.equal(steps, table.timesteps)
     assert all(a is b for a, b in zip(table.to("cpu"), (rows, steps), strict=True))
     assert torch.equal(table.to("cpu", torch.float64)[0], table.rows)
+
+
+def test_a_pickle_names_classes_as_users_import_them():
+    schedule = NoiseSchedule.linear()
+    pickled = pickle.dumps((schedule, StepTable.ddim(schedule, steps=3, clip=DynamicThreshold())))
+    words = [word for _, word, _ in pickletools.genops(pickled) if isinstance(word, str)]
+    modules = {word for word in words if word.startswith("ddpm_fast")}
+    assert modules == {"ddpm_fast"}
 
 
 @pytest.mark.parametrize("clone", [lambda t: pickle.loads(pickle.dumps(t)), copy.deepcopy])
