@@ -1,0 +1,139 @@
+"""The build: what it decides, and that pip installs the package whole, with and without CUDA."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+ASK = """
+import ddpm_fast, json, pathlib
+from ddpm_fast import _C
+from ddpm_fast.ops.registry import NOT_LOADED
+ddpm_fast.load(pathlib.Path(ddpm_fast.__file__).parent / "assets/triangles")
+print(json.dumps([ddpm_fast.__file__, NOT_LOADED, _C.build_info()["cuda_architectures"]]))
+"""
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """setup.py as a module, with nothing built."""
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setenv("DDPM_FAST_CUDA", "0")
+    monkeypatch.delenv("DDPM_FAST_CUDA_ARCHS", raising=False)
+    spec = importlib.util.spec_from_file_location("ddpm_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("names", "flags"),
+    [
+        pytest.param(["90a"], ["-gencode=arch=compute_90a,code=sm_90a"], id="specific"),
+        pytest.param(
+            ["80", "90a+PTX"],
+            [
+                "-gencode=arch=compute_80,code=sm_80",
+                "-gencode=arch=compute_90a,code=sm_90a",
+                "-gencode=arch=compute_90,code=compute_90",
+            ],
+            id="ptx-without-the-a",
+        ),
+    ],
+)
+def test_architectures_become_flags(build, names, flags):
+    assert build.gencode(names) == flags
+
+
+def test_architectures_come_from_the_environment(build, monkeypatch):
+    assert build.architectures() == ["80", "86", "89", "90a+PTX"]
+    monkeypatch.setenv("DDPM_FAST_CUDA_ARCHS", "80, 89+PTX")
+    assert build.architectures() == ["80", "89+PTX"]
+    monkeypatch.setenv("DDPM_FAST_CUDA_ARCHS", "hopper")
+    with pytest.raises(SystemExit, match=r"'hopper' is not like 80, 90a or 89\+PTX"):
+        build.architectures()
+
+
+def toolkit(folder, release):
+    """A folder that looks like a CUDA toolkit of a release."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "release", "reason"),
+    [
+        pytest.param("13.0", "13.1", "", id="same-major"),
+        pytest.param("12.8", "13.0", "needs CUDA 12", id="other-major"),
+        pytest.param(None, "13.0", "build without CUDA", id="torch-without-cuda"),
+    ],
+)
+def test_cuda_is_decided_by_the_toolkit(build, monkeypatch, tmp_path, torch_cuda, release, reason):
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path, release)))
+    home, why = build.cuda_or_reason()
+    assert home == (None if reason else tmp_path)
+    assert reason in why
+    monkeypatch.setenv("DDPM_FAST_CUDA", "1")
+    if reason:
+        with pytest.raises(SystemExit, match="DDPM_FAST_CUDA=1, but"):
+            build.decide_cuda()
+    else:
+        assert build.decide_cuda() == tmp_path
+    monkeypatch.setenv("DDPM_FAST_CUDA", "auto")
+    assert build.decide_cuda() == home
+
+
+def test_a_wish_that_is_none_is_refused(build, monkeypatch):
+    monkeypatch.setenv("DDPM_FAST_CUDA", "yes")
+    with pytest.raises(SystemExit, match="must be auto, 0 or 1, got 'yes'"):
+        build.decide_cuda()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editable", [False, True], ids=["install", "editable"])
+def test_pip_installs_it_without_cuda(tmp_path, editable):
+    source, target = tmp_path / "source", tmp_path / "env"
+    tracked = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split("\0")
+    for name in filter(None, tracked):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    venv = [sys.executable, "-m", "venv", "--without-pip", str(target)]
+    subprocess.run(venv, check=True, capture_output=True)
+    # The packages of the environment that runs the tests, pip and torch among them.
+    site = next(target.glob("lib/python*/site-packages"))
+    (site / "outer.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
+    python = str(target / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-q"]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"DDPM_FAST_CUDA": "0"}
+    command = [*install, *(["-e"] if editable else []), str(source)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = subprocess.run(
+        [python, "-c", ASK], env=env, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert asked.returncode == 0, asked.stderr
+    where = source if editable else site
+    assert f'"{where}/ddpm_fast/__init__.py"' in asked.stdout
+    assert '"cpu": ""' in asked.stdout
+    assert "_ops_cuda is not built" in asked.stdout
+    assert asked.stdout.rstrip().endswith('""]')

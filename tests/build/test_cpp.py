@@ -1,0 +1,52 @@
+"""The C++ tests of csrc, built by CMake: with the sanitizers, and as optimised as the package."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ("baseline", "avx2", "avx512")
+
+
+def need(*tools: str) -> None:
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)} on the PATH")
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "expected"),
+    [
+        pytest.param(["-DDDPM_SANITIZE=ON"], "all", 8, id="sanitized"),
+        pytest.param([], "test_cpu_kernels", 1, id="optimised"),
+    ],
+)
+def test_ctest_passes(tmp_path: Path, options: list[str], target: str, expected: int) -> None:
+    need("cmake", "ctest", "g++")
+    run("cmake", "-S", ROOT, "-B", tmp_path, "-DCMAKE_CXX_COMPILER=g++", *options)
+    run("cmake", "--build", tmp_path, "--target", target, "--parallel", "2")
+    chosen = [] if target == "all" else ["--tests-regex", f"^{target.removeprefix('test_')}$"]
+    report = run("ctest", "--test-dir", tmp_path, "--output-on-failure", *chosen)
+    assert f"100% tests passed, 0 tests failed out of {expected}" in report
+
+
+def test_instruction_sets_share_no_symbol(tmp_path: Path) -> None:
+    """Else the linker could put AVX-512 code into the path of a processor without it."""
+    need("g++", "nm")
+    for name in KERNELS:
+        source = ROOT / "csrc" / "cpu" / f"kernels_{name}.cpp"
+        compiled = tmp_path / f"{name}.o"
+        run("g++", "-O0", "-std=c++17", f"-I{ROOT / 'csrc'}", "-c", source, "-o", compiled)
+        symbols = run("nm", "--demangle", "--defined-only", "--extern-only", compiled).splitlines()
+        shared = [line for line in symbols if f"{name}::" not in line]
+        assert [line.split()[-1] for line in shared] in ([], [f"ddpm::cpu_kernels_{name}"])

@@ -1,0 +1,104 @@
+"""What nvcc makes of the CUDA kernels. No GPU is needed, only the compiler."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+FLAGS = ["-O3", "-std=c++17", "-fmad=false", f"-I{ROOT / 'csrc'}"]
+# q_sample 4, q_posterior 2, reverse_step_ 6 and with more terms 6, reverse_step 4 and 4,
+# philox_normal 2; group_norm_ nine for each of three types, and one that is asked what it was
+# compiled for.
+KERNEL_COUNT = 28 + 27 + 1
+
+
+def find(tool: str, extra: list[Path]) -> str | None:
+    """A tool of the CUDA toolkit: of CUDA_HOME, the usual place, `extra`, or the PATH."""
+    homes = [os.environ.get("CUDA_HOME") or "/usr/local/cuda", "/usr/local/cuda"]
+    places = [Path(home) / "bin" for home in homes] + extra
+    found = [place / tool for place in places if (place / tool).is_file()]
+    return str(found[0]) if found else shutil.which(tool)
+
+
+@pytest.fixture
+def nvcc() -> str:
+    found = find("nvcc", [])
+    if found is None:
+        pytest.skip("needs nvcc in CUDA_HOME, in /usr/local/cuda or on the PATH")
+    return found
+
+
+@pytest.fixture
+def cuobjdump() -> str:
+    triton = pytest.importorskip("triton", reason="needs cuobjdump, which Triton brings along")
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    found = find("cuobjdump", [tools])
+    if found is None:
+        pytest.skip("needs cuobjdump in the CUDA toolkit or in Triton's package")
+    return found
+
+
+def compile_to(out: Path, nvcc: str, source: Path, *flags: str) -> str:
+    """Compiles for sm_90a; returns what ptxas said of registers and spills."""
+    arch = "-gencode=arch=compute_90a,code=sm_90a"
+    command = [nvcc, *FLAGS, arch, "-Xptxas", "-v", *flags, str(source), "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+def test_kernels_fit_in_registers(nvcc: str, tmp_path: Path) -> None:
+    def compiled(source: Path) -> str:
+        warn = ["-Xcompiler", "-Wall,-Wextra,-Werror", "-Werror", "all-warnings"]
+        return compile_to(tmp_path / f"{source.stem}.o", nvcc, source, "-c", *warn)
+
+    with ThreadPoolExecutor(2) as pool:
+        reports = "".join(pool.map(compiled, SOURCES))
+    frames = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", reports
+    )
+    assert len(frames) == KERNEL_COUNT
+    assert set(frames) == {("0", "0", "0")}, reports
+
+
+def test_arithmetic_is_as_written(nvcc: str, cuobjdump: str, tmp_path: Path) -> None:
+    """q_sample of given noise: one multiply and one fma an element, moved 16 bytes at a time."""
+    cubin = tmp_path / "forward.cubin"
+    compile_to(cubin, nvcc, ROOT / "csrc" / "cuda" / "forward.cu", "-cubin")
+    done = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    functions = done.stdout.split("Function : ")[1:]
+    assert len(functions) == 8
+    (code,) = [f for f in functions if re.match(r"\S*QSampleILNS_5NoiseE1ENS_11PieceTensor", f)]
+    elements = 8  # of a thread
+    assert len(re.findall(r"\bFMUL\b", code)) == elements
+    assert len(re.findall(r"\bFFMA\b", code)) == elements
+    assert len(re.findall(r"\bLDG\.E\.128\b", code)) == 2 * elements // 4
+    assert len(re.findall(r"\bSTG\.E\.128\b", code)) == elements // 4
+    assert not re.search(r"\b(FADD|DFMA|DMUL|DADD|LDL|STL)\b", code)
+
+
+def test_group_norm_reads_once_and_writes_once(nvcc: str, cuobjdump: str, tmp_path: Path) -> None:
+    """Kept in registers: a 16-byte load for each piece, and a store, with SiLU or not."""
+    cubin = tmp_path / "half.cubin"
+    compile_to(cubin, nvcc, ROOT / "csrc" / "cuda" / "group_norm_half.cu", "-cubin")
+    done = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    functions = done.stdout.split("Function : ")[1:]
+    assert len(functions) == 9
+    for held in (1, 2, 4, 8):
+        kernel = rf"\S*PieceKernelINS_6half_tELb0ELi{held}ELb0E"
+        (code,) = [f for f in functions if re.match(kernel, f)]
+        assert len(re.findall(r"\bLDG\.E\.128\b", code)) == held
+        assert len(re.findall(r"\bSTG\.E\.128\b", code)) == 2 * held
+        # The kernel before is waited for before anything is loaded.
+        assert 0 < code.index("ACQBULK") < code.index("LDG.E")
+        assert not re.search(r"\b(LDL|STL)\b", code)

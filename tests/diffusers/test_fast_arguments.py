@@ -1,0 +1,129 @@
+"""Bad arguments of the fast schedulers: named, with what is accepted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="needs diffusers")
+
+from cases import assert_named
+from ddpm_fast.diffusers import FastDDIMScheduler, FastDDPMScheduler
+from scheduler_cases import FAST, generator, normals
+
+EACH = pytest.mark.parametrize("kind", FAST)
+X, OUT = normals(0), normals(1)
+
+
+def made(kind="ddpm", steps=10, **options):
+    scheduler = FAST[kind](**options)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def step(kind="ddpm", **given):
+    arguments = {"model_output": OUT, "timestep": 500, "sample": X} | given
+    return made(kind).step(**arguments)
+
+
+BAD = [
+    ("sample", None, TypeError, "torch.Tensor", "NoneType"),
+    ("sample", X.long(), TypeError, "float32", "int64"),
+    ("model_output", OUT[:, :1], ValueError, "[2, 3, 6, 5]", "[2, 1, 6, 5]"),
+    ("model_output", OUT.repeat(1, 2, 1, 1), ValueError, "no variance is learned", "[2, 6, 6, 5]"),
+    ("model_output", OUT.to("meta"), ValueError, "cpu", "meta"),
+    ("timestep", 500.0, TypeError, "int", "float"),
+    ("timestep", torch.tensor(500.0), TypeError, "int32 tensor", "float32"),
+    ("timestep", 1000, ValueError, "[0, 1000)", "1000"),
+    ("timestep", -1, ValueError, "[0, 1000)", "-1"),
+    ("timestep", torch.tensor([500, 1000]), ValueError, "[0, 1000)", "1000"),
+    ("timestep", torch.tensor([1, 2, 3]), ValueError, "2 samples", "[3]"),
+    ("timestep", 501, ValueError, "scheduler.timesteps", "501"),
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda b: f"{b[0]}-{b[-1]}")
+def test_bad_arguments_of_step_are_named(bad):
+    assert_named(step, bad)
+
+
+def test_a_learned_variance_must_be_there():
+    with pytest.raises(
+        ValueError, match=r"model_output must have 2C channels .* got \[2, 3, 6, 5\]"
+    ):
+        made(variance_type="learned_range").step(OUT, 500, X)
+
+
+def test_ddim_before_its_timesteps_are_set_and_with_noise_twice():
+    with pytest.raises(ValueError, match="num_inference_steps is None: call set_timesteps"):
+        FastDDIMScheduler().step(OUT, 500, X)
+    with pytest.raises(ValueError, match="generator and variance_noise"):
+        made("ddim").step(OUT, 500, X, eta=0.5, generator=generator(1), variance_noise=OUT)
+    with pytest.raises(ValueError, match=r"variance_noise must have the shape of sample"):
+        made("ddim").step(OUT, 500, X, eta=0.5, variance_noise=OUT[:1])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction' .* 'epsilon'"),
+        ({"compat": "right"}, "compat must be 'diffusers' or 'corrected'; got 'right'"),
+    ],
+)
+@EACH
+def test_options_that_are_not_supported_are_refused_by_name(kind, options, words):
+    with pytest.raises(ValueError, match=words):
+        FAST[kind](**options)
+
+
+def test_bad_images_and_timesteps_of_add_noise():
+    ours = FastDDPMScheduler()
+    for arguments, error, words in (
+        ((X, OUT, 5), TypeError, "timesteps must be an integer tensor"),
+        ((X, OUT, torch.tensor([0.5])), TypeError, "timesteps must be .* float32"),
+        ((X, OUT, torch.tensor([5, 1000])), ValueError, r"timesteps must lie in \[0, 1000\)"),
+        ((X, OUT, torch.tensor([-1])), ValueError, r"timesteps must lie in \[0, 1000\); got -1"),
+        ((X, OUT, torch.tensor([1, 2, 3])), ValueError, "must broadcast"),
+        ((X, OUT[:, :2], torch.tensor([1])), ValueError, "must broadcast"),
+        ((None, OUT, torch.tensor([1])), TypeError, "original_samples must be"),
+        ((X, OUT.to("meta"), torch.tensor([1])), ValueError, "noise must be on the device"),
+    ):
+        with pytest.raises(error, match=words):
+            ours.add_noise(*arguments)
+
+
+@EACH
+@pytest.mark.parametrize(
+    ("steps", "error", "words"),
+    [
+        (0, ValueError, r"num_inference_steps must lie in \[1, 1001\); got 0"),
+        (-3, ValueError, "num_inference_steps must lie"),
+        (None, TypeError, "num_inference_steps must be an int; got NoneType"),
+        ("a", TypeError, "num_inference_steps must be an int; got str"),
+        (2.5, TypeError, "num_inference_steps must be an int; got float"),
+    ],
+)
+def test_bad_numbers_of_steps(kind, steps, error, words):
+    ours = made(kind)
+    before = dict(ours.__dict__)
+    with pytest.raises(error, match=words):
+        ours.set_timesteps(steps)
+    assert ours.__dict__ == before
+
+
+def test_bad_custom_timesteps():
+    for given, error, words in (
+        ([], ValueError, "timesteps must be one or more; got none"),
+        ([3, 2.5], TypeError, "timesteps must be an int; got float"),
+        ([5, 900], ValueError, "descending"),
+        ([1000, 5], ValueError, "must start before"),
+    ):
+        with pytest.raises(error, match=words):
+            FastDDPMScheduler().set_timesteps(timesteps=given)
+
+
+def test_epsilon_at_zero_terminal_snr_leaves_the_scheduler_as_it_was():
+    ours = FastDDIMScheduler(rescale_betas_zero_snr=True, compat="corrected")
+    with pytest.raises(ValueError, match="prediction_type must be 'sample' or 'v_prediction'"):
+        ours.set_timesteps(20)
+    assert ours.num_inference_steps is None
