@@ -22,7 +22,7 @@ from ddpm_fast import Sampler, StepTable, UNetEngine
 from ddpm_fast.bench import peers
 from ddpm_fast.bench.networks import TRIANGLES
 from ddpm_fast.bench.results import RESULTS, metadata, write_csv
-from ddpm_fast.images import to_uint8
+from ddpm_fast.utils.images import to_uint8
 
 REFERENCE = "plain network float32"
 

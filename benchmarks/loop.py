@@ -19,7 +19,7 @@ from ddpm_fast import NoiseSchedule, Sampler, StepTable
 from ddpm_fast.bench.networks import build
 from ddpm_fast.bench.results import RESULTS, metadata, write_csv
 from ddpm_fast.bench.timing import Case, interleaved, quantiles
-from ddpm_fast.graph import GraphedStep
+from ddpm_fast.utils.cuda_graphs import GraphedStep
 
 CHAIN_S = 0.3
 

@@ -22,9 +22,7 @@ from typing import Any
 import torch
 
 from ddpm_fast.chain import Clip
-from ddpm_fast.folders import flush, install
 from ddpm_fast.hub import fetch, fetch_weights, is_repository_id
-from ddpm_fast.json_files import read_json, write_json
 from ddpm_fast.scheduler_config import (
     SCHEDULERS,
     SchedulerOptions,
@@ -35,6 +33,8 @@ from ddpm_fast.scheduler_config import (
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.unet.networks import KINDS, UNET, AnyUNet, Kind, kind_named, kind_of
 from ddpm_fast.unet.weights import read_weights, write_weights
+from ddpm_fast.utils.files import flush, install
+from ddpm_fast.utils.json_files import read_json, write_json
 from ddpm_fast.weight_files import check_variant, find_weights, is_weights, single_name
 
 INDEX = "model_index.json"

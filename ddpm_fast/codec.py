@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.chain import Clip, Prediction
 from ddpm_fast.loop import Model
 from ddpm_fast.noise import STREAM_PARTNER, STREAM_X_T
@@ -19,6 +18,7 @@ from ddpm_fast.solvers.ddpm import Variance
 from ddpm_fast.spacing import as_list, check_int, check_name, check_real
 from ddpm_fast.tables import StepTable
 from ddpm_fast.updates import q_sample_philox
+from ddpm_fast.utils import checks
 
 Mode = Literal["latent-slerp", "latent-lerp", "stochastic"]
 MODES = ("latent-slerp", "latent-lerp", "stochastic")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
+from ddpm_fast.utils import checks
 
 BIN = 2 / 255  # width of a bin: 256 values evenly spaced over [-1, 1]
 

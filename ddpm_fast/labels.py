@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
+from ddpm_fast.utils import checks
 
 
 def sample_labels(labels: Tensor | int | None, num: int, device: torch.device) -> Tensor | None:

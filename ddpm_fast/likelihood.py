@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_fast import checks, outputs
+from ddpm_fast import outputs
 from ddpm_fast.bound_terms import DECODERS, BoundTerms, Decoder
 from ddpm_fast.chain import Clip, Prediction, clip_bound, threshold_of
 from ddpm_fast.gaussians import gaussian_kl
@@ -21,6 +21,7 @@ from ddpm_fast.reverse import LEARNED, First, Variance
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.spacing import check_name
 from ddpm_fast.updates import q_sample_philox
+from ddpm_fast.utils import checks
 
 
 @dataclass(frozen=True, eq=False)

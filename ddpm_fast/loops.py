@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ddpm_fast.graph import UNROLLED, CaptureError, GraphedStep, state_of
 from ddpm_fast.loop import Model, StepLoop
+from ddpm_fast.utils.cuda_graphs import UNROLLED, CaptureError, GraphedStep, state_of
 
 Advance = Callable[[int], None]
 Graph = Literal["auto"] | bool

@@ -13,8 +13,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.ops import implementation
+from ddpm_fast.utils import checks
 
 
 @overload

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.ops import implementation
+from ddpm_fast.utils import checks
 
 STREAM_X_T = 0  # the chain's starting point x_T
 STREAM_STEPS = 1  # row i of a step table uses stream STREAM_STEPS + i

@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.chain import PREDICTIONS
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.spacing import check_name
+from ddpm_fast.utils import checks
 
 
 def objective_weights(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.chain import DynamicThreshold
 from ddpm_fast.ops.reference import predicted_x0
+from ddpm_fast.utils import checks
 
 
 def tensor_of(out: Any) -> Tensor:

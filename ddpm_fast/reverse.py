@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.chain import check_prediction, x0_factors
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.spacing import check_name
+from ddpm_fast.utils import checks
 
 Variance = Literal["posterior", "beta", "learned", "learned_range"]
 VARIANCES = ("posterior", "beta", "learned", "learned_range")

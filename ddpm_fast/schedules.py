@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_fast.frozen import Frozen
 from ddpm_fast.spacing import check_int, check_real
+from ddpm_fast.utils.immutable import Frozen
 
 Values = Sequence[float] | np.ndarray | Tensor
 

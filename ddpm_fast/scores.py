@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.utils import checks
 
 
 def tweedie(x_t: Tensor, score: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:

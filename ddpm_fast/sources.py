@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.tables import StepTable
+from ddpm_fast.utils import checks
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from ddpm_fast.chain import (
     Prediction,
     checked_start,
 )
-from ddpm_fast.frozen import Frozen
 from ddpm_fast.row import ROW_FIELDS, RowFlag, column, complete, flags_for, history_depth
 from ddpm_fast.solvers.ddim import ddim, ddim_inverse, ve_ode
 from ddpm_fast.solvers.ddpm import ddpm
@@ -23,6 +22,7 @@ from ddpm_fast.solvers.dpm_solver import dpmpp_2m, dpmpp_2m_sde
 from ddpm_fast.solvers.plms import plms
 from ddpm_fast.solvers.unipc import unipc
 from ddpm_fast.spacing import as_list, check_int, check_name, check_real
+from ddpm_fast.utils.immutable import Frozen
 
 
 class StepMemory(NamedTuple):

@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.noise import STREAM_TRAINING, philox_rng
 from ddpm_fast.ops import implementation
 from ddpm_fast.outputs import halves, thresholds
 from ddpm_fast.row import RowFlag
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.tables import StepMemory, StepTable
+from ddpm_fast.utils import checks
 
 
 def q_sample(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.bench import networks
 from ddpm_fast.bench.ceilings import Ceilings
 from ddpm_fast.bench.operators import Candidate, Measured, Trial, trial
@@ -23,6 +22,7 @@ from ddpm_fast.engine.lower import lower
 from ddpm_fast.engine.program import Convolution, Normalization, SelfAttention
 from ddpm_fast.engine.tuning import CudaTimer
 from ddpm_fast.unet import UNet
+from ddpm_fast.utils import checks
 
 _log = logging.getLogger("ddpm_fast")
 _KEPT = 2  # variants of one provider that are timed to the end, the others only once

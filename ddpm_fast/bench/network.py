@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast import checks
 from ddpm_fast.bench import networks, peers
 from ddpm_fast.bench.ceilings import Ceilings
 from ddpm_fast.bench.published import counts
 from ddpm_fast.bench.timing import interleaved, quantiles
 from ddpm_fast.engine import UNetEngine, accelerate
 from ddpm_fast.engine.lower import lower
-from ddpm_fast.graph import GraphedStep
 from ddpm_fast.unet import UNet
+from ddpm_fast.utils import checks
+from ddpm_fast.utils.cuda_graphs import GraphedStep
 
 Run = Callable[[], Tensor]
 Say = Callable[[str], None]

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ddpm_fast.figures import ACCENT, FAINT, INK, entitle, new_figure, save_figure
+from ddpm_fast.utils.figures import ACCENT, FAINT, INK, entitle, new_figure, save_figure
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.bench import networks, peers
 from ddpm_fast.bench.network import TIMESTEP, Run, Say, graphed
 from ddpm_fast.bench.timing import interleaved, quantiles
@@ -22,6 +21,7 @@ from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.tables import StepTable
 from ddpm_fast.unet import UNet
+from ddpm_fast.utils import checks
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import typer
 from ddpm_fast.cli.devices import device_of
 from ddpm_fast.cli.model import DTYPES, DeviceOption
 from ddpm_fast.cli.output import check_file
-from ddpm_fast.figures import require_matplotlib
+from ddpm_fast.utils.figures import require_matplotlib
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 

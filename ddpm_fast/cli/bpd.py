@@ -25,10 +25,17 @@ from ddpm_fast.cli.model import (
     VariantOption,
 )
 from ddpm_fast.cli.output import check_file, say
-from ddpm_fast.figures import ACCENT, INK, entitle, new_figure, require_matplotlib, save_figure
 from ddpm_fast.likelihood import DECODERS, VariationalBound, variational_bound
-from ddpm_fast.pictures import read_images
 from ddpm_fast.reverse import VARIANCES
+from ddpm_fast.utils.figures import (
+    ACCENT,
+    INK,
+    entitle,
+    new_figure,
+    require_matplotlib,
+    save_figure,
+)
+from ddpm_fast.utils.pictures import read_images
 
 
 def bpd(

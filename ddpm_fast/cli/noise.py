@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_fast.cli.schedules import SCHEDULES, schedule_of
-from ddpm_fast.images import prepare_folder, save_png, sheet
 from ddpm_fast.noise import STREAM_TRAINING, philox_normal
-from ddpm_fast.pictures import read_picture, to_tensor
 from ddpm_fast.updates import q_sample
+from ddpm_fast.utils.images import prepare_folder, save_png, sheet
+from ddpm_fast.utils.pictures import read_picture, to_tensor
 
 T = 1000
 LARGEST = 128  # pixels of the longer side of an image that --size does not set

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ddpm_fast import checks
+from ddpm_fast.utils import checks
 
 
 class ImageSource(Protocol):

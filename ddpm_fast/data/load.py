@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm_fast import checks
-from ddpm_fast.cache_folder import default_folder
 from ddpm_fast.data.dataset import ImageData
 from ddpm_fast.data.folder import FolderImages, class_of, image_paths, look_at, without_broken
 from ddpm_fast.data.transforms import to_images
 from ddpm_fast.data.triangles import CANVAS, FORMS, SIZE, kept_triangles
+from ddpm_fast.utils import checks
+from ddpm_fast.utils.cache_folder import default_folder
 
 DIGITS = "digits"
 DIGITS_WHITE = 16  # scikit-learn counts the ink of a pixel from 0 to 16

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddpm_fast import checks
+from ddpm_fast.utils import checks
 
 
 def to_images(resize: int | None, crop: bool) -> Callable[[Image.Image | Tensor], Tensor]:

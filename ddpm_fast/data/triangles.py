@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from PIL import __version__ as pillow_version
 
-from ddpm_fast import checks
-from ddpm_fast.images import prepare_folder, save_npy
+from ddpm_fast.utils import checks
+from ddpm_fast.utils.images import prepare_folder, save_npy
 
 SIZE = 32
 CANVAS = 720

@@ -9,7 +9,6 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from ddpm_fast import checks
 from ddpm_fast.diffusers.options import (
     Compat,
     clip_of,
@@ -17,6 +16,7 @@ from ddpm_fast.diffusers.options import (
     learned_variance,
     refuse_subclass,
 )
+from ddpm_fast.utils import checks
 
 _PROCESSORS = (AttnProcessor, AttnProcessor2_0)  # the same attention, computed by other calls
 _LIBRARIES = ("torch.nn.", "diffusers.models.")

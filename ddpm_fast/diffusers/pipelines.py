@@ -19,7 +19,6 @@ from diffusers import (
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.diffusers.base import check_steps
 from ddpm_fast.diffusers.options import (
     Compat,
@@ -37,6 +36,7 @@ from ddpm_fast.sampler import Sampler
 from ddpm_fast.sources import GeneratorNoise
 from ddpm_fast.spacing import check_real
 from ddpm_fast.tables import StepTable
+from ddpm_fast.utils import checks
 
 Generators = torch.Generator | list[torch.Generator] | None
 Noise = Literal["generator", "philox"]

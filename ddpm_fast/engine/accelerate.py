@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast import checks
 from ddpm_fast.engine.engine import UNetEngine, chain_length
 from ddpm_fast.engine.graphed import GraphedModel
 from ddpm_fast.engine.tuning import Tuner
 from ddpm_fast.engine.weights import Watched
-from ddpm_fast.graph import ONE_CAPTURE, becomes_a_graph, keep_for_graph
 from ddpm_fast.unet import UNet, UNetConfig
+from ddpm_fast.utils import checks
+from ddpm_fast.utils.cuda_graphs import ONE_CAPTURE, becomes_a_graph, keep_for_graph
 
 _log = logging.getLogger("ddpm_fast")
 _RUNNERS_KEPT = 4  # shapes whose engines are kept; the one used longest ago goes first

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.engine import budget
 from ddpm_fast.engine.convolution import adds_residuals
 from ddpm_fast.engine.embeddings import LabelledEmbeddings, time_table
@@ -24,6 +23,7 @@ from ddpm_fast.ops import why_not
 from ddpm_fast.ops.aten_network import no_autocast
 from ddpm_fast.ops.backends import BACKENDS
 from ddpm_fast.unet import UNet
+from ddpm_fast.utils import checks
 
 _ALIGNED = 16  # bytes; what kernels that read in vectors ask of an image's address
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.graph import GraphedStep, becomes_a_graph
+from ddpm_fast.utils.cuda_graphs import GraphedStep, becomes_a_graph
 
 
 class GraphedModel:

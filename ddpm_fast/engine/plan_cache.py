@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.cache_folder import default_folder
+from ddpm_fast.utils.cache_folder import default_folder
 
 try:
     import fcntl

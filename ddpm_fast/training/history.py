@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpm_fast.figures import ACCENT, FAINT, INK, entitle, new_figure, save_figure
-from ddpm_fast.images import replacing
+from ddpm_fast.utils.figures import ACCENT, FAINT, INK, entitle, new_figure, save_figure
+from ddpm_fast.utils.images import replacing
 
 FIELDS = ("epoch", "steps", "lr", "loss", "loss_min", "loss_max", "test_loss", "images_per_s")
 

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_fast import checks
 from ddpm_fast.bound_terms import DECODERS, BoundTerms, Decoder
 from ddpm_fast.chain import Prediction, check_prediction
 from ddpm_fast.labels import sample_labels
@@ -20,6 +19,7 @@ from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.spacing import check_name, check_real
 from ddpm_fast.training.noising import noised
 from ddpm_fast.training.weights import Weighting, error_weight, target
+from ddpm_fast.utils import checks
 
 Objective = Literal["simple", "full", "hybrid", "score"]
 OBJECTIVES = ("simple", "full", "hybrid", "score")

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm_fast.images import prepare_folder, save_png, sheet
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.tables import StepTable
 from ddpm_fast.training.trainer import Trainer
+from ddpm_fast.utils.images import prepare_folder, save_png, sheet
 
 SEED = 0x5A3D  # of all sheets, so that they show the same starting points
 

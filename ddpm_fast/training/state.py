@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.images import replacing
+from ddpm_fast.utils.images import replacing
 
 FORMAT = 1
 KEYS = {"options", "identity", "epoch", "step", "history", "losses", "seconds"}

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ddpm_fast import checks
 from ddpm_fast.chain import check_prediction
 from ddpm_fast.checkpoint import save
-from ddpm_fast.images import prepare_folder
 from ddpm_fast.noise import STREAM_TRAINING
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.training import order
@@ -28,6 +26,8 @@ from ddpm_fast.training.options import TrainOptions
 from ddpm_fast.training.processes import processes
 from ddpm_fast.training.state import differences, read_state, write_state
 from ddpm_fast.training.tally import Tally
+from ddpm_fast.utils import checks
+from ddpm_fast.utils.images import prepare_folder
 
 STATE, HISTORY, CHECKPOINT, CURVE = "state.pt", "history.csv", "checkpoint", "loss.png"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from cli_runs import error_of, run
-from ddpm_fast import Tuner, UNet, UNetConfig, figures
+from ddpm_fast import Tuner, UNet, UNetConfig
 from ddpm_fast.bench import (
     ceilings,
     kernels,
@@ -28,6 +28,7 @@ from ddpm_fast.bench import (
 )
 from ddpm_fast.bench import network as network_bench
 from ddpm_fast.bench.sampling import SamplingBench
+from ddpm_fast.utils import figures
 from unet_cases import SMALL
 
 FACTS = {"date", "cpu", "cores", "gpu", "python", "torch", "triton", "numpy", "revision"}

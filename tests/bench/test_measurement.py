@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast import UNetConfig, figures
+from ddpm_fast import UNetConfig
 from ddpm_fast.bench import ceilings, kernels, networks, plots, published, results
 from ddpm_fast.bench.timing import interleaved, quantiles
+from ddpm_fast.utils import figures
 from engine_cases import CPU, small
 from unet_cases import CIFAR, LARGE
 

@@ -13,7 +13,7 @@ from PIL import Image
 import ddpm_fast
 from cli_runs import SIDE, error_of, run, tiny_schedule, tiny_unet
 from ddpm_fast import Codec
-from ddpm_fast.images import to_uint8
+from ddpm_fast.utils.images import to_uint8
 
 SHAPE = (1, SIDE, SIDE)
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, SIDE, SIDE), np.uint8)

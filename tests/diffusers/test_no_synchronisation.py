@@ -11,7 +11,7 @@ pytest.importorskip("diffusers", reason="needs diffusers")
 import diffusers
 
 import ddpm_fast.diffusers.base as module
-from ddpm_fast import checks
+from ddpm_fast.utils import checks
 from scheduler_cases import FAST, assert_near, generator, normals
 
 EACH = pytest.mark.parametrize("kind", FAST)

@@ -10,7 +10,7 @@ import torch
 
 from ddpm_fast import ConvertedModel, NoiseSchedule, Sampler, StepTable, convert_prediction
 from ddpm_fast.chain import PREDICTIONS
-from ddpm_fast.graph import state_of
+from ddpm_fast.utils.cuda_graphs import state_of
 from diffusers_peers import closed_form
 
 LINEAR = NoiseSchedule.linear()

@@ -12,7 +12,7 @@ import torch
 from cases import SCHEDULE, normals, same_bits
 from ddpm_fast import Sampler, StepTable, philox_rng, reverse_step_
 from ddpm_fast import loops as module
-from ddpm_fast.graph import UNROLLED, CaptureError
+from ddpm_fast.utils.cuda_graphs import UNROLLED, CaptureError
 from sampler_cases import DDPM, RANDOM, SHAPE, draw, sampler, smooth
 
 TABLE = StepTable.ddpm(SCHEDULE, 21)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddpm_fast.images import (
+from ddpm_fast.utils.images import (
     BACKGROUND,
     prepare_folder,
     save_images,

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_fast.cache_folder import default_folder
 from ddpm_fast.engine import plan_cache
 from ddpm_fast.engine.plan_cache import Choice, PlanCache, environment
 from ddpm_fast.engine.tuning import Tuner
+from ddpm_fast.utils.cache_folder import default_folder
 
 CPU = torch.device("cpu")
 HERE = {"device": "a processor", "torch": "1"}

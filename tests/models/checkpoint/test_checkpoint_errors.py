@@ -18,10 +18,11 @@ from checkpoint_cases import (
     contents,
     edit,
 )
-from ddpm_fast import checkpoint, folders
+from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import load, save
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.unet import UNet, weights
+from ddpm_fast.utils import files
 
 
 @pytest.fixture
@@ -257,11 +258,11 @@ def fails_at_last_rename(monkeypatch):
 
 
 def cannot_exchange(monkeypatch):
-    monkeypatch.setattr(folders, "exchange", lambda a, b: False)
+    monkeypatch.setattr(files, "exchange", lambda a, b: False)
 
 
 def fails_after_last_rename(monkeypatch):
-    monkeypatch.setattr(folders, "flush", full_disk)
+    monkeypatch.setattr(files, "flush", full_disk)
 
 
 def fails_after_renames_one_by_one(monkeypatch):
@@ -298,9 +299,9 @@ class TestFailureOnSave:
     def test_replaced_at_no_moment_without_a_checkpoint(self, folder, unet, monkeypatch):
         """Where names can be exchanged nothing is renamed; where not, the end is the same."""
         exchanged = []
-        exchange = folders.exchange
+        exchange = files.exchange
         monkeypatch.setattr(
-            folders, "exchange", lambda a, b: exchanged.append(exchange(a, b)) or exchanged[-1]
+            files, "exchange", lambda a, b: exchanged.append(exchange(a, b)) or exchanged[-1]
         )
         for T in (10, 20):
             with monkeypatch.context() as patch:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ddpm_fast.data import load_data, make_triangles
-from ddpm_fast.images import to_uint8
+from ddpm_fast.utils.images import to_uint8
 
 
 def picture(width: int = 8, height: int = 8, mode: str = "RGB", seed: int = 0) -> Image.Image:

@@ -22,7 +22,7 @@ from numpy.lib import format as npy
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ddpm_fast import checks
+from ddpm_fast.utils import checks
 
 BACKGROUND = 176  # grey: white images and black ones both stand out from it
 INK = 24

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ddpm_fast.images import replacing
+from ddpm_fast.utils.images import replacing
 
 INK, FAINT, GRID, ACCENT = "#22272e", "#6b7280", "#e5e7eb", "#0f766e"
 MOST_BYTES = 200_000  # of a picture

@@ -1,0 +1,1 @@
+"""Argument checks, files, images, figures and CUDA graphs: nothing here knows diffusion."""
