@@ -22,7 +22,7 @@ from ddpm_fast import NoiseSchedule, Sampler, StepTable, philox_rng
 from ddpm_fast.bench.results import RESULTS, metadata, write_csv
 from ddpm_fast.bench.timing import Case, interleaved, quantiles
 from ddpm_fast.ops import Implementation, implementation
-from ddpm_fast.row import column
+from ddpm_fast.ops.row import column
 
 SHAPES = {"cpu": [(64, 3, 32, 32), (16, 3, 256, 256)], "cuda": []}
 SHAPES["cuda"] = [*SHAPES["cpu"], (1, 3, 32, 32), (512, 3, 32, 32), (128, 3, 256, 256)]

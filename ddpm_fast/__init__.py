@@ -19,10 +19,10 @@ from ddpm_fast.gaussians import (
     gaussian_log_density,
 )
 from ddpm_fast.likelihood import VariationalBound, variational_bound
-from ddpm_fast.network import attention, group_norm
-from ddpm_fast.noise import philox_normal, philox_rng
 from ddpm_fast.objective import objective_weights
 from ddpm_fast.ops import BACKENDS
+from ddpm_fast.ops.functional import attention, group_norm
+from ddpm_fast.ops.philox import philox_normal, philox_rng
 from ddpm_fast.optimize import OptimizeReport, optimize_module
 from ddpm_fast.predictions import ConvertedModel, convert_prediction
 from ddpm_fast.respacing import respace

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.row import ROW_WIDTH, column
+from ddpm_fast.ops.row import ROW_WIDTH, column
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.spacing import check_int, check_name, check_real, timesteps
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_fast.chain import Clip, Prediction
 from ddpm_fast.loop import Model
-from ddpm_fast.noise import STREAM_PARTNER, STREAM_X_T
+from ddpm_fast.ops.philox import STREAM_PARTNER, STREAM_X_T
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.solvers.ddpm import Variance

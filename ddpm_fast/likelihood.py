@@ -15,7 +15,7 @@ from ddpm_fast import outputs
 from ddpm_fast.bound_terms import DECODERS, BoundTerms, Decoder
 from ddpm_fast.chain import Clip, Prediction, clip_bound, threshold_of
 from ddpm_fast.gaussians import gaussian_kl
-from ddpm_fast.noise import STREAM_TRAINING
+from ddpm_fast.ops.philox import STREAM_TRAINING
 from ddpm_fast.respacing import respace
 from ddpm_fast.reverse import LEARNED, First, Variance
 from ddpm_fast.schedules import NoiseSchedule

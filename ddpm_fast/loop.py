@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.noise import STREAM_STEPS, STREAM_X_T, empty_samples, philox_rng
 from ddpm_fast.ops import Implementation
+from ddpm_fast.ops.philox import STREAM_STEPS, STREAM_X_T, empty_samples, philox_rng
+from ddpm_fast.ops.row import RowFlag
 from ddpm_fast.outputs import halves, tensor_of, thresholds
-from ddpm_fast.row import RowFlag
 from ddpm_fast.tables import StepTable
 from ddpm_fast.utils import checks
 

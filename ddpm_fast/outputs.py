@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.chain import DynamicThreshold
-from ddpm_fast.ops.reference import predicted_x0
+from ddpm_fast.ops.reference.diffusion import predicted_x0
 from ddpm_fast.utils import checks
 
 

@@ -15,7 +15,7 @@ from ddpm_fast.chain import (
     Prediction,
     checked_start,
 )
-from ddpm_fast.row import ROW_FIELDS, RowFlag, column, complete, flags_for, history_depth
+from ddpm_fast.ops.row import ROW_FIELDS, RowFlag, column, complete, flags_for, history_depth
 from ddpm_fast.solvers.ddim import ddim, ddim_inverse, ve_ode
 from ddpm_fast.solvers.ddpm import ddpm
 from ddpm_fast.solvers.dpm_solver import dpmpp_2m, dpmpp_2m_sde

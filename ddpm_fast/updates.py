@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast.noise import STREAM_TRAINING, philox_rng
 from ddpm_fast.ops import implementation
+from ddpm_fast.ops.philox import STREAM_TRAINING, philox_rng
+from ddpm_fast.ops.row import RowFlag
 from ddpm_fast.outputs import halves, thresholds
-from ddpm_fast.row import RowFlag
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.tables import StepMemory, StepTable
 from ddpm_fast.utils import checks
@@ -111,7 +111,8 @@ def reverse_step_(
     dtype (float32, float16, bfloat16), the tensor that the network reads next. pred_x0: dtype of x,
     written with the clipped x_0.
 
-    The equation of a row is in `ddpm_fast.row`. Raises TypeError or ValueError naming the argument,
+    The equation of a row is in `ddpm_fast.ops.row`. Raises TypeError or ValueError naming the
+    argument,
     RuntimeError where the backend cannot run.
     """
     wide = (torch.float64,)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_fast.ops import Implementation, reference_network
-from ddpm_fast.ops.reference_network import doubling_weight
+from ddpm_fast.ops import Implementation, reference
+from ddpm_fast.ops.reference.network import doubling_weight
 
 NETWORK_LAYOUTS = ("channels_last", "odd", "sliced", "empty")
 TIMES_TORCH = 2
@@ -91,7 +91,7 @@ def _group_norm(options: str) -> Callable[[_Case], _Results]:
         given: list[Any] = [oracle, *map(_oracle, (x, x2, vector))]
         given += [None if row is None else row.cpu(), _oracle(residual), None]
         given += [*map(_oracle, (weight, bias, modulation)), groups, 1e-5, True]
-        reference_network.group_norm_(*given)
+        reference.group_norm_(*given)
         h = x if x2 is None else torch.cat([x, x2], 1)
         if vector is not None:
             h = h + vector.to(h.dtype)[row][:, :, None, None]
@@ -116,7 +116,7 @@ def _attention(heads: int) -> Callable[[_Case], _Results]:
         scale = (inner // heads) ** -0.5
         case.run.attention_(out, qkv, heads, scale)
         oracle = torch.empty(out.shape, dtype=torch.float64)
-        reference_network.attention_(oracle, qkv.double().cpu(), heads, scale)
+        reference.attention_(oracle, qkv.double().cpu(), heads, scale)
         q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2))
         peer = F.scaled_dot_product_attention(q, k, v, scale=scale) if batch else q
         return out, oracle, peer.transpose(1, 2).flatten(2)
@@ -150,7 +150,7 @@ def _conv(kind: str) -> Callable[[_Case], _Results]:
         oracle = torch.empty(size[0], 20, *size[1:], dtype=torch.float64)
         given: list[Any] = [oracle, *map(_oracle, (x, x2, phases, bias, residual))]
         given += [stride, padding]
-        reference_network.conv_(*given)
+        reference.conv_(*given)
         h = x if x2 is None else torch.cat([x, x2], 1)
         h = F.interpolate(h, scale_factor=2) if kind == "doubling" and batch else h
         if not batch:

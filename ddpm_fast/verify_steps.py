@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.chain import DynamicThreshold
-from ddpm_fast.noise import STREAM_STEPS, philox_rng
 from ddpm_fast.ops import reference
+from ddpm_fast.ops.philox import STREAM_STEPS, philox_rng
+from ddpm_fast.ops.row import RowFlag, column
 from ddpm_fast.outputs import thresholds
-from ddpm_fast.row import RowFlag, column
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.tables import StepTable
 from ddpm_fast.verify_cases import Case, Results

@@ -1,6 +1,6 @@
 // exp with the same float32 bits on every processor, as normal.h has its logarithm.
 //
-// The Triton twin is in ddpm_fast/ops/triton_math.py: same name, same order, same constants.
+// The Triton twin is in ddpm_fast/ops/triton/arithmetic.py: same name, same order, same constants.
 #pragma once
 
 #include "core/macros.h"

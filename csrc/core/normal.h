@@ -3,7 +3,7 @@
 // Only fma, add, multiply, a correctly rounded square root and integer operations are used; the
 // libraries' log, sin and cos differ between platforms. csrc is compiled without contraction, so
 // each fma below is one and nothing else becomes one. The Triton twin is
-// ddpm_fast/ops/triton_math.py: same names, same order, same constants.
+// ddpm_fast/ops/triton/arithmetic.py: same names, same order, same constants.
 #pragma once
 
 #include "core/macros.h"

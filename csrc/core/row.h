@@ -1,5 +1,5 @@
 // The row of a step table: what one step of any solver does to every element.
-// The equation, and the same order of columns, are in ddpm_fast/row.py.
+// The equation, and the same order of columns, are in ddpm_fast/ops/row.py.
 #pragma once
 
 #include "core/macros.h"

@@ -1,5 +1,5 @@
 // The arithmetic of the three fused updates, one element at a time: the only place it is written.
-// Used by the CPU and the CUDA kernels; the Triton twin is ddpm_fast/ops/triton_math.py.
+// Used by the CPU and the CUDA kernels; the Triton twin is ddpm_fast/ops/triton/arithmetic.py.
 #pragma once
 
 #include "core/exponential.h"

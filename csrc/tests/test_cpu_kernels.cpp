@@ -89,7 +89,7 @@ void check_outcome(const QPosteriorProblem& p, const QPosteriorProblem& before,
   }
 }
 
-// What a step makes of one element, in the order of ddpm_fast/row.py.
+// What a step makes of one element, in the order of ddpm_fast/ops/row.py.
 struct StepSums {
   Sum x0, next, second, pushed;
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from ddpm_fast.engine.convolution import Variant, candidates, equipped
 from ddpm_fast.engine.program import Convolution, Normalization, SelfAttention
 from ddpm_fast.engine.spec import AttentionSpec, ConvSpec, NormSpec
-from ddpm_fast.ops import implementation, reference_network, why_not
-from ddpm_fast.ops.aten_network import SDPA, sdpa
+from ddpm_fast.ops import implementation, reference, why_not
+from ddpm_fast.ops.aten import SDPA, sdpa
 
 _ROWS = 1000  # of the tables of embeddings
 _LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
@@ -135,7 +135,7 @@ def _normalization(operation: Normalization) -> Trial:
         return lambda: _norm_expression(spec, source, second, picked[0], rest, *affine, picked[1])
 
     exact = torch.empty(out[:1].shape, dtype=torch.float64, device=spec.device)
-    reference_network.group_norm_(
+    reference.group_norm_(
         exact,
         _first(x),
         _first(x2),
@@ -241,7 +241,7 @@ def _attention(spec: AttentionSpec) -> Trial:
         return run
 
     exact = torch.empty(out[:1].shape, dtype=torch.float64, device=spec.device)
-    reference_network.attention_(exact, qkv[:1].double(), spec.heads, scale)
+    reference.attention_(exact, qkv[:1].double(), spec.heads, scale)
     found = [
         Candidate(name, call(implementation(name, spec.device, spec.dtype).attention_))
         for name in _backends(spec.device)

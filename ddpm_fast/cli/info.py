@@ -11,7 +11,7 @@ import torch
 import typer
 
 from ddpm_fast import __version__
-from ddpm_fast.ops.backends import BACKENDS, interpreting, why_not
+from ddpm_fast.ops.dispatch import BACKENDS, interpreting, why_not
 from ddpm_fast.ops.registry import NOT_LOADED
 
 # The kinds of device a backend is for.

@@ -28,7 +28,7 @@ from ddpm_fast.cli.model import (
     clip_of,
 )
 from ddpm_fast.cli.output import FormOption, Output, check_drawable, say
-from ddpm_fast.row import column
+from ddpm_fast.ops.row import column
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.tables import StepTable
 from ddpm_fast.utils.images import prepare_folder, save_png, sheet

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.chain import Clip, clip_bound
-from ddpm_fast.row import ROW_WIDTH, column
+from ddpm_fast.ops.row import ROW_WIDTH, column
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from ddpm_fast.diffusers.parts import check_parts, fingerprint, unwrapped
 from ddpm_fast.diffusers.tables import step_table
 from ddpm_fast.engine import AcceleratedUNet, Tuner, accelerate
 from ddpm_fast.engine.accelerate import Chosen
-from ddpm_fast.ops.aten_network import no_autocast
+from ddpm_fast.ops.aten import no_autocast
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.sources import GeneratorNoise
 from ddpm_fast.spacing import check_real

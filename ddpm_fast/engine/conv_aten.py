@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.engine.spec import ConvSpec
-from ddpm_fast.ops.reference_network import doubling_weight
+from ddpm_fast.ops.reference.network import doubling_weight
 
 # Rows and columns of the output that a phase (a, b) of a doubling owns: out[:, :, a::2, b::2].
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))

@@ -21,7 +21,7 @@ from ddpm_fast.engine.conv_aten import (
     prepared_bias,
 )
 from ddpm_fast.engine.spec import ConvSpec
-from ddpm_fast.ops.aten_network import even_padding, window
+from ddpm_fast.ops.aten import even_padding, window
 
 _OPERATORS = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
 

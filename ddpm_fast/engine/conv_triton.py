@@ -1,4 +1,4 @@
-"""Convolutions of the plan by the Triton kernel of ``ddpm_fast.ops.triton_conv``."""
+"""Convolutions of the plan by the Triton kernel of ``ddpm_fast.ops.triton.conv``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddpm_fast.engine.conv_aten import phase_weight, prepared, prepared_bias
 from ddpm_fast.engine.spec import ConvSpec
-from ddpm_fast.ops.backends import DTYPES, why_not
+from ddpm_fast.ops.dispatch import DTYPES, why_not
 
 
 @dataclass
@@ -40,7 +40,7 @@ class TritonVariant:
         tickets: Tensor | None = None,
     ) -> None:
         """Write the convolution to `out`; without tickets, new ones are made."""
-        import_module("ddpm_fast.ops.triton_conv").conv(
+        import_module("ddpm_fast.ops.triton.conv").conv(
             *(out, x, x2, self.weight, self.bias, residual, self.stride, list(self.padding)),
             config=self.config,
             tickets=tickets,
@@ -48,7 +48,7 @@ class TritonVariant:
 
 
 class TritonProvider:
-    """``ddpm_fast.ops.triton_conv`` in each of its configurations.
+    """``ddpm_fast.ops.triton.conv`` in each of its configurations.
 
     interpreted: take CPU tensors too where Triton is interpreted, for tests.
     """
@@ -68,7 +68,7 @@ class TritonProvider:
 
     def variants(self, spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> list[TritonVariant]:
         """One for each configuration; an upsampling convolution goes by its four phases."""
-        kernels = import_module("ddpm_fast.ops.triton_conv")
+        kernels = import_module("ddpm_fast.ops.triton.conv")
         laid_out = (phase_weight if spec.upsample else prepared)(weight, spec.dtype)
         bias = prepared_bias(bias, spec.dtype)
         phases, taps = (4, 4) if spec.upsample else (1, spec.kernel**2)

@@ -9,7 +9,7 @@ provider kernels                                                      runs on
 ======== ============================================================ =========================
 aten     torch's own convolution and matrix product                   any device
 onednn   oneDNN with a packed weight and the sums fused               CPU, where torch has it
-triton   ddpm_fast.ops.triton_conv                                    NVIDIA GPU
+triton   ddpm_fast.ops.triton.conv                                    NVIDIA GPU
 cudnn    cuDNN's graphs, each execution plan by itself                NVIDIA GPU, with the package
                                                                       nvidia-cudnn-frontend
 ======== ============================================================ =========================

@@ -20,8 +20,8 @@ from ddpm_fast.engine.program import Program
 from ddpm_fast.engine.steps import Binder, Slots
 from ddpm_fast.engine.tuning import Tuner
 from ddpm_fast.ops import why_not
-from ddpm_fast.ops.aten_network import no_autocast
-from ddpm_fast.ops.backends import BACKENDS
+from ddpm_fast.ops.aten import no_autocast
+from ddpm_fast.ops.dispatch import BACKENDS
 from ddpm_fast.unet import UNet
 from ddpm_fast.utils import checks
 

@@ -24,7 +24,7 @@ from ddpm_fast.engine.program import (
 )
 from ddpm_fast.engine.tuning import Tuner
 from ddpm_fast.ops import implementation, why_not
-from ddpm_fast.ops.aten_network import SDPA, pixels, sdpa
+from ddpm_fast.ops.aten import SDPA, pixels, sdpa
 from ddpm_fast.unet.blocks import upsample_nearest
 
 Slots = list[Any]  # the tensors of a call, by number

@@ -2,7 +2,7 @@
 
 Each writes into tensors that it is given, because the engine plans its memory once. As with the
 updates, ``name`` runs the compiled kernels (or ATen's) on the keys CPU and CUDA, and
-``triton_name`` the Triton kernels; ``ddpm_fast.ops.reference_network`` says what they compute.
+``triton_name`` the Triton kernels; ``ddpm_fast.ops.reference`` says what they compute.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ NETWORK_OPS = tuple(NETWORK_SCHEMAS)
 
 # The module of each operator's Triton kernel, and of those that ATen runs on the keys CPU and CUDA.
 TRITON_MODULES = {
-    "group_norm_": "ddpm_fast.ops.triton_group_norm",
-    "attention_": "ddpm_fast.ops.triton_attention",
-    "conv_": "ddpm_fast.ops.triton_conv",
+    "group_norm_": "ddpm_fast.ops.triton.group_norm",
+    "attention_": "ddpm_fast.ops.triton.attention",
+    "conv_": "ddpm_fast.ops.triton.conv",
 }
 ATEN_MODULES = {
-    "attention_": "ddpm_fast.ops.aten_network",
-    "conv_": "ddpm_fast.ops.aten_network",
+    "attention_": "ddpm_fast.ops.aten",
+    "conv_": "ddpm_fast.ops.aten",
 }
 
 

@@ -163,7 +163,7 @@ def _register() -> tuple[torch.library.Library, dict[str, str]]:
                     f"{NAMESPACE}::{full}", backward, setup_context=save, lib=library
                 )
         for key in ("CPU", "CUDA"):
-            library.impl(f"triton_{name}", _launcher("ddpm_fast.ops.triton_kernels", name), key)
+            library.impl(f"triton_{name}", _launcher("ddpm_fast.ops.triton.diffusion", name), key)
     for name, schema in network.NETWORK_SCHEMAS.items():
         for full in (name, f"triton_{name}"):
             library.define(full + schema, tags=(torch.Tag.needs_fixed_stride_order,))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ddpm_fast.bound_terms import DECODERS, BoundTerms, Decoder
 from ddpm_fast.chain import Prediction, check_prediction
 from ddpm_fast.labels import sample_labels
-from ddpm_fast.noise import STREAM_TRAINING
+from ddpm_fast.ops.philox import STREAM_TRAINING
 from ddpm_fast.outputs import prediction_of
 from ddpm_fast.reverse import LEARNED, VARIANCES, Variance
 from ddpm_fast.schedules import NoiseSchedule

@@ -7,7 +7,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from ddpm_fast.noise import STREAM_OFFSET, STREAM_TRAINING, philox_normal
+from ddpm_fast.ops.philox import STREAM_OFFSET, STREAM_TRAINING, philox_normal
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.spacing import check_real
 from ddpm_fast.updates import q_sample, q_sample_philox

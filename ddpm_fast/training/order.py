@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddpm_fast.noise import STREAM_TRAINING, philox_rng
-from ddpm_fast.ops.reference import philox4x32_10
+from ddpm_fast.ops.philox import STREAM_TRAINING, philox_rng
+from ddpm_fast.ops.reference.diffusion import philox4x32_10
 
 STREAM_TIMESTEPS = STREAM_TRAINING + 16
 STREAM_DROPPED_LABELS = STREAM_TRAINING + 17

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ddpm_fast.chain import check_prediction
 from ddpm_fast.checkpoint import save
-from ddpm_fast.noise import STREAM_TRAINING
+from ddpm_fast.ops.philox import STREAM_TRAINING
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.training import order
 from ddpm_fast.training.average import Average

@@ -13,7 +13,7 @@ from PIL import Image
 from cli_runs import error_of, run
 from ddpm_fast import NoiseSchedule, philox_normal, q_sample
 from ddpm_fast.cli import noise as noise_command
-from ddpm_fast.noise import STREAM_TRAINING
+from ddpm_fast.ops.philox import STREAM_TRAINING
 from ddpm_fast.utils.images import to_uint8
 
 SIDE = 8  # of an image, in pixels

@@ -21,8 +21,8 @@ from cli_runs import SIDE, T, error_of, run, sample, tiny_schedule, tiny_unet
 from ddpm_fast import NoiseSchedule, Sampler, StepTable, philox_normal
 from ddpm_fast.cli import app, main, methods
 from ddpm_fast.cli import sample as sample_command
-from ddpm_fast.noise import STREAM_X_T
 from ddpm_fast.ops import BACKENDS, why_not
+from ddpm_fast.ops.philox import STREAM_X_T
 from ddpm_fast.ops.registry import NOT_LOADED
 from ddpm_fast.utils.images import to_uint8
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, StepTable
-from ddpm_fast.noise import philox_rng
 from ddpm_fast.ops import implementation
-from ddpm_fast.ops.backends import DTYPES
+from ddpm_fast.ops.dispatch import DTYPES
+from ddpm_fast.ops.philox import philox_rng
 from ddpm_fast.ops.registry import NOT_LOADED
-from ddpm_fast.row import ROW_WIDTH, column
+from ddpm_fast.ops.row import ROW_WIDTH, column
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 SCHEDULE = NoiseSchedule.linear()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ddpm_fast.engine.spec import ConvSpec
-from ddpm_fast.ops import reference_network
+from ddpm_fast.ops import reference
 
 CPU = torch.device("cpu")
 
@@ -101,7 +101,7 @@ def expected(spec, weight, bias, x, x2, residual, dtype=torch.float64):
         x = F.interpolate(x, scale_factor=2, mode="nearest")
     out = output(replace(spec, dtype=dtype))
     if dtype == torch.float64:
-        reference_network.conv_(out, x, x2, weight, bias, residual, spec.stride, spec.padding)
+        reference.conv_(out, x, x2, weight, bias, residual, spec.stride, spec.padding)
         return out
     joined = x if x2 is None else torch.cat([x, x2], 1)
     y = F.conv2d(F.pad(joined, spec.padding), weight, bias, spec.stride)

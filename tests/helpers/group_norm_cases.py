@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cases import BF16, F16, F32, F64
-from ddpm_fast.ops import reference_network
+from ddpm_fast.ops import reference
 
 OUT, TOTAL = 0, 6  # among the arguments of the schema
 ROWS = 5  # of the tables of vectors and modulations
@@ -152,7 +152,7 @@ def exact(args: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     wide = list(widened(args))
     if wide[TOTAL] is not None:
         wide[TOTAL] = torch.empty_like(wide[TOTAL])
-    reference_network.group_norm_(*wide)
+    reference.group_norm_(*wide)
     return wide[OUT], wide[TOTAL]
 
 

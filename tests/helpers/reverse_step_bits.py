@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cases import per_sample
-from ddpm_fast.row import RowFlag, column
+from ddpm_fast.ops.row import RowFlag, column
 from step_cases import Inputs
 from triton_interpreter import fma32
 

@@ -21,7 +21,7 @@ from cases import (
 )
 from ddpm_fast import philox_normal, philox_rng
 from ddpm_fast.ops import implementation
-from ddpm_fast.row import ROW_WIDTH, RowFlag, column, history_depth
+from ddpm_fast.ops.row import ROW_WIDTH, RowFlag, column, history_depth
 
 INF, NAN = math.inf, math.nan
 STEPS = 4
@@ -198,7 +198,7 @@ class Value:
 
 
 def exact(step: Step, noise: Tensor | None) -> dict[str, Value]:
-    """The equation of ddpm_fast.row, in float64: of every tensor that is written."""
+    """The equation of ddpm_fast.ops.row, in float64: of every tensor that is written."""
     rows = step.rows.cpu().double()[step.step.cpu()]
 
     def of(name: str) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cases import F32, FIRST, SEED, STREAM, assert_rounded_once, normals
-from ddpm_fast.noise import philox_rng
 from ddpm_fast.ops import reference
-from ddpm_fast.row import ROW_FIELDS, ROW_WIDTH, RowFlag, column, history_depth
+from ddpm_fast.ops.philox import philox_rng
+from ddpm_fast.ops.row import ROW_FIELDS, ROW_WIDTH, RowFlag, column, history_depth
 
 STEPS = 12
 WRITTEN = ("x", "model_input", "pred_x0", "second", "history")

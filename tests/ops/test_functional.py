@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from cases import BF16, F16, F32, F64, assert_named, backends, normals, relative_error, same_bits
-from ddpm_fast import network
-from ddpm_fast.network import attention, group_norm
-from ddpm_fast.ops.backends import DTYPES
+from ddpm_fast.ops import functional as network
+from ddpm_fast.ops.dispatch import DTYPES
+from ddpm_fast.ops.functional import attention, group_norm
 
 ON = pytest.mark.parametrize("on", backends(), ids=str)
 LAYOUTS = ["contiguous", "channels-last", "transposed", "sliced", "gapped", "expanded"]

@@ -7,7 +7,7 @@ import torch
 
 from cases import BF16, F16, F32, F64, backends, same_bits
 from ddpm_fast.ops import implementation
-from ddpm_fast.ops.backends import DTYPES
+from ddpm_fast.ops.dispatch import DTYPES
 from group_norm_cases import CASES, EPS, OUT, NormCase, arguments, assert_as_good_as_torch
 
 # The Triton kernel's own tests are in test_triton_group_norm.py.

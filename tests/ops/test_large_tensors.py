@@ -7,7 +7,7 @@ import torch
 
 from cases import BF16, F16, F32, F64, SCHEDULE, TABLE, backends, exact_normals, normals, same_bits
 from ddpm_fast import StepTable, philox_rng, q_posterior, q_sample, q_sample_philox, reverse_step_
-from ddpm_fast.row import ROW_WIDTH, column
+from ddpm_fast.ops.row import ROW_WIDTH, column
 
 FAR = (1 << 31) + 7
 SHAPE = (2, 2, 3, 4)

@@ -25,8 +25,8 @@ from cases import (
     same_bits,
 )
 from ddpm_fast import _C, philox_normal, philox_rng
-from ddpm_fast.noise import STREAM_STEPS
 from ddpm_fast.ops import reference
+from ddpm_fast.ops.philox import STREAM_STEPS
 
 stats = pytest.importorskip("scipy.stats")
 

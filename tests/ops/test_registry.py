@@ -34,7 +34,7 @@ from ddpm_fast import (
     reverse_step_,
 )
 from ddpm_fast.ops import implementation, why_not
-from ddpm_fast.ops.backends import covers
+from ddpm_fast.ops.dispatch import covers
 from ddpm_fast.ops.registry import NOT_LOADED, OPS
 
 ON = pytest.mark.parametrize("on", backends(), ids=str)
@@ -285,7 +285,7 @@ def test_compiled_training_has_the_gradient_of_eager():
 
 
 def test_auto_is_the_fastest_that_runs_and_is_logged(caplog, monkeypatch):
-    monkeypatch.setattr("ddpm_fast.ops.backends._CHOSEN", {})
+    monkeypatch.setattr("ddpm_fast.ops.dispatch._CHOSEN", {})
     with caplog.at_level(logging.INFO, "ddpm_fast"):
         assert implementation("auto", torch.device("cpu"), F32).backend == "cpu"
         assert implementation("auto", torch.device("meta"), F32).backend == "reference"
@@ -293,7 +293,7 @@ def test_auto_is_the_fastest_that_runs_and_is_logged(caplog, monkeypatch):
 
 
 def test_auto_falls_back_where_the_library_is_not_built(monkeypatch):
-    monkeypatch.setattr("ddpm_fast.ops.backends._CHOSEN", {})
+    monkeypatch.setattr("ddpm_fast.ops.dispatch._CHOSEN", {})
     monkeypatch.setitem(NOT_LOADED, "cpu", "ddpm_fast/_ops_cpu is not built")
     assert implementation("auto", torch.device("cpu"), F32).backend == "reference"
     with pytest.raises(RuntimeError, match=r"'cpu' cannot run: .* not built; build it with `pip"):

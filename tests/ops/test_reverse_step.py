@@ -30,7 +30,7 @@ from cases import (
     same_bits,
 )
 from ddpm_fast import StepTable, philox_normal, philox_rng, reverse_step_
-from ddpm_fast.row import RowFlag, column
+from ddpm_fast.ops.row import RowFlag, column
 
 INF, NAN = math.inf, math.nan
 ON = pytest.mark.parametrize("on", backends(), ids=str)
@@ -57,7 +57,7 @@ TABLES = {
 
 
 def exact_step(x, out, table, step, noise=None):
-    """The equation of ddpm_fast.row in float64: {name: (value, sum of its terms' magnitudes)}."""
+    """The equation of ops.row in float64: {name: (value, sum of its terms' magnitudes)}."""
     x, out = x.cpu().double(), out.cpu().double()
     rows = table.rows[step.cpu()]
 

@@ -26,7 +26,7 @@ from cases import (
     same_bits,
 )
 from ddpm_fast.ops import reference
-from ddpm_fast.row import FUNCTIONAL_FLAGS, RowFlag
+from ddpm_fast.ops.row import FUNCTIONAL_FLAGS, RowFlag
 from reverse_step_cases import INF, NAN, STEPS, Step, exact, halves, rows_for
 
 ON = pytest.mark.parametrize("on", backends(), ids=str)

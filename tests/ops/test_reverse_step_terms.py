@@ -22,7 +22,7 @@ from cases import (
     same_bits,
 )
 from ddpm_fast.ops import implementation
-from ddpm_fast.row import RowFlag, column
+from ddpm_fast.ops.row import RowFlag, column
 from reverse_step_cases import (
     EVERYTHING,
     INF,

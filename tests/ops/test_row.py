@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cases import rows_with
-from ddpm_fast.row import ROW_FIELDS, ROW_WIDTH, RowFlag, column, flags_for
+from ddpm_fast.ops.row import ROW_FIELDS, ROW_WIDTH, RowFlag, column, flags_for
 from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.tables import StepTable
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cases import rows_with
 from ddpm_fast.chain import DynamicThreshold
-from ddpm_fast.row import ROW_FIELDS, RowFlag, column, flags_for
+from ddpm_fast.ops.row import ROW_FIELDS, RowFlag, column, flags_for
 from ddpm_fast.schedules import NoiseSchedule, ScheduleWarning
 from ddpm_fast.spacing import timesteps
 from ddpm_fast.tables import StepTable

@@ -9,7 +9,7 @@ import torch
 
 from cases import BF16, F32, F64, SCHEDULE, assert_named, same_bits
 from ddpm_fast import TrainingLosses, philox_normal, q_sample_philox, training_losses
-from ddpm_fast.noise import STREAM_OFFSET, STREAM_TRAINING
+from ddpm_fast.ops.philox import STREAM_OFFSET, STREAM_TRAINING
 from loss_cases import SHORT, T4, Network, batch
 
 SEED, FIRST = 7, 100

@@ -13,7 +13,7 @@ from ddpm_fast.cli import app
 from ddpm_fast.ops import implementation
 from ddpm_fast.ops.network import NETWORK_OPS
 from ddpm_fast.ops.registry import OPS
-from ddpm_fast.row import column
+from ddpm_fast.ops.row import column
 from ddpm_fast.verify import LAYOUTS, as_table, verify
 from ddpm_fast.verify_network import NETWORK_LAYOUTS
 

@@ -16,7 +16,7 @@ from ddpm_fast.engine.conv_triton import TritonProvider
 from ddpm_fast.engine.convolution import candidates, fastest
 from ddpm_fast.engine.plan_cache import PlanCache
 from ddpm_fast.engine.tuning import Tuner
-from ddpm_fast.ops.aten_network import even_padding
+from ddpm_fast.ops.aten import even_padding
 
 PROVIDERS = {
     "aten": AtenProvider(),
@@ -80,7 +80,7 @@ def test_triton_has_a_variant_for_each_configuration_and_splits_small_maps():
 def test_each_triton_variant_runs_its_own_configuration(monkeypatch):
     case = spec(64, 64, size=8, batch=1, dtype=torch.float16)
     found = variants_of("triton", case)
-    kernels = pytest.importorskip("ddpm_fast.ops.triton_conv")
+    kernels = pytest.importorskip("ddpm_fast.ops.triton.conv")
     seen = []
     monkeypatch.setattr(kernels, "conv", lambda *args, **kwargs: seen.append(kwargs))
     tensors = conv_cases.inputs(case)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from cases import BF16, F16, F32, F64
-from ddpm_fast.ops import reference_network
+from ddpm_fast.ops import reference
 
 pytest.importorskip("triton")
 
-from ddpm_fast.ops import triton_attention as kernels
+from ddpm_fast.ops.triton import attention as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OP = torch.ops.ddpm_fast.triton_attention_
@@ -31,7 +31,7 @@ def exact(qkv: Tensor, heads: int, scale: float) -> Tensor:
     """The reference in float64."""
     wide = qkv.detach().cpu().to(F64)
     out = wide.new_empty(*wide.shape[:2], wide.shape[2] // 3)
-    reference_network.attention_(out, wide, heads, scale)
+    reference.attention_(out, wide, heads, scale)
     return out
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_fast.row import FUNCTIONAL_FLAGS, ROW_WIDTH, RowFlag
+from ddpm_fast.ops.row import FUNCTIONAL_FLAGS, ROW_WIDTH, RowFlag
 
 pytest.importorskip("triton")
 
 import triton_compiler
-from ddpm_fast.ops import triton_kernels as kernels
+from ddpm_fast.ops.triton import diffusion as kernels
 from triton_cases import PATHS
 from triton_compiler import assert_lean
 

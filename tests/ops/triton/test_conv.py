@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cases import BF16, F16, F32, F64
-from ddpm_fast.ops import reference_network
-from ddpm_fast.ops.reference_network import doubling_weight
+from ddpm_fast.ops import reference
+from ddpm_fast.ops.reference.network import doubling_weight
 
 pytest.importorskip("triton")
 
-from ddpm_fast.ops.triton_conv import Config, Spec, configurations, conv, spec_of
+from ddpm_fast.ops.triton.conv import Config, Spec, configurations, conv, spec_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OP = torch.ops.ddpm_fast.triton_conv_
@@ -88,7 +88,7 @@ def arguments(case: Case, dtype: torch.dtype, device: str = DEVICE) -> tuple[Any
 def by_reference(args: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     """out by the reference on the CPU in a dtype."""
     wide = [a.detach().cpu().to(dtype) if isinstance(a, Tensor) else a for a in args]
-    reference_network.conv_(*wide)
+    reference.conv_(*wide)
     return wide[OUT]
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cases import BF16, F16, F32, exact_normals, philox
-from ddpm_fast.row import ROW_WIDTH, RowFlag, column
+from ddpm_fast.ops.row import ROW_WIDTH, RowFlag, column
 from triton_cases import DEVICE, patterns, same, there
 from triton_interpreter import bfloat16_bits, fma32
 
@@ -24,10 +24,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from ddpm_fast.ops import triton_kernels as kernels
-from ddpm_fast.ops import triton_math as core
-from ddpm_fast.ops import triton_tiles as tiles
-from ddpm_fast.ops.triton_tiles import Shape, Tile, View
+from ddpm_fast.ops.triton import arithmetic as core
+from ddpm_fast.ops.triton import diffusion as kernels
+from ddpm_fast.ops.triton import tiles
+from ddpm_fast.ops.triton.tiles import Shape, Tile, View
 
 CPP = torch.ops.ddpm_fast
 DTYPES = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["f32", "f16", "bf16"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cases import BF16, F16, F32
-from ddpm_fast.ops import triton_norm_plan as plans
+from ddpm_fast.ops.triton import group_norm_plan as plans
 from group_norm_cases import (
     HALVES_AND_SINGLE,
     OUT,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cases import BF16, F16, F32, WRITABLE, same_bits
 from ddpm_fast.ops import implementation
-from ddpm_fast.row import RowFlag, column, complete, history_depth
+from ddpm_fast.ops.row import RowFlag, column, complete, history_depth
 from reverse_step_bits import bits_of_step, exponential
 from step_cases import (
     EVERY,
@@ -32,7 +32,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from ddpm_fast.ops import triton_math as core
+from ddpm_fast.ops.triton import arithmetic as core
 
 OP = torch.ops.ddpm_fast.triton_reverse_step_
 EACH = pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)

@@ -17,8 +17,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import triton_compiler
-from ddpm_fast.ops import triton_attention, triton_conv, triton_group_norm, triton_launch
-from ddpm_fast.ops.triton_conv import Spec
+from ddpm_fast.ops.triton import attention as triton_attention
+from ddpm_fast.ops.triton import conv as triton_conv
+from ddpm_fast.ops.triton import group_norm as triton_group_norm
+from ddpm_fast.ops.triton import launch as triton_launch
+from ddpm_fast.ops.triton.conv import Spec
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 Launch = tuple[str, Callable[[], Any]]

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_fast.row import ROW_WIDTH, RowFlag, history_depth
+from ddpm_fast.ops.row import ROW_WIDTH, RowFlag, history_depth
 from step_cases import FLAGS
 
 pytest.importorskip("triton")
 
 import triton_compiler
-from ddpm_fast.ops import triton_kernels as kernels
+from ddpm_fast.ops.triton import diffusion as kernels
 from triton_cases import PATHS
 from triton_compiler import assert_lean
 

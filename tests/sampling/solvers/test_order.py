@@ -13,7 +13,7 @@ import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, StepTable
 from ddpm_fast.chain import PREDICTIONS
-from ddpm_fast.row import ROW_FIELDS
+from ddpm_fast.ops.row import ROW_FIELDS
 from gaussian_mixture import F64, MIXTURE
 
 BACKEND = "cpu"

@@ -11,7 +11,7 @@ import torch
 from cases import F64
 from ddpm_fast import DynamicThreshold, NoiseSchedule, Sampler, StepTable
 from ddpm_fast.chain import PREDICTIONS
-from ddpm_fast.row import RowFlag, column
+from ddpm_fast.ops.row import RowFlag, column
 from diffusers_peers import SCHEDULES, closed_form
 
 LINEAR, COSINE = SCHEDULES["linear"], SCHEDULES["cosine"]

@@ -40,7 +40,7 @@ def sdpa(name: str) -> Callable[[Tensor, Tensor, int, float], None]:
 
 
 def attention_(out: Tensor, qkv: Tensor, heads: int, scale: float) -> None:
-    """`reference_network.attention_` by scaled_dot_product_attention."""
+    """`reference.attention_` by scaled_dot_product_attention."""
     q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2))
     with no_autocast(qkv.device):
         got = F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -57,7 +57,7 @@ def conv_(
     stride: int,
     padding: list[int],
 ) -> None:
-    """`reference_network.conv_`; two sources are two accumulated products, never joined."""
+    """`reference.conv_`; two sources are two accumulated products, never joined."""
     if weight.dim() == 5:
         for phase in range(4):
             a, b = divmod(phase, 2)

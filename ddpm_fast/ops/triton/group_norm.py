@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpm_fast.ops.triton_launch import Map, after_previous, is_linear, launch, map_of, wide
-from ddpm_fast.ops.triton_norm_plan import plan_of
+from ddpm_fast.ops.triton.group_norm_plan import plan_of
+from ddpm_fast.ops.triton.launch import Map, after_previous, is_linear, launch, map_of, wide
 
 
 class Table(NamedTuple):
@@ -333,7 +333,7 @@ def group_norm_(
     eps: float,
     silu: bool,
 ) -> None:
-    """GroupNorm of a sum of one or two sources; `reference_network.group_norm_` has the equation.
+    """GroupNorm of a sum of one or two sources; `reference.group_norm_` has the equation.
 
     out [N, C, H, W], x [N, C1, H, W], x2 [N, C - C1, H, W], residual and total like x, of one dtype
     (float32, float16 or bfloat16) and any strides; channels_last is the fast one. weight, bias [C],

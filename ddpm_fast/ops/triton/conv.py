@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpm_fast.ops.triton_launch import Map, after_previous, launch, map_of, wide
+from ddpm_fast.ops.triton.launch import Map, after_previous, launch, map_of, wide
 
 MULTIPROCESSORS = 132  # of an H100; plans are made for it wherever they run
 _LEAST = 16  # rows, columns and depth of a product on tensor cores
@@ -362,7 +362,7 @@ def conv_(
     stride: int,
     padding: list[int],
 ) -> None:
-    """Convolution of one or two sources; `reference_network.conv_` has the equation.
+    """Convolution of one or two sources; `reference.conv_` has the equation.
 
     x [N, C1, H, W], x2 [N, C2, H, W], weight [O, C1 + C2, K, K], bias [O], residual and out
     [N, O, H', W']; padding (left, right, top, bottom). Or weight [4, O, C, 2, 2] of a nearest

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpm_fast.ops.triton_launch import after_previous, launch, wide
+from ddpm_fast.ops.triton.launch import after_previous, launch, wide
 
 # Guesses until they are tuned on a GPU.
 SHORT = 256  # keys
@@ -206,7 +206,7 @@ def _plan(tokens: int, dims: int, itemsize: int, needs_wide: bool) -> Plan:
 
 
 def attention_(out: Tensor, qkv: Tensor, heads: int, scale: float) -> None:
-    """Self-attention of each head; `reference_network.attention_` has the equation.
+    """Self-attention of each head; `reference.attention_` has the equation.
 
     qkv [N, T, 3 * heads * D]: the queries of all heads, then their keys, then their values.
     out [N, T, heads * D]. One dtype, float32, float16 or bfloat16, and last strides of 1. Scores

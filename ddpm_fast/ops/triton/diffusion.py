@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpm_fast.ops import triton_math as core
-from ddpm_fast.ops import triton_tiles as tiles
-from ddpm_fast.ops.triton_tiles import Lookup, View, Walk
-from ddpm_fast.row import ROW_FIELDS, ROW_WIDTH, RowFlag, check_functional
+from ddpm_fast.ops.row import ROW_FIELDS, ROW_WIDTH, RowFlag, check_functional
+from ddpm_fast.ops.triton import arithmetic as core
+from ddpm_fast.ops.triton import tiles
+from ddpm_fast.ops.triton.tiles import Lookup, View, Walk
 
 # The columns and flags of a step table's row, for kernels.
 _Row = namedtuple("_Row", [*ROW_FIELDS, *RowFlag.__members__, "WIDTH"])  # type: ignore[misc]
@@ -305,7 +305,7 @@ def reverse_step_(
     second: Tensor | None = None,
     history: Tensor | None = None,
 ) -> None:
-    """One step of any solver, in place on x; ddpm_fast/row.py has the equation.
+    """One step of any solver, in place on x; ddpm_fast/ops/row.py has the equation.
 
     x, noise, pred_x0: float32 [N, ...]. model_output, model_input: of that shape, float32, float16
     or bfloat16. rows: float32 [steps, ROW_WIDTH], contiguous. step: int64 [N], the row of each

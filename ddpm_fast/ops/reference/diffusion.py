@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.ops.registry import per_sample
-from ddpm_fast.row import RowFlag, check_functional, column
+from ddpm_fast.ops.row import RowFlag, check_functional, column
 
 _WORD = 0xFFFFFFFF
 
@@ -65,7 +65,7 @@ def reverse_step_(
     second: Tensor | None = None,
     history: Tensor | None = None,
 ) -> None:
-    """One row of a step table on the state; the equation is in ``ddpm_fast.row``.
+    """One row of a step table on the state; the equation is in ``ddpm_fast.ops.row``.
 
     Beside the shape [N, ...] of x: threshold [N], history [depth, N, ...].
     """

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddpm_fast.ops import triton_math as core
+from ddpm_fast.ops.triton import arithmetic as core
 
 Ints = tuple[int, ...]
 

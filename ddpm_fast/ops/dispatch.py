@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.ops import reference, reference_network
+from ddpm_fast.ops import reference
 from ddpm_fast.ops.network import NETWORK_OPS
 from ddpm_fast.ops.registry import NOT_LOADED, OPS
 
@@ -56,11 +56,8 @@ class Implementation:
     def __init__(self, backend: str) -> None:
         self.backend = backend
         prefix = "triton_" if backend == "triton" else ""
-        for op in OPS:
-            source = reference if backend == "reference" else torch.ops.ddpm_fast
-            setattr(self, op, getattr(source, prefix + op))
-        for op in NETWORK_OPS:
-            source = reference_network if backend == "reference" else torch.ops.ddpm_fast
+        source = reference if backend == "reference" else torch.ops.ddpm_fast
+        for op in (*OPS, *NETWORK_OPS):
             setattr(self, op, getattr(source, prefix + op))
 
 
