@@ -7,33 +7,33 @@ backends that can be checked against plain PyTorch.
 from importlib import import_module
 from types import ModuleType
 
-from ddpm_fast.chain import DynamicThreshold
 from ddpm_fast.checkpoint import Checkpoint, load, save
-from ddpm_fast.codec import Codec, image_to_image, slerp
-from ddpm_fast.dropin import accelerate
-from ddpm_fast.engine import AcceleratedUNet, Tuner, UNetEngine
-from ddpm_fast.gaussians import (
+from ddpm_fast.diffusion.gaussian import (
     discretised_gaussian_log_likelihood,
     gaussian_kl,
     gaussian_kl_full,
     gaussian_log_density,
 )
-from ddpm_fast.likelihood import VariationalBound, variational_bound
+from ddpm_fast.diffusion.likelihood import VariationalBound, variational_bound
+from ddpm_fast.diffusion.noise_levels import DynamicThreshold
+from ddpm_fast.diffusion.parameterization import ConvertedModel, convert_prediction
+from ddpm_fast.diffusion.respacing import respace
+from ddpm_fast.diffusion.schedule import NoiseSchedule, ScheduleWarning
+from ddpm_fast.diffusion.scores import noise_from_score, score_from_noise, tweedie
+from ddpm_fast.diffusion.variance import model_variance
+from ddpm_fast.dropin import accelerate
+from ddpm_fast.engine import AcceleratedUNet, Tuner, UNetEngine
 from ddpm_fast.objective import objective_weights
 from ddpm_fast.ops import BACKENDS
 from ddpm_fast.ops.functional import attention, group_norm
 from ddpm_fast.ops.philox import philox_normal, philox_rng
 from ddpm_fast.optimize import OptimizeReport, optimize_module
-from ddpm_fast.predictions import ConvertedModel, convert_prediction
-from ddpm_fast.respacing import respace
-from ddpm_fast.reverse import model_variance
-from ddpm_fast.sampler import Sampler
-from ddpm_fast.schedules import NoiseSchedule, ScheduleWarning
-from ddpm_fast.scores import noise_from_score, score_from_noise, tweedie
-from ddpm_fast.tables import StepMemory, StepTable
+from ddpm_fast.sampling.codec import Codec, image_to_image, slerp
+from ddpm_fast.sampling.reverse_step import q_posterior, q_sample, q_sample_philox, reverse_step_
+from ddpm_fast.sampling.sampler import Sampler
+from ddpm_fast.sampling.step_table import StepMemory, StepTable
 from ddpm_fast.training import TrainingLosses, training_losses
 from ddpm_fast.unet import ThesisUNet, ThesisUNetConfig, UNet, UNetConfig
-from ddpm_fast.updates import q_posterior, q_sample, q_sample_philox, reverse_step_
 
 __version__ = "0.1.0"
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.chain import Clip
+from ddpm_fast.diffusion.noise_levels import Clip
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.hub import fetch, fetch_weights, is_repository_id
 from ddpm_fast.scheduler_config import (
     SCHEDULERS,
@@ -30,7 +31,6 @@ from ddpm_fast.scheduler_config import (
     diffusers_scheduler,
     parse_scheduler,
 )
-from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.unet.networks import KINDS, UNET, AnyUNet, Kind, kind_named, kind_of
 from ddpm_fast.unet.weights import read_weights, write_weights
 from ddpm_fast.utils.files import flush, install

@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from ddpm_fast.chain import PREDICTIONS
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.spacing import check_name
+from ddpm_fast.diffusion.noise_levels import PREDICTIONS
+from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.utils import checks
 
 

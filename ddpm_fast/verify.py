@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.ops import BACKENDS, Implementation, implementation, reference, why_not
 from ddpm_fast.ops.dispatch import DTYPES
 from ddpm_fast.ops.philox import STREAM_STEPS, STREAM_TRAINING, philox_rng
-from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.verify_cases import LAYOUTS, Case, Results
 from ddpm_fast.verify_network import NETWORK_LAYOUTS, network_checks
 from ddpm_fast.verify_steps import Operate, step_operators

@@ -25,8 +25,8 @@ from ddpm_fast.cli.model import (
     VariantOption,
 )
 from ddpm_fast.cli.output import check_file, say
-from ddpm_fast.likelihood import DECODERS, VariationalBound, variational_bound
-from ddpm_fast.reverse import VARIANCES
+from ddpm_fast.diffusion.likelihood import DECODERS, VariationalBound, variational_bound
+from ddpm_fast.diffusion.variance import VARIANCES
 from ddpm_fast.utils.figures import (
     ACCENT,
     INK,

@@ -28,7 +28,7 @@ from ddpm_fast.cli.model import (
     clip_of,
 )
 from ddpm_fast.cli.output import FormOption, Output, check_drawable, check_file, say
-from ddpm_fast.codec import MODES, Codec
+from ddpm_fast.sampling.codec import MODES, Codec
 from ddpm_fast.utils.images import save_npy, save_png, sheet
 from ddpm_fast.utils.pictures import read_image, read_images
 

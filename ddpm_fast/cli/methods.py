@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ddpm_fast.cli.model import OpenModel
-from ddpm_fast.spacing import SPACINGS
-from ddpm_fast.tables import StepTable
+from ddpm_fast.diffusion.timesteps import SPACINGS
+from ddpm_fast.sampling.step_table import StepTable
 
 CPU_STEPS = 250  # of ancestral sampling
 

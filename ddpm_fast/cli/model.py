@@ -10,11 +10,11 @@ import torch
 import typer
 from torch import Tensor
 
-from ddpm_fast.chain import Clip, DynamicThreshold
 from ddpm_fast.checkpoint import load
 from ddpm_fast.cli.devices import device_of
+from ddpm_fast.diffusion.noise_levels import Clip, DynamicThreshold
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.engine import AcceleratedUNet, accelerate
-from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.unet import UNet
 
 SHIPPED = str(Path(__file__).resolve().parent.parent / "assets" / "triangles")

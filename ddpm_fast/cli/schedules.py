@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 
 # What may follow the name, in order; the first `needed` of them must.
 _ENDS = ("beta_start", "beta_end")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ddpm_fast.chain import Clip, DynamicThreshold, threshold_of
+from ddpm_fast.diffusion.model_output import halves, thresholds
+from ddpm_fast.diffusion.noise_levels import Clip, DynamicThreshold, threshold_of
 from ddpm_fast.ops import implementation
 from ddpm_fast.ops.row import RowFlag, column
-from ddpm_fast.outputs import halves, thresholds
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.immutable import Frozen
 

@@ -14,10 +14,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ddpm_fast.chain import Clip, DynamicThreshold, Prediction
+from ddpm_fast.diffusion.noise_levels import Clip, DynamicThreshold, Prediction
+from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.timesteps import check_real
 from ddpm_fast.scheduler_config import PREDICTIONS, parse_scheduler
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.spacing import check_real
 
 Compat = Literal["diffusers", "corrected"]
 COMPATS = ("diffusers", "corrected")

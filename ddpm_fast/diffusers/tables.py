@@ -9,7 +9,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from ddpm_fast.chain import Chain, threshold_of
 from ddpm_fast.diffusers.coefficients import Levels, ddim_rows, ddpm_rows
 from ddpm_fast.diffusers.options import (
     Compat,
@@ -21,9 +20,14 @@ from ddpm_fast.diffusers.options import (
     prediction_of,
     refuse_subclass,
 )
-from ddpm_fast.solvers.dpm_solver import dpmpp_2m_rows, dpmpp_2m_sde_rows, half_logsnr_steps
-from ddpm_fast.solvers.unipc import unipc_rows
-from ddpm_fast.tables import StepTable
+from ddpm_fast.diffusion.noise_levels import Chain, threshold_of
+from ddpm_fast.sampling.solvers.dpm_solver import (
+    dpmpp_2m_rows,
+    dpmpp_2m_sde_rows,
+    half_logsnr_steps,
+)
+from ddpm_fast.sampling.solvers.unipc import unipc_rows
+from ddpm_fast.sampling.step_table import StepTable
 
 
 def step_table(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.training.options import TrainOptions
 
 

@@ -9,14 +9,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_fast.bound_terms import DECODERS, BoundTerms, Decoder
-from ddpm_fast.chain import Prediction, check_prediction
-from ddpm_fast.labels import sample_labels
+from ddpm_fast.diffusion.bound_terms import DECODERS, BoundTerms, Decoder
+from ddpm_fast.diffusion.model_output import prediction_of
+from ddpm_fast.diffusion.noise_levels import Prediction, check_prediction
+from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.timesteps import check_name, check_real
+from ddpm_fast.diffusion.variance import LEARNED, VARIANCES, Variance
 from ddpm_fast.ops.philox import STREAM_TRAINING
-from ddpm_fast.outputs import prediction_of
-from ddpm_fast.reverse import LEARNED, VARIANCES, Variance
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.spacing import check_name, check_real
+from ddpm_fast.sampling.labels import sample_labels
 from ddpm_fast.training.noising import noised
 from ddpm_fast.training.weights import Weighting, error_weight, target
 from ddpm_fast.utils import checks

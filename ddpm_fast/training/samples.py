@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm_fast.sampler import Sampler
-from ddpm_fast.tables import StepTable
+from ddpm_fast.sampling.sampler import Sampler
+from ddpm_fast.sampling.step_table import StepTable
 from ddpm_fast.training.trainer import Trainer
 from ddpm_fast.utils.images import prepare_folder, save_png, sheet
 

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.chain import Prediction, epsilon_factors
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.spacing import check_real
+from ddpm_fast.diffusion.noise_levels import Prediction, epsilon_factors
+from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.timesteps import check_real
 from ddpm_fast.utils import checks
 
 Weighting = Literal["min_snr"] | Tensor | None

@@ -18,7 +18,7 @@ from cli_runs import SIDE, T, error_of, run, tiny_schedule, tiny_unet
 from ddpm_fast import DynamicThreshold
 from ddpm_fast.cli import bpd as bpd_command
 from ddpm_fast.cli.model import OpenModel
-from ddpm_fast.likelihood import variational_bound
+from ddpm_fast.diffusion.likelihood import variational_bound
 
 SHAPE = (1, SIDE, SIDE)
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, SIDE, SIDE), np.uint8)

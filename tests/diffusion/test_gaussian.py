@@ -10,7 +10,7 @@ import torch
 from scipy import integrate, stats
 
 from cases import BF16, F16, F32, F64, assert_named
-from ddpm_fast.gaussians import (
+from ddpm_fast.diffusion.gaussian import (
     discretised_gaussian_log_likelihood,
     gaussian_kl,
     gaussian_kl_full,

@@ -12,9 +12,9 @@ from scipy import integrate, stats
 
 from cases import F32, F64, SCHEDULE
 from ddpm_fast import NoiseSchedule, philox_normal
-from ddpm_fast.likelihood import prior_kl, variational_bound
+from ddpm_fast.diffusion.likelihood import prior_kl, variational_bound
+from ddpm_fast.diffusion.respacing import respace
 from ddpm_fast.ops.philox import STREAM_TRAINING
-from ddpm_fast.respacing import respace
 from gaussian_data import (
     ENTROPY,
     best_epsilon,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cases import SCHEDULE, assert_named
-from ddpm_fast.likelihood import variational_bound
+from ddpm_fast.diffusion.likelihood import variational_bound
 from sampler_cases import smooth
 
 GOOD = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_fast.schedules import NoiseSchedule, ScheduleWarning
+from ddpm_fast.diffusion.schedule import NoiseSchedule, ScheduleWarning
 
 SCHEDULES = [
     pytest.param(NoiseSchedule.linear, id="linear"),

@@ -10,9 +10,9 @@ import torch
 
 from cases import F16, F32, F64, SCHEDULE, assert_named
 from ddpm_fast import NoiseSchedule, StepTable
+from ddpm_fast.diffusion.respacing import respace
+from ddpm_fast.diffusion.variance import VARIANCES, model_variance, x0_coefficients
 from ddpm_fast.ops.row import column
-from ddpm_fast.respacing import respace
-from ddpm_fast.reverse import VARIANCES, model_variance, x0_coefficients
 
 ZERO_SNR = SCHEDULE.rescale_zero_terminal_snr()
 

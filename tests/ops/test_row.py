@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cases import rows_with
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.ops.row import ROW_FIELDS, ROW_WIDTH, RowFlag, column, flags_for
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.tables import StepTable
+from ddpm_fast.sampling.step_table import StepTable
 
 
 def test_row_layout_is_fixed():

@@ -11,7 +11,7 @@ import torch
 
 from cases import SCHEDULE, same_bits
 from ddpm_fast import Sampler, StepTable
-from ddpm_fast.loop import StepLoop
+from ddpm_fast.sampling.step_loop import StepLoop
 from sampler_cases import DDPM, RANDOM, SHAPE, Net, draw, sampler
 
 ETA = [StepTable.ddim(SCHEDULE, 5, eta=eta) for eta in (0.2, 0.7)]

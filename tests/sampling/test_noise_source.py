@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cases import F16, F32, same_bits
-from ddpm_fast.sources import GeneratorNoise
+from ddpm_fast.sampling.noise_source import GeneratorNoise
 from sampler_cases import DDPM, SHAPE, chain, draw, sampler, smooth
 
 

@@ -11,7 +11,7 @@ import torch
 
 from cases import SCHEDULE, normals, same_bits
 from ddpm_fast import Sampler, StepTable, philox_rng, reverse_step_
-from ddpm_fast import loops as module
+from ddpm_fast.sampling import loop_cache as module
 from ddpm_fast.utils.cuda_graphs import UNROLLED, CaptureError
 from sampler_cases import DDPM, RANDOM, SHAPE, draw, sampler, smooth
 

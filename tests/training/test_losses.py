@@ -10,7 +10,7 @@ import torch
 
 from cases import F32, F64, SCHEDULE, normals
 from ddpm_fast import ConvertedModel, NoiseSchedule, training_losses, variational_bound
-from ddpm_fast.likelihood import prior_kl
+from ddpm_fast.diffusion.likelihood import prior_kl
 from ddpm_fast.ops.philox import STREAM_TRAINING
 from gaussian_data import M, S, best_epsilon, expected_terms
 from loss_cases import (

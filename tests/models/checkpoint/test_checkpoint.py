@@ -19,7 +19,7 @@ from checkpoint_cases import (
 )
 from ddpm_fast import DynamicThreshold, checkpoint
 from ddpm_fast.checkpoint import load, save
-from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.unet import UNet
 
 TRIANGLES = Path(ddpm_fast.__file__).parent / "assets" / "triangles"

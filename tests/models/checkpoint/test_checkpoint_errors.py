@@ -20,7 +20,7 @@ from checkpoint_cases import (
 )
 from ddpm_fast import checkpoint
 from ddpm_fast.checkpoint import load, save
-from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.unet import UNet, weights
 from ddpm_fast.utils import files
 

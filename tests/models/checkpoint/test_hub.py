@@ -13,8 +13,8 @@ import torch
 
 from checkpoint_cases import CONFIG, OPTIONS, SCHEDULER, UNET_FILE, edit, same_state
 from ddpm_fast.checkpoint import load, save
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.hub import is_repository_id
-from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.unet import UNet
 
 hub = pytest.importorskip("huggingface_hub")

@@ -10,8 +10,8 @@ import torch
 from checkpoint_cases import OPTIONS, SCHEDULER, edit
 from ddpm_fast import DynamicThreshold
 from ddpm_fast.checkpoint import load, save
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.scheduler_config import parse_scheduler
-from ddpm_fast.schedules import NoiseSchedule
 from ddpm_fast.unet import UNet
 
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_cases import OPTIONS, UNET_FILE, contents, same_state
 from ddpm_fast.checkpoint import load, save
-from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.unet import UNet
 
 SAFE, BIN = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.tables import StepTable
+from ddpm_fast.sampling.step_table import StepTable
 from ddpm_fast.utils import checks
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.chain import Chain, Clip, Prediction, threshold_of
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.solvers.dpm_solver import multistep_chain, of_second_order
-from ddpm_fast.spacing import check_name
+from ddpm_fast.diffusion.noise_levels import Chain, Clip, Prediction, threshold_of
+from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.timesteps import check_name
+from ddpm_fast.sampling.solvers.dpm_solver import multistep_chain, of_second_order
 
 if TYPE_CHECKING:
-    from ddpm_fast.tables import StepTable
+    from ddpm_fast.sampling.step_table import StepTable
 
 
 def unipc(

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.chain import PREDICTIONS, Chain, Prediction
-from ddpm_fast.outputs import tensor_of
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.spacing import check_name
+from ddpm_fast.diffusion.model_output import tensor_of
+from ddpm_fast.diffusion.noise_levels import PREDICTIONS, Chain, Prediction
+from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.cuda_graphs import state_of
 from ddpm_fast.utils.immutable import Frozen

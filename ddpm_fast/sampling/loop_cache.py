@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ddpm_fast.loop import Model, StepLoop
+from ddpm_fast.sampling.step_loop import Model, StepLoop
 from ddpm_fast.utils.cuda_graphs import UNROLLED, CaptureError, GraphedStep, state_of
 
 Advance = Callable[[int], None]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.chain import (
+from ddpm_fast.diffusion.noise_levels import (
     Chain,
     Clip,
     Prediction,
@@ -19,11 +19,11 @@ from ddpm_fast.chain import (
     refuse_random,
     threshold_of,
 )
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.spacing import check_name, check_real
+from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.timesteps import check_name, check_real
 
 if TYPE_CHECKING:
-    from ddpm_fast.tables import StepTable
+    from ddpm_fast.sampling.step_table import StepTable
 
 
 def ddim(

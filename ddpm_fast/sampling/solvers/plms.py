@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ddpm_fast.chain import (
+from ddpm_fast.diffusion.noise_levels import (
     Chain,
     Clip,
     Prediction,
@@ -15,10 +15,10 @@ from ddpm_fast.chain import (
     refuse_random,
     threshold_of,
 )
-from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
-    from ddpm_fast.tables import StepTable
+    from ddpm_fast.sampling.step_table import StepTable
 
 # Adams-Bashforth: weights of the present epsilon and of those before it, by how many there are.
 _WEIGHTS = (

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.chain import Chain, Clip, Prediction, Start, threshold_of
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.spacing import check_name
+from ddpm_fast.diffusion.noise_levels import Chain, Clip, Prediction, Start, threshold_of
+from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.timesteps import check_name
 
 if TYPE_CHECKING:
-    from ddpm_fast.tables import StepTable
+    from ddpm_fast.sampling.step_table import StepTable
 
 Variance = Literal["posterior", "beta", "posterior_log", "beta_log", "learned", "learned_range"]
 VARIANCES = ("posterior", "beta", "posterior_log", "beta_log", "learned", "learned_range")

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.chain import check_prediction, x0_factors
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.spacing import check_name
+from ddpm_fast.diffusion.noise_levels import check_prediction, x0_factors
+from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.utils import checks
 
 Variance = Literal["posterior", "beta", "learned", "learned_range"]

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_fast.labels import as_null_label, sample_labels, slot_labels
-from ddpm_fast.loop import Model, StepLoop
-from ddpm_fast.loops import Graph, KeptLoop, LoopCache
 from ddpm_fast.ops import implementation
 from ddpm_fast.ops.philox import STREAM_START, empty_samples, philox_rng
 from ddpm_fast.ops.reference.diffusion import philox4x32_10
-from ddpm_fast.sources import GeneratorNoise, as_noise, source_of
-from ddpm_fast.tables import StepTable
+from ddpm_fast.sampling.labels import as_null_label, sample_labels, slot_labels
+from ddpm_fast.sampling.loop_cache import Graph, KeptLoop, LoopCache
+from ddpm_fast.sampling.noise_source import GeneratorNoise, as_noise, source_of
+from ddpm_fast.sampling.step_loop import Model, StepLoop
+from ddpm_fast.sampling.step_table import StepTable
 from ddpm_fast.utils import checks
 
 Noise = Literal["philox"] | torch.Generator | Sequence[torch.Generator] | GeneratorNoise | Tensor

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_fast.spacing import check_int, check_real
+from ddpm_fast.diffusion.timesteps import check_int, check_real
 from ddpm_fast.utils.immutable import Frozen
 
 Values = Sequence[float] | np.ndarray | Tensor

@@ -9,19 +9,19 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ddpm_fast.chain import (
+from ddpm_fast.diffusion.noise_levels import (
     PREDICTIONS,
     DynamicThreshold,
     Prediction,
     checked_start,
 )
+from ddpm_fast.diffusion.timesteps import as_list, check_int, check_name, check_real
 from ddpm_fast.ops.row import ROW_FIELDS, RowFlag, column, complete, flags_for, history_depth
-from ddpm_fast.solvers.ddim import ddim, ddim_inverse, ve_ode
-from ddpm_fast.solvers.ddpm import ddpm
-from ddpm_fast.solvers.dpm_solver import dpmpp_2m, dpmpp_2m_sde
-from ddpm_fast.solvers.plms import plms
-from ddpm_fast.solvers.unipc import unipc
-from ddpm_fast.spacing import as_list, check_int, check_name, check_real
+from ddpm_fast.sampling.solvers.ddim import ddim, ddim_inverse, ve_ode
+from ddpm_fast.sampling.solvers.ddpm import ddpm
+from ddpm_fast.sampling.solvers.dpm_solver import dpmpp_2m, dpmpp_2m_sde
+from ddpm_fast.sampling.solvers.plms import plms
+from ddpm_fast.sampling.solvers.unipc import unipc
 from ddpm_fast.utils.immutable import Frozen
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ddpm_fast.chain import Chain
-from ddpm_fast.schedules import NoiseSchedule
+from ddpm_fast.diffusion.noise_levels import Chain
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 
 
 def respace(

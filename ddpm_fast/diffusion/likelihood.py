@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_fast import outputs
-from ddpm_fast.bound_terms import DECODERS, BoundTerms, Decoder
-from ddpm_fast.chain import Clip, Prediction, clip_bound, threshold_of
-from ddpm_fast.gaussians import gaussian_kl
+from ddpm_fast.diffusion import model_output as outputs
+from ddpm_fast.diffusion.bound_terms import DECODERS, BoundTerms, Decoder
+from ddpm_fast.diffusion.gaussian import gaussian_kl
+from ddpm_fast.diffusion.noise_levels import Clip, Prediction, clip_bound, threshold_of
+from ddpm_fast.diffusion.respacing import respace
+from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.timesteps import check_name
+from ddpm_fast.diffusion.variance import LEARNED, First, Variance
 from ddpm_fast.ops.philox import STREAM_TRAINING
-from ddpm_fast.respacing import respace
-from ddpm_fast.reverse import LEARNED, First, Variance
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.spacing import check_name
-from ddpm_fast.updates import q_sample_philox
+from ddpm_fast.sampling.reverse_step import q_sample_philox
 from ddpm_fast.utils import checks
 
 

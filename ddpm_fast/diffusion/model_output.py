@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.chain import DynamicThreshold
+from ddpm_fast.diffusion.noise_levels import DynamicThreshold
 from ddpm_fast.ops.reference.diffusion import predicted_x0
 from ddpm_fast.utils import checks
 

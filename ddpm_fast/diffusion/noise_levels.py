@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.timesteps import check_int, check_name, check_real, timesteps
 from ddpm_fast.ops.row import ROW_WIDTH, column
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.spacing import check_int, check_name, check_real, timesteps
 
 Prediction = Literal["epsilon", "x0", "v", "score"]
 Start = int | Literal["random"] | None

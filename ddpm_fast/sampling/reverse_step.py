@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_fast.diffusion.model_output import halves, thresholds
+from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.ops import implementation
 from ddpm_fast.ops.philox import STREAM_TRAINING, philox_rng
 from ddpm_fast.ops.row import RowFlag
-from ddpm_fast.outputs import halves, thresholds
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.tables import StepMemory, StepTable
+from ddpm_fast.sampling.step_table import StepMemory, StepTable
 from ddpm_fast.utils import checks
 
 

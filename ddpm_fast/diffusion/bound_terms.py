@@ -7,13 +7,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_fast.chain import Prediction
-from ddpm_fast.gaussians import (
+from ddpm_fast.diffusion.gaussian import (
     discretised_gaussian_log_likelihood,
     gaussian_kl,
     gaussian_log_density,
 )
-from ddpm_fast.reverse import (
+from ddpm_fast.diffusion.noise_levels import Prediction
+from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.timesteps import check_name
+from ddpm_fast.diffusion.variance import (
     LEARNED,
     VARIANCES,
     First,
@@ -22,8 +24,6 @@ from ddpm_fast.reverse import (
     log_variances,
     x0_coefficients,
 )
-from ddpm_fast.schedules import NoiseSchedule
-from ddpm_fast.spacing import check_name
 
 Decoder = Literal["discretised", "gaussian"]
 DECODERS = ("discretised", "gaussian")

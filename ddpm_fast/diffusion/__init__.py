@@ -1,0 +1,1 @@
+"""The mathematics: schedules, timesteps, parameterizations, the forward process, likelihood."""

@@ -1,0 +1,1 @@
+"""Step tables, solvers, the reverse step and the samplers that run them."""
