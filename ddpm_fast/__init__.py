@@ -7,7 +7,6 @@ backends that can be checked against plain PyTorch.
 from importlib import import_module
 from types import ModuleType
 
-from ddpm_fast.checkpoint import Checkpoint, load, save
 from ddpm_fast.diffusion.gaussian import (
     discretised_gaussian_log_likelihood,
     gaussian_kl,
@@ -23,6 +22,8 @@ from ddpm_fast.diffusion.scores import noise_from_score, score_from_noise, tweed
 from ddpm_fast.diffusion.variance import model_variance
 from ddpm_fast.dropin import accelerate
 from ddpm_fast.engine import AcceleratedUNet, Tuner, UNetEngine
+from ddpm_fast.models import ThesisUNet, ThesisUNetConfig, UNet, UNetConfig
+from ddpm_fast.models.checkpoint.checkpoint import Checkpoint, load, save
 from ddpm_fast.objective import objective_weights
 from ddpm_fast.ops import BACKENDS
 from ddpm_fast.ops.functional import attention, group_norm
@@ -33,7 +34,6 @@ from ddpm_fast.sampling.reverse_step import q_posterior, q_sample, q_sample_phil
 from ddpm_fast.sampling.sampler import Sampler
 from ddpm_fast.sampling.step_table import StepMemory, StepTable
 from ddpm_fast.training import TrainingLosses, training_losses
-from ddpm_fast.unet import ThesisUNet, ThesisUNetConfig, UNet, UNetConfig
 
 __version__ = "0.1.0"
 

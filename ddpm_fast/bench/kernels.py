@@ -21,7 +21,7 @@ from ddpm_fast.engine.convolution import adds_residuals
 from ddpm_fast.engine.lower import lower
 from ddpm_fast.engine.program import Convolution, Normalization, SelfAttention
 from ddpm_fast.engine.tuning import CudaTimer
-from ddpm_fast.unet import UNet
+from ddpm_fast.models import UNet
 from ddpm_fast.utils import checks
 
 _log = logging.getLogger("ddpm_fast")

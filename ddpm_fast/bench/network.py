@@ -19,7 +19,7 @@ from ddpm_fast.bench.published import counts
 from ddpm_fast.bench.timing import interleaved, quantiles
 from ddpm_fast.engine import UNetEngine, accelerate
 from ddpm_fast.engine.lower import lower
-from ddpm_fast.unet import UNet
+from ddpm_fast.models import UNet
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.cuda_graphs import GraphedStep
 

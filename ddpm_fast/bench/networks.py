@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import ddpm_fast
-from ddpm_fast.unet import UNet, UNetConfig
-from ddpm_fast.unet.architectures import ARCHITECTURES
+from ddpm_fast.models import UNet, UNetConfig
+from ddpm_fast.models.architectures import ARCHITECTURES
 
 TRIANGLES = Path(ddpm_fast.__file__).parent / "assets" / "triangles"
 NETWORKS = ("cifar32", "ddpm256", "triangles")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpm_fast.unet import UNet
+from ddpm_fast.models import UNet
 
 # The module of each peer and the package that has it.
 PACKAGES = {

@@ -10,12 +10,12 @@ import torch
 import typer
 from torch import Tensor
 
-from ddpm_fast.checkpoint import load
 from ddpm_fast.cli.devices import device_of
 from ddpm_fast.diffusion.noise_levels import Clip, DynamicThreshold
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.engine import AcceleratedUNet, accelerate
-from ddpm_fast.unet import UNet
+from ddpm_fast.models import UNet
+from ddpm_fast.models.checkpoint.checkpoint import load
 
 SHIPPED = str(Path(__file__).resolve().parent.parent / "assets" / "triangles")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -10,7 +10,7 @@ import typer
 from ddpm_fast.cli.devices import device_text
 from ddpm_fast.cli.output import say
 from ddpm_fast.cli.schedules import SCHEDULES, schedule_of
-from ddpm_fast.unet.architectures import ARCHITECTURES
+from ddpm_fast.models.architectures import ARCHITECTURES
 from ddpm_fast.utils.figures import NoMatplotlibError, require_matplotlib
 
 DATA = ("triangles", "triangles-lowres", "triangles-array", "digits")

@@ -17,7 +17,7 @@ from diffusers import (
 from ddpm_fast.diffusion.noise_levels import Clip, DynamicThreshold, Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.timesteps import check_real
-from ddpm_fast.scheduler_config import PREDICTIONS, parse_scheduler
+from ddpm_fast.models.checkpoint.scheduler_config import PREDICTIONS, parse_scheduler
 
 Compat = Literal["diffusers", "corrected"]
 COMPATS = ("diffusers", "corrected")

@@ -18,7 +18,7 @@ from ddpm_fast.engine.engine import UNetEngine, chain_length
 from ddpm_fast.engine.graphed import GraphedModel
 from ddpm_fast.engine.tuning import Tuner
 from ddpm_fast.engine.weights import Watched
-from ddpm_fast.unet import UNet, UNetConfig
+from ddpm_fast.models import UNet, UNetConfig
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.cuda_graphs import ONE_CAPTURE, becomes_a_graph, keep_for_graph
 

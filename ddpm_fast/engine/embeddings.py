@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_fast.engine.program import Columns
-from ddpm_fast.unet import UNet
+from ddpm_fast.models import UNet
 
 _ROWS_AT_ONCE = 256
 

@@ -19,10 +19,10 @@ from ddpm_fast.engine.plan import Plan, describe
 from ddpm_fast.engine.program import Program
 from ddpm_fast.engine.steps import Binder, Slots
 from ddpm_fast.engine.tuning import Tuner
+from ddpm_fast.models import UNet
 from ddpm_fast.ops import why_not
 from ddpm_fast.ops.aten import no_autocast
 from ddpm_fast.ops.dispatch import BACKENDS
-from ddpm_fast.unet import UNet
 from ddpm_fast.utils import checks
 
 _ALIGNED = 16  # bytes; what kernels that read in vectors ask of an image's address

@@ -23,8 +23,8 @@ from ddpm_fast.engine.program import (
     Value,
 )
 from ddpm_fast.engine.spec import AttentionSpec, ConvSpec, NormSpec, Padding
-from ddpm_fast.unet import UNet
-from ddpm_fast.unet.blocks import (
+from ddpm_fast.models import UNet
+from ddpm_fast.models.unet_blocks import (
     Attention,
     DownBlock,
     Downsample,

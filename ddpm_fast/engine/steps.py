@@ -23,9 +23,9 @@ from ddpm_fast.engine.program import (
     Value,
 )
 from ddpm_fast.engine.tuning import Tuner
+from ddpm_fast.models.unet_blocks import upsample_nearest
 from ddpm_fast.ops import implementation, why_not
 from ddpm_fast.ops.aten import SDPA, pixels, sdpa
-from ddpm_fast.unet.blocks import upsample_nearest
 
 Slots = list[Any]  # the tensors of a call, by number
 

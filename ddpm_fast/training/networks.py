@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.checkpoint import load
-from ddpm_fast.unet import ThesisUNet, UNet, UNetConfig
-from ddpm_fast.unet.architectures import ARCHITECTURES
+from ddpm_fast.models import ThesisUNet, UNet, UNetConfig
+from ddpm_fast.models.architectures import ARCHITECTURES
+from ddpm_fast.models.checkpoint.checkpoint import load
 from ddpm_fast.utils.json_files import read_json
 
 NETWORKS = (*ARCHITECTURES, "thesis")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddpm_fast.unet import UNet, UNetConfig
+from ddpm_fast.models import UNet, UNetConfig
 from unet_cases import SMALL
 
 

@@ -147,7 +147,7 @@ class TestCommandLine:
 
 
 def test_exported_at_the_top():
-    import ddpm_fast.unet
+    import ddpm_fast.models
 
-    assert ddpm_fast.ThesisUNet is ThesisUNet is ddpm_fast.unet.ThesisUNet
-    assert {"ThesisUNet", "ThesisUNetConfig"} <= {*ddpm_fast.__all__} & {*ddpm_fast.unet.__all__}
+    assert ddpm_fast.ThesisUNet is ThesisUNet is ddpm_fast.models.ThesisUNet
+    assert {"ThesisUNet", "ThesisUNetConfig"} <= {*ddpm_fast.__all__} & {*ddpm_fast.models.__all__}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_fast.unet import UNet, UNetConfig
+from ddpm_fast.models import UNet, UNetConfig
 from unet_cases import (
     CIFAR,
     CONFIGS,

@@ -22,7 +22,7 @@ from ddpm_fast.engine.conv_cudnn import CudnnProvider, Graph, Kernel, nhwc
 from ddpm_fast.engine.convolution import scratch
 from ddpm_fast.engine.lower import lower
 from ddpm_fast.engine.program import Convolution
-from ddpm_fast.unet import UNet, UNetConfig
+from ddpm_fast.models import UNet, UNetConfig
 from unet_cases import CIFAR, LARGE
 
 HALF, BFLOAT16 = torch.float16, torch.bfloat16

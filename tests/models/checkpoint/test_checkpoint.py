@@ -17,10 +17,11 @@ from checkpoint_cases import (
     edit,
     same_state,
 )
-from ddpm_fast import DynamicThreshold, checkpoint
-from ddpm_fast.checkpoint import load, save
+from ddpm_fast import DynamicThreshold
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.unet import UNet
+from ddpm_fast.models import UNet
+from ddpm_fast.models.checkpoint import checkpoint
+from ddpm_fast.models.checkpoint.checkpoint import load, save
 
 TRIANGLES = Path(ddpm_fast.__file__).parent / "assets" / "triangles"
 

@@ -18,10 +18,10 @@ from checkpoint_cases import (
     contents,
     edit,
 )
-from ddpm_fast import checkpoint
-from ddpm_fast.checkpoint import load, save
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.unet import UNet, weights
+from ddpm_fast.models import UNet
+from ddpm_fast.models.checkpoint import checkpoint, weights
+from ddpm_fast.models.checkpoint.checkpoint import load, save
 from ddpm_fast.utils import files
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from checkpoint_cases import CONFIG, OPTIONS, SCHEDULER, UNET_FILE, edit, same_state
-from ddpm_fast.checkpoint import load, save
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.hub import is_repository_id
-from ddpm_fast.unet import UNet
+from ddpm_fast.models import UNet
+from ddpm_fast.models.checkpoint.checkpoint import load, save
+from ddpm_fast.models.checkpoint.hub import is_repository_id
 
 hub = pytest.importorskip("huggingface_hub")
 constants, errors, utils = (

@@ -9,10 +9,10 @@ import torch
 
 from checkpoint_cases import OPTIONS, SCHEDULER, edit
 from ddpm_fast import DynamicThreshold
-from ddpm_fast.checkpoint import load, save
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.scheduler_config import parse_scheduler
-from ddpm_fast.unet import UNet
+from ddpm_fast.models import UNet
+from ddpm_fast.models.checkpoint.checkpoint import load, save
+from ddpm_fast.models.checkpoint.scheduler_config import parse_scheduler
 
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 PNDM = "PNDMScheduler"

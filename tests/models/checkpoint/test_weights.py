@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint_cases import OPTIONS, UNET_FILE, contents, same_state
-from ddpm_fast.checkpoint import load, save
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.unet import UNet
+from ddpm_fast.models import UNet
+from ddpm_fast.models.checkpoint.checkpoint import load, save
 
 SAFE, BIN = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 INDEX = f"{SAFE}.index.json"

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm_fast.unet.config import UNetConfig
-from ddpm_fast.unet.model import UNet
-from ddpm_fast.unet.thesis import ThesisUNet
-from ddpm_fast.unet.thesis_config import ThesisUNetConfig
+from ddpm_fast.models.thesis_unet import ThesisUNet
+from ddpm_fast.models.thesis_unet_config import ThesisUNetConfig
+from ddpm_fast.models.unet import UNet
+from ddpm_fast.models.unet_config import UNetConfig
 
 AnyUNet = UNet | ThesisUNet
 

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_fast.unet.blocks import (
+from ddpm_fast.models.inputs import (
+    check_images,
+    check_label_range,
+    check_labels,
+    refuse_labels,
+    timesteps_of,
+)
+from ddpm_fast.models.unet_blocks import (
     Attention,
     DownBlock,
     Downsample,
@@ -20,14 +27,7 @@ from ddpm_fast.unet.blocks import (
     Upsample,
     group_norm,
 )
-from ddpm_fast.unet.config import UNetConfig
-from ddpm_fast.unet.inputs import (
-    check_images,
-    check_label_range,
-    check_labels,
-    refuse_labels,
-    timesteps_of,
-)
+from ddpm_fast.models.unet_config import UNetConfig
 
 
 def _frequencies(half: int, shift: int, device: torch.device) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ddpm_fast.unet.networks import KINDS, AnyUNet, kind_of
-from ddpm_fast.unet.tensor_files import FLOATING, TensorFile, open_tensors
-from ddpm_fast.weight_files import WeightFiles
+from ddpm_fast.models.checkpoint.tensor_files import FLOATING, TensorFile, open_tensors
+from ddpm_fast.models.checkpoint.weight_files import WeightFiles
+from ddpm_fast.models.registry import KINDS, AnyUNet, kind_of
 
 _OLD_ATTENTION = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.")
 _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

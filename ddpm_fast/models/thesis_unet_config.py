@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ddpm_fast.unet.options import NetworkOptions, is_integer
+from ddpm_fast.models.base_config import NetworkOptions, is_integer
 
 
 @dataclass(frozen=True)

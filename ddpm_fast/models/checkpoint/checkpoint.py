@@ -23,19 +23,24 @@ import torch
 
 from ddpm_fast.diffusion.noise_levels import Clip
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.hub import fetch, fetch_weights, is_repository_id
-from ddpm_fast.scheduler_config import (
+from ddpm_fast.models.checkpoint.hub import fetch, fetch_weights, is_repository_id
+from ddpm_fast.models.checkpoint.scheduler_config import (
     SCHEDULERS,
     SchedulerOptions,
     describe_schedule,
     diffusers_scheduler,
     parse_scheduler,
 )
-from ddpm_fast.unet.networks import KINDS, UNET, AnyUNet, Kind, kind_named, kind_of
-from ddpm_fast.unet.weights import read_weights, write_weights
+from ddpm_fast.models.checkpoint.weight_files import (
+    check_variant,
+    find_weights,
+    is_weights,
+    single_name,
+)
+from ddpm_fast.models.checkpoint.weights import read_weights, write_weights
+from ddpm_fast.models.registry import KINDS, UNET, AnyUNet, Kind, kind_named, kind_of
 from ddpm_fast.utils.files import flush, install
 from ddpm_fast.utils.json_files import read_json, write_json
-from ddpm_fast.weight_files import check_variant, find_weights, is_weights, single_name
 
 INDEX = "model_index.json"
 CONFIG = "config.json"

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_fast.unet.blocks import group_norm
-from ddpm_fast.unet.inputs import (
+from ddpm_fast.models.inputs import (
     check_images,
     check_label_range,
     check_labels,
     refuse_labels,
     timesteps_of,
 )
-from ddpm_fast.unet.model import Sinusoid
-from ddpm_fast.unet.thesis_config import ThesisUNetConfig
+from ddpm_fast.models.thesis_unet_config import ThesisUNetConfig
+from ddpm_fast.models.unet import Sinusoid
+from ddpm_fast.models.unet_blocks import group_norm
 
 
 class ThesisBlock(nn.Module):

@@ -1,0 +1,1 @@
+"""Pipeline folders of diffusers: reading and writing."""
