@@ -22,13 +22,13 @@ from ddpm_fast.diffusion.scores import noise_from_score, score_from_noise, tweed
 from ddpm_fast.diffusion.variance import model_variance
 from ddpm_fast.dropin import accelerate
 from ddpm_fast.engine import AcceleratedUNet, Tuner, UNetEngine
+from ddpm_fast.engine.fuse_modules.optimize import OptimizeReport, optimize_module
 from ddpm_fast.models import ThesisUNet, ThesisUNetConfig, UNet, UNetConfig
 from ddpm_fast.models.checkpoint.checkpoint import Checkpoint, load, save
 from ddpm_fast.objective import objective_weights
 from ddpm_fast.ops import BACKENDS
 from ddpm_fast.ops.functional import attention, group_norm
 from ddpm_fast.ops.philox import philox_normal, philox_rng
-from ddpm_fast.optimize import OptimizeReport, optimize_module
 from ddpm_fast.sampling.codec import Codec, image_to_image, slerp
 from ddpm_fast.sampling.reverse_step import q_posterior, q_sample, q_sample_philox, reverse_step_
 from ddpm_fast.sampling.sampler import Sampler

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ddpm_fast.bench.timing import interleaved
-from ddpm_fast.engine.budget import free_bytes
+from ddpm_fast.engine.plan.memory_check import free_bytes
 
 _ROUNDS = 9
 

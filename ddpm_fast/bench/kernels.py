@@ -17,10 +17,10 @@ from ddpm_fast.bench import networks
 from ddpm_fast.bench.ceilings import Ceilings
 from ddpm_fast.bench.operators import Candidate, Measured, Trial, trial
 from ddpm_fast.bench.timing import Case, interleaved, once, quantiles
-from ddpm_fast.engine.convolution import adds_residuals
-from ddpm_fast.engine.lower import lower
-from ddpm_fast.engine.program import Convolution, Normalization, SelfAttention
-from ddpm_fast.engine.tuning import CudaTimer
+from ddpm_fast.engine.autotune.tuner import CudaTimer
+from ddpm_fast.engine.convolution.candidates import adds_residuals
+from ddpm_fast.engine.plan.lowering import lower
+from ddpm_fast.engine.plan.operations import Convolution, Normalization, SelfAttention
 from ddpm_fast.models import UNet
 from ddpm_fast.utils import checks
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_fast.engine.convolution import Variant, candidates, equipped
-from ddpm_fast.engine.program import Convolution, Normalization, SelfAttention
-from ddpm_fast.engine.spec import AttentionSpec, ConvSpec, NormSpec
+from ddpm_fast.engine.convolution.candidates import Variant, candidates, equipped
+from ddpm_fast.engine.plan.operations import Convolution, Normalization, SelfAttention
+from ddpm_fast.engine.specs import AttentionSpec, ConvSpec, NormSpec
 from ddpm_fast.ops import implementation, reference, why_not
 from ddpm_fast.ops.aten import SDPA, sdpa
 

@@ -30,8 +30,9 @@ from ddpm_fast.diffusers.options import (
 from ddpm_fast.diffusers.parts import check_parts, fingerprint, unwrapped
 from ddpm_fast.diffusers.tables import step_table
 from ddpm_fast.diffusion.timesteps import check_real
-from ddpm_fast.engine import AcceleratedUNet, Tuner, accelerate
-from ddpm_fast.engine.accelerate import Chosen
+from ddpm_fast.engine import AcceleratedUNet, Tuner
+from ddpm_fast.engine import accelerated_unet as accelerate
+from ddpm_fast.engine.accelerated_unet import Chosen
 from ddpm_fast.ops.aten import no_autocast
 from ddpm_fast.sampling.noise_source import GeneratorNoise
 from ddpm_fast.sampling.sampler import Sampler

@@ -1,7 +1,7 @@
 """The U-Net as a flat plan of fused operations over memory that is planned once."""
 
-from ddpm_fast.engine.accelerate import AcceleratedUNet, accelerate
-from ddpm_fast.engine.engine import UNetEngine
-from ddpm_fast.engine.tuning import Tuner
+from ddpm_fast.engine.accelerated_unet import AcceleratedUNet, accelerate
+from ddpm_fast.engine.autotune.tuner import Tuner
+from ddpm_fast.engine.unet_engine import UNetEngine
 
 __all__ = ["AcceleratedUNet", "Tuner", "UNetEngine", "accelerate"]

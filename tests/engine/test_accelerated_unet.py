@@ -14,7 +14,7 @@ import torch
 import ddpm_fast
 from cases import BF16, F32, SCHEDULE, same_bits
 from ddpm_fast import Sampler, StepTable, Tuner, UNet, UNetConfig, accelerate
-from ddpm_fast.engine.graphed import GraphedModel
+from ddpm_fast.engine.graphed_model import GraphedModel
 from engine_cases import CPU, arguments, small
 from unet_cases import SMALL, relative_error
 
@@ -33,7 +33,7 @@ class Prefers(Tuner):
         for call in candidates.values():
             call()
         self.asked.append(list(candidates))
-        self._choices[key] = ddpm_fast.engine.tuning.Choice(
+        self._choices[key] = ddpm_fast.engine.autotune.tuner.Choice(
             self.wanted, dict.fromkeys(candidates, 0.5)
         )
         return self.wanted
@@ -346,8 +346,8 @@ class TestGraphedModel:
             def record_event(self):
                 return "event"
 
-        monkeypatch.setattr("ddpm_fast.engine.graphed.GraphedStep", Replayed)
-        monkeypatch.setattr("ddpm_fast.engine.graphed.becomes_a_graph", lambda: False)
+        monkeypatch.setattr("ddpm_fast.engine.graphed_model.GraphedStep", Replayed)
+        monkeypatch.setattr("ddpm_fast.engine.graphed_model.becomes_a_graph", lambda: False)
         monkeypatch.setattr(torch.cuda, "current_stream", Stream)
         monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
         unet = small(num_class_embeds=5)
@@ -379,7 +379,7 @@ class TestGraphedModel:
             def __init__(self, *args, **options):
                 raise RuntimeError("out of memory")
 
-        monkeypatch.setattr("ddpm_fast.engine.graphed.GraphedStep", Fails)
+        monkeypatch.setattr("ddpm_fast.engine.graphed_model.GraphedStep", Fails)
         with pytest.raises(RuntimeError, match="out of memory"):
             model(x.double(), t, labels)
         assert relative_error(model(x, t, labels), unet(x, t, labels)) < 1e-5
@@ -397,7 +397,7 @@ class TestGraphedModel:
 
     def test_inside_a_capture_the_model_runs_as_it_is(self, graphed, monkeypatch):
         model, unet, captures = graphed
-        monkeypatch.setattr("ddpm_fast.engine.graphed.becomes_a_graph", lambda: True)
+        monkeypatch.setattr("ddpm_fast.engine.graphed_model.becomes_a_graph", lambda: True)
         args = arguments(unet.config)
         assert relative_error(model(*args), unet(*args)) < 1e-6
         assert not captures

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ddpm_fast import UNet
-from ddpm_fast.engine.lower import lower
-from ddpm_fast.engine.memory import place
+from ddpm_fast.engine.plan.lowering import lower
+from ddpm_fast.engine.plan.memory import place
 from engine_cases import busiest
 from unet_cases import CIFAR, LARGE, SIX_LEVELS
 

@@ -15,9 +15,10 @@ import torch
 
 from cases import BF16, F16, F32, F64, SCHEDULE, same_bits
 from ddpm_fast import Sampler, StepTable, Tuner, UNet, UNetConfig, UNetEngine
-from ddpm_fast.engine import budget, steps
-from ddpm_fast.engine.embeddings import LabelledEmbeddings
-from ddpm_fast.engine.lower import lower
+from ddpm_fast.engine.plan import binding as steps
+from ddpm_fast.engine.plan import memory_check as budget
+from ddpm_fast.engine.plan.embeddings import LabelledEmbeddings
+from ddpm_fast.engine.plan.lowering import lower
 from engine_cases import arguments, distance, engine, even, small
 from unet_cases import CIFAR, CONFIGS, SMALL, relative_error
 

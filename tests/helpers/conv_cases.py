@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm_fast.engine.spec import ConvSpec
+from ddpm_fast.engine.specs import ConvSpec
 from ddpm_fast.ops import reference
 
 CPU = torch.device("cpu")

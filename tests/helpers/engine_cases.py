@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast import Tuner, UNet, UNetConfig, UNetEngine
-from ddpm_fast.engine.memory import ALIGNMENT, Lifetime
+from ddpm_fast.engine.plan.memory import ALIGNMENT, Lifetime
 from unet_cases import SMALL, inputs, scramble
 
 CPU = torch.device("cpu")

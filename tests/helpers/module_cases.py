@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cases import backends
-from ddpm_fast import fused_modules
+from ddpm_fast.engine.fuse_modules import modules as fused_modules
 
 # Triton's interpreter runs the operator in its own tests; here it would take minutes.
 ON = pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_fast.engine import plan_cache
-from ddpm_fast.engine.plan_cache import Choice, PlanCache, environment
-from ddpm_fast.engine.tuning import Tuner
+from ddpm_fast.engine.autotune import cache as plan_cache
+from ddpm_fast.engine.autotune.cache import Choice, PlanCache, environment
+from ddpm_fast.engine.autotune.tuner import Tuner
 from ddpm_fast.utils.cache_folder import default_folder
 
 CPU = torch.device("cpu")

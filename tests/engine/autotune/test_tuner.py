@@ -9,8 +9,8 @@ import weakref
 import pytest
 import torch
 
-from ddpm_fast.engine.plan_cache import Choice, PlanCache
-from ddpm_fast.engine.tuning import CpuTimer, CudaTimer, Tuner
+from ddpm_fast.engine.autotune.cache import Choice, PlanCache
+from ddpm_fast.engine.autotune.tuner import CpuTimer, CudaTimer, Tuner
 
 CPU = torch.device("cpu")
 HERE = {"device": "a processor", "torch": "1"}

@@ -9,13 +9,13 @@ import torch
 
 import conv_cases
 from conv_cases import SPECS, spec
-from ddpm_fast.engine import convolution
-from ddpm_fast.engine.conv_aten import AtenProvider
-from ddpm_fast.engine.conv_onednn import OnednnProvider
-from ddpm_fast.engine.conv_triton import TritonProvider
-from ddpm_fast.engine.convolution import candidates, fastest
-from ddpm_fast.engine.plan_cache import PlanCache
-from ddpm_fast.engine.tuning import Tuner
+from ddpm_fast.engine.autotune.cache import PlanCache
+from ddpm_fast.engine.autotune.tuner import Tuner
+from ddpm_fast.engine.convolution import candidates as convolution
+from ddpm_fast.engine.convolution.aten import AtenProvider
+from ddpm_fast.engine.convolution.candidates import candidates, fastest
+from ddpm_fast.engine.convolution.onednn import OnednnProvider
+from ddpm_fast.engine.convolution.triton import TritonProvider
 from ddpm_fast.ops.aten import even_padding
 
 PROVIDERS = {
@@ -175,7 +175,7 @@ def test_what_a_provider_cannot_run_it_says(monkeypatch):
     assert "cuda" in PROVIDERS["onednn"].why_not(gpu)
     assert "float64" in PROVIDERS["onednn"].why_not(spec(8, 8, dtype=torch.float64))
     assert "GPU" in TritonProvider().why_not(spec(8, 8))
-    monkeypatch.setattr("ddpm_fast.engine.conv_onednn._OPERATORS", ("_no_such_operator",))
+    monkeypatch.setattr("ddpm_fast.engine.convolution.onednn._OPERATORS", ("_no_such_operator",))
     assert "_no_such_operator" in PROVIDERS["onednn"].why_not(spec(8, 8))
     assert len(candidates(spec(8, 8), *conv_cases.weights(spec(8, 8)))) == 1
 

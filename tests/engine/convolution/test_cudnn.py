@@ -17,11 +17,11 @@ import torch.nn.functional as F
 
 import conv_cases
 from conv_cases import SPECS, spec
-from ddpm_fast.engine import conv_cudnn
-from ddpm_fast.engine.conv_cudnn import CudnnProvider, Graph, Kernel, nhwc
-from ddpm_fast.engine.convolution import scratch
-from ddpm_fast.engine.lower import lower
-from ddpm_fast.engine.program import Convolution
+from ddpm_fast.engine.convolution import cudnn as conv_cudnn
+from ddpm_fast.engine.convolution.candidates import scratch
+from ddpm_fast.engine.convolution.cudnn import CudnnProvider, Graph, Kernel, nhwc
+from ddpm_fast.engine.plan.lowering import lower
+from ddpm_fast.engine.plan.operations import Convolution
 from ddpm_fast.models import UNet, UNetConfig
 from unet_cases import CIFAR, LARGE
 

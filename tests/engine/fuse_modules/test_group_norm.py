@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from cases import BF16, F16, F32, F64, relative_error, same_bits
-from ddpm_fast import fused_modules
+from ddpm_fast.engine.fuse_modules import modules as fused_modules
+from ddpm_fast.engine.fuse_modules.optimize import optimize_module
 from ddpm_fast.ops import implementation
-from ddpm_fast.optimize import optimize_module
 from module_cases import ON, scrambled, spy
 
 

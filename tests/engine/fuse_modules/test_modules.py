@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cases import BF16, F32, relative_error, same_bits
-from ddpm_fast.fused_modules import FUSED_NORMS, Activated, FusedGroupNormSiLU
-from ddpm_fast.optimize import optimize_module
+from ddpm_fast.engine.fuse_modules.modules import FUSED_NORMS, Activated, FusedGroupNormSiLU
+from ddpm_fast.engine.fuse_modules.optimize import optimize_module
 from module_cases import Flagged, Net, image, scrambled, sequential, spy
 
 NORMS = (nn.GroupNorm, *FUSED_NORMS)

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 import module_cases
 from cases import F16, F32, F64, assert_named, same_bits
-from ddpm_fast import optimize
-from ddpm_fast.fused_modules import FusedGroupNorm, FusedSequential
-from ddpm_fast.optimize import optimize_module
+from ddpm_fast.engine.fuse_modules import optimize
+from ddpm_fast.engine.fuse_modules.modules import FusedGroupNorm, FusedSequential
+from ddpm_fast.engine.fuse_modules.optimize import optimize_module
 from module_cases import ON, Net, image, scrambled, sequential, spy
 from unet_cases import SMALL, relative_error, scramble
 

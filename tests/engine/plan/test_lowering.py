@@ -9,8 +9,8 @@ import torch
 
 from cases import F16, F32
 from ddpm_fast import UNet
-from ddpm_fast.engine.lower import lower
-from ddpm_fast.engine.program import Combine, Normalization
+from ddpm_fast.engine.plan.lowering import lower
+from ddpm_fast.engine.plan.operations import Combine, Normalization
 from engine_cases import arguments, engine, small
 from unet_cases import CIFAR, LARGE
 

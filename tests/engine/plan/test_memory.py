@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_fast.engine.memory import ALIGNMENT, Lifetime, place
+from ddpm_fast.engine.plan.memory import ALIGNMENT, Lifetime, place
 from engine_cases import busiest
 
 LIFETIMES = st.lists(

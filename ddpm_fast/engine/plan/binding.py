@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_fast.engine.convolution import fastest
-from ddpm_fast.engine.program import (
+from ddpm_fast.engine.autotune.tuner import Tuner
+from ddpm_fast.engine.convolution.candidates import fastest
+from ddpm_fast.engine.plan.operations import (
     Columns,
     Combine,
     Convolution,
@@ -22,7 +23,6 @@ from ddpm_fast.engine.program import (
     SelfAttention,
     Value,
 )
-from ddpm_fast.engine.tuning import Tuner
 from ddpm_fast.models.unet_blocks import upsample_nearest
 from ddpm_fast.ops import implementation, why_not
 from ddpm_fast.ops.aten import SDPA, pixels, sdpa

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.engine.engine import UNetEngine, chain_length
-from ddpm_fast.engine.graphed import GraphedModel
-from ddpm_fast.engine.tuning import Tuner
-from ddpm_fast.engine.weights import Watched
+from ddpm_fast.engine.autotune.tuner import Tuner
+from ddpm_fast.engine.graphed_model import GraphedModel
+from ddpm_fast.engine.unet_engine import UNetEngine, chain_length
+from ddpm_fast.engine.weight_watch import Watched
 from ddpm_fast.models import UNet, UNetConfig
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.cuda_graphs import ONE_CAPTURE, becomes_a_graph, keep_for_graph

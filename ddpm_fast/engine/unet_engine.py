@@ -10,15 +10,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ddpm_fast.engine import budget
-from ddpm_fast.engine.convolution import adds_residuals
-from ddpm_fast.engine.embeddings import LabelledEmbeddings, time_table
-from ddpm_fast.engine.lower import lower
-from ddpm_fast.engine.memory import Lifetime, place
-from ddpm_fast.engine.plan import Plan, describe
-from ddpm_fast.engine.program import Program
-from ddpm_fast.engine.steps import Binder, Slots
-from ddpm_fast.engine.tuning import Tuner
+from ddpm_fast.engine.autotune.tuner import Tuner
+from ddpm_fast.engine.convolution.candidates import adds_residuals
+from ddpm_fast.engine.plan import memory_check as budget
+from ddpm_fast.engine.plan.binding import Binder, Slots
+from ddpm_fast.engine.plan.embeddings import LabelledEmbeddings, time_table
+from ddpm_fast.engine.plan.lowering import lower
+from ddpm_fast.engine.plan.memory import Lifetime, place
+from ddpm_fast.engine.plan.operations import Program
+from ddpm_fast.engine.plan.report import Plan, describe
 from ddpm_fast.models import UNet
 from ddpm_fast.ops import why_not
 from ddpm_fast.ops.aten import no_autocast

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from ddpm_fast.engine.plan_cache import Choice, PlanCache
+from ddpm_fast.engine.autotune.cache import Choice, PlanCache
 from ddpm_fast.utils.cuda_graphs import ONE_CAPTURE
 
 _log = logging.getLogger("ddpm_fast")

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_fast.engine.memory import Lifetime
-from ddpm_fast.engine.spec import AttentionSpec, ConvSpec, NormSpec
+from ddpm_fast.engine.plan.memory import Lifetime
+from ddpm_fast.engine.specs import AttentionSpec, ConvSpec, NormSpec
 
 
 @dataclass(eq=False)

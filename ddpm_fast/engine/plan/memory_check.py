@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ddpm_fast.engine.memory import place
-from ddpm_fast.engine.program import Program
+from ddpm_fast.engine.plan.memory import place
+from ddpm_fast.engine.plan.operations import Program
 
 
 def free_bytes(device: torch.device) -> int | None:

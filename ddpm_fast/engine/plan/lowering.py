@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.engine.embeddings import Projections
-from ddpm_fast.engine.program import (
+from ddpm_fast.engine.plan.embeddings import Projections
+from ddpm_fast.engine.plan.operations import (
     Columns,
     Combine,
     Convolution,
@@ -22,7 +22,7 @@ from ddpm_fast.engine.program import (
     SelfAttention,
     Value,
 )
-from ddpm_fast.engine.spec import AttentionSpec, ConvSpec, NormSpec, Padding
+from ddpm_fast.engine.specs import AttentionSpec, ConvSpec, NormSpec, Padding
 from ddpm_fast.models import UNet
 from ddpm_fast.models.unet_blocks import (
     Attention,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ddpm_fast.engine.program import Program
-from ddpm_fast.engine.steps import Step
+from ddpm_fast.engine.plan.binding import Step
+from ddpm_fast.engine.plan.operations import Program
 
 
 @dataclass(frozen=True)

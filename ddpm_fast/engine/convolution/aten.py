@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_fast.engine.spec import ConvSpec
+from ddpm_fast.engine.specs import ConvSpec
 from ddpm_fast.ops.reference.network import doubling_weight
 
 # Rows and columns of the output that a phase (a, b) of a doubling owns: out[:, :, a::2, b::2].

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ddpm_fast.fused_modules import QUESTIONS
+from ddpm_fast.engine.fuse_modules.modules import QUESTIONS
 
 
 class Call:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.engine.conv_aten import (
+from ddpm_fast.engine.convolution.aten import (
     PHASES,
     double_into,
     doubled_bytes,
@@ -25,8 +25,8 @@ from ddpm_fast.engine.conv_aten import (
     prepared,
     prepared_bias,
 )
-from ddpm_fast.engine.cudnn_graph import DTYPES, Graph, Kernel, handle_of, nhwc
-from ddpm_fast.engine.spec import ConvSpec
+from ddpm_fast.engine.convolution.cudnn_graph import DTYPES, Graph, Kernel, handle_of, nhwc
+from ddpm_fast.engine.specs import ConvSpec
 
 _log = logging.getLogger("ddpm_fast")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ddpm_fast.fused_modules import (
+from ddpm_fast.engine.fuse_modules.modules import (
     FUSED_NORMS,
     FusedGroupNorm,
     FusedGroupNormSiLU,
@@ -17,7 +17,7 @@ from ddpm_fast.fused_modules import (
     has_hooks,
     is_pair,
 )
-from ddpm_fast.observe import Call, observe
+from ddpm_fast.engine.fuse_modules.trace import Call, observe
 from ddpm_fast.ops import BACKENDS, implementation
 
 FUSED, NORM_ONLY, LEFT_ALONE = "fused with SiLU", "norm only", "left alone"

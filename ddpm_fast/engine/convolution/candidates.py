@@ -26,12 +26,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ddpm_fast.engine.conv_aten import AtenProvider
-from ddpm_fast.engine.conv_cudnn import CudnnProvider
-from ddpm_fast.engine.conv_onednn import OnednnProvider
-from ddpm_fast.engine.conv_triton import TritonProvider
-from ddpm_fast.engine.spec import ConvSpec
-from ddpm_fast.engine.tuning import Tuner
+from ddpm_fast.engine.autotune.tuner import Tuner
+from ddpm_fast.engine.convolution.aten import AtenProvider
+from ddpm_fast.engine.convolution.cudnn import CudnnProvider
+from ddpm_fast.engine.convolution.onednn import OnednnProvider
+from ddpm_fast.engine.convolution.triton import TritonProvider
+from ddpm_fast.engine.specs import ConvSpec
 
 _log = logging.getLogger("ddpm_fast")
 

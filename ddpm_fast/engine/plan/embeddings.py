@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_fast.engine.program import Columns
+from ddpm_fast.engine.plan.operations import Columns
 from ddpm_fast.models import UNet
 
 _ROWS_AT_ONCE = 256

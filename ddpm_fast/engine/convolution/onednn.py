@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_fast.engine.conv_aten import (
+from ddpm_fast.engine.convolution.aten import (
     PHASES,
     double_into,
     doubled_bytes,
     phase_weight,
     prepared_bias,
 )
-from ddpm_fast.engine.spec import ConvSpec
+from ddpm_fast.engine.specs import ConvSpec
 from ddpm_fast.ops.aten import even_padding, window
 
 _OPERATORS = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm_fast.engine.conv_aten import phase_weight, prepared, prepared_bias
-from ddpm_fast.engine.spec import ConvSpec
+from ddpm_fast.engine.convolution.aten import phase_weight, prepared, prepared_bias
+from ddpm_fast.engine.specs import ConvSpec
 from ddpm_fast.ops.dispatch import DTYPES, why_not
 
 

@@ -1,0 +1,1 @@
+"""Timing of implementations, and the choices it kept on disk."""

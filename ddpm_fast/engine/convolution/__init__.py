@@ -1,0 +1,1 @@
+"""The implementations of a convolution, and which is fastest."""

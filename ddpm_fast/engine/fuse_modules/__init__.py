@@ -1,0 +1,1 @@
+"""Fused GroupNorm and SiLU inside any network: `optimize_module`."""

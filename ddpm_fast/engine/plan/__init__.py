@@ -1,0 +1,1 @@
+"""The plan of a network: operations, their memory and what runs each."""
