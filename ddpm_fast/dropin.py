@@ -13,8 +13,8 @@ from ddpm_fast.engine import accelerated_unet as accelerate_network
 if TYPE_CHECKING:
     from diffusers import DDIMPipeline, DDPMPipeline
 
-    from ddpm_fast.diffusers.options import Compat
     from ddpm_fast.diffusers.pipelines import FastDDIMPipeline, FastDDPMPipeline
+    from ddpm_fast.diffusers.scheduler_options import Compat
 
 
 @overload

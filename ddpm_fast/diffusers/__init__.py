@@ -11,6 +11,6 @@ except ImportError as error:
     ) from error
 
 from ddpm_fast.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler
-from ddpm_fast.diffusers.tables import step_table
+from ddpm_fast.diffusers.step_tables import step_table
 
 __all__ = ["FastDDIMScheduler", "FastDDPMScheduler", "step_table"]

@@ -19,16 +19,16 @@ from diffusers import (
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ddpm_fast.diffusers.base import check_steps
-from ddpm_fast.diffusers.options import (
+from ddpm_fast.diffusers.compatibility import check_parts, fingerprint, unwrapped
+from ddpm_fast.diffusers.scheduler_base import check_steps
+from ddpm_fast.diffusers.scheduler_options import (
     Compat,
     check_compat,
     compat_of,
     kind_of,
     options_of,
 )
-from ddpm_fast.diffusers.parts import check_parts, fingerprint, unwrapped
-from ddpm_fast.diffusers.tables import step_table
+from ddpm_fast.diffusers.step_tables import step_table
 from ddpm_fast.diffusion.timesteps import check_real
 from ddpm_fast.engine import AcceleratedUNet, Tuner
 from ddpm_fast.engine import accelerated_unet as accelerate

@@ -10,9 +10,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
-from ddpm_fast.diffusers.base import FusedScheduler, Generators, check_steps
-from ddpm_fast.diffusers.fused import TimestepRows, fused_step, step_tensors
-from ddpm_fast.diffusers.tables import ddim_rows_of, ddpm_rows_of, visited
+from ddpm_fast.diffusers.fused_step import TimestepRows, fused_step, step_tensors
+from ddpm_fast.diffusers.scheduler_base import FusedScheduler, Generators, check_steps
+from ddpm_fast.diffusers.step_tables import ddim_rows_of, ddpm_rows_of, visited
 from ddpm_fast.utils import checks
 
 __all__ = ["FastDDIMScheduler", "FastDDPMScheduler", "SchedulerMixin"]  # what diffusers looks for

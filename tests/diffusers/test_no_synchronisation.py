@@ -10,7 +10,7 @@ pytest.importorskip("diffusers", reason="needs diffusers")
 
 import diffusers
 
-import ddpm_fast.diffusers.base as module
+import ddpm_fast.diffusers.scheduler_base as module
 from ddpm_fast.utils import checks
 from scheduler_cases import FAST, assert_near, generator, normals
 

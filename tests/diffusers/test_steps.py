@@ -141,7 +141,7 @@ def test_half_precision_is_nearer_to_float64_than_the_library(kind, name, dtype)
 
 def _with_noise(scheduler, out, t, x, noise):
     """A step in float64 with the noise of another dtype's draw."""
-    import ddpm_fast.diffusers.base as module
+    import ddpm_fast.diffusers.scheduler_base as module
 
     drawn = module.randn_tensor
     module.randn_tensor = lambda *args, **options: noise

@@ -12,10 +12,10 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ddpm_fast.diffusers.forward import ForwardScales
-from ddpm_fast.diffusers.fused import TimestepRows, Where
-from ddpm_fast.diffusers.options import check_compat, clip_of, kind_of, learned_variance
-from ddpm_fast.diffusers.tables import alphas_cumprod, visited
+from ddpm_fast.diffusers.add_noise import ForwardScales
+from ddpm_fast.diffusers.fused_step import TimestepRows, Where
+from ddpm_fast.diffusers.scheduler_options import check_compat, clip_of, kind_of, learned_variance
+from ddpm_fast.diffusers.step_tables import alphas_cumprod, visited
 from ddpm_fast.utils import checks
 
 Generators = torch.Generator | list[torch.Generator] | None

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from ddpm_fast.diffusers.options import (
+from ddpm_fast.diffusers.scheduler_options import (
     Compat,
     clip_of,
     kind_of,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusers.fused import backend_for
+from ddpm_fast.diffusers.fused_step import backend_for
 from ddpm_fast.ops import implementation
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.immutable import Frozen

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from ddpm_fast.diffusers.coefficients import Levels, ddim_rows, ddpm_rows
-from ddpm_fast.diffusers.options import (
+from ddpm_fast.diffusers.scheduler_options import (
     Compat,
     check_compat,
     clip_of,
