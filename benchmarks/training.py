@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.bench.results import RESULTS, metadata, write_csv
 from ddpm_fast.bench.timing import Case, interleaved, quantiles
-from ddpm_fast.data import ImageData
-from ddpm_fast.training.networks import build_network
-from ddpm_fast.training.options import TrainOptions
+from ddpm_fast.training.build_network import build_network
+from ddpm_fast.training.config import TrainOptions
+from ddpm_fast.training.data import ImageData
 from ddpm_fast.training.trainer import Trainer
 
 NEVER = (1 << 31) - 1

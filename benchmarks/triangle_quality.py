@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage, stats
 
 from ddpm_fast.bench.results import RESULTS, ROOT, metadata, write_csv
-from ddpm_fast.data import make_triangles
+from ddpm_fast.training.data import make_triangles
 from triangles.enclosing import convex_hull, smallest_triangle
 from triangles.nearest import NEAREST_COLUMNS, Memorisation
 

@@ -25,7 +25,6 @@ from ddpm_fast.engine import AcceleratedUNet, Tuner, UNetEngine
 from ddpm_fast.engine.fuse_modules.optimize import OptimizeReport, optimize_module
 from ddpm_fast.models import ThesisUNet, ThesisUNetConfig, UNet, UNetConfig
 from ddpm_fast.models.checkpoint.checkpoint import Checkpoint, load, save
-from ddpm_fast.objective import objective_weights
 from ddpm_fast.ops import BACKENDS
 from ddpm_fast.ops.functional import attention, group_norm
 from ddpm_fast.ops.philox import philox_normal, philox_rng
@@ -34,6 +33,7 @@ from ddpm_fast.sampling.reverse_step import q_posterior, q_sample, q_sample_phil
 from ddpm_fast.sampling.sampler import Sampler
 from ddpm_fast.sampling.step_table import StepMemory, StepTable
 from ddpm_fast.training import TrainingLosses, training_losses
+from ddpm_fast.training.objective import objective_weights
 
 __version__ = "0.1.0"
 

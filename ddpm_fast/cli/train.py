@@ -90,10 +90,10 @@ def train(
     A run that was killed goes on with --resume, with the losses that it would have had. On several
     GPUs: ``accelerate launch -m ddpm_fast train ...``.
     """
-    from ddpm_fast.data import load_data
     from ddpm_fast.training.board import Board, require_tensorboard
-    from ddpm_fast.training.networks import build_network
-    from ddpm_fast.training.options import TrainOptions
+    from ddpm_fast.training.build_network import build_network
+    from ddpm_fast.training.config import TrainOptions
+    from ddpm_fast.training.data import load_data
     from ddpm_fast.training.samples import save_samples
     from ddpm_fast.training.trainer import Trainer
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.training.options import TrainOptions
+from ddpm_fast.training.config import TrainOptions
 
 
 def parts(data: Any, options: TrainOptions) -> tuple[Any, Any]:

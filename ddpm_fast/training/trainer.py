@@ -16,16 +16,16 @@ from ddpm_fast.diffusion.noise_levels import check_prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.models.checkpoint.checkpoint import save
 from ddpm_fast.ops.philox import STREAM_TRAINING
-from ddpm_fast.training import order
-from ddpm_fast.training.average import Average
-from ddpm_fast.training.feed import Feed
+from ddpm_fast.training import data_order as order
+from ddpm_fast.training.config import TrainOptions
+from ddpm_fast.training.ema import Average
 from ddpm_fast.training.fit import check_fit, identity, parts
 from ddpm_fast.training.history import draw_history, write_history
+from ddpm_fast.training.loader import Feed
 from ddpm_fast.training.losses import training_losses
-from ddpm_fast.training.options import TrainOptions
+from ddpm_fast.training.metrics import Tally
 from ddpm_fast.training.processes import processes
-from ddpm_fast.training.state import differences, read_state, write_state
-from ddpm_fast.training.tally import Tally
+from ddpm_fast.training.run_state import differences, read_state, write_state
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.images import prepare_folder
 
@@ -40,7 +40,7 @@ class Trainer:
 
     network: a `UNet` or `ThesisUNet`; trained in place, moved to the device, channels-last. data: a
     map-style data set of images, float32 [C, H, W] in [-1, 1], or (image, label), with a
-    ``fingerprint`` (`ddpm_fast.data.ImageData`). out: gets ``state.pt``, ``history.csv`` and its
+    ``fingerprint`` (`ddpm_fast.training.data.ImageData`). out: gets ``state.pt``, ``history.csv`` and its
     picture ``loss.png``, ``checkpoint`` (the averaged weights, in the layout of `ddpm_fast.save`).
 
     Order, timesteps, noise and dropped labels are functions of the seed and of an image's place in

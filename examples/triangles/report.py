@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, Sampler, StepTable, philox_normal, q_sample
 from ddpm_fast.bench.results import metadata, write_csv
-from ddpm_fast.data import make_triangles
+from ddpm_fast.training.data import make_triangles
 from ddpm_fast.training.trainer import Trainer
 from ddpm_fast.utils.figures import ACCENT, FAINT, INK, entitle, new_figure, save_figure
 from ddpm_fast.utils.images import prepare_folder, save_png, sheet

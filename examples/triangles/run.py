@@ -21,9 +21,9 @@ import torch
 from report import STARTS, Result, draw_samples, write_report
 
 from ddpm_fast import NoiseSchedule, ScheduleWarning
-from ddpm_fast.data import load_data
-from ddpm_fast.training.networks import build_network
-from ddpm_fast.training.options import TrainOptions
+from ddpm_fast.training.build_network import build_network
+from ddpm_fast.training.config import TrainOptions
+from ddpm_fast.training.data import load_data
 from ddpm_fast.training.trainer import Trainer
 
 HERE = Path(__file__).resolve().parent

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ddpm_fast.data import make_triangles
+from ddpm_fast.training.data import make_triangles
 
 nearest = importlib.import_module("triangles.nearest")
 quality = importlib.import_module("triangle_quality")

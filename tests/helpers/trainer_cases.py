@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from cases import same_bits
 from ddpm_fast import NoiseSchedule, UNet
-from ddpm_fast.training.options import TrainOptions
+from ddpm_fast.training.config import TrainOptions
 from ddpm_fast.training.trainer import Trainer
 
 LINEAR = NoiseSchedule.linear()

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("accelerate", reason="needs accelerate")
 
-from ddpm_fast.training.options import TrainOptions
+from ddpm_fast.training.config import TrainOptions
 from trainer_cases import LINEAR, TINY, Labelled, network, options, trainer
 
 ZERO_SNR = LINEAR.rescale_zero_terminal_snr()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddpm_fast.training import order
+from ddpm_fast.training import data_order as order
 
 
 def test_every_image_once_an_epoch_in_an_order_of_its_own():

@@ -11,7 +11,7 @@ pytest.importorskip("accelerate", reason="needs accelerate")
 
 from accelerate import Accelerator
 
-from ddpm_fast.training.tally import Tally
+from ddpm_fast.training.metrics import Tally
 from ddpm_fast.training.trainer import CHECKPOINT, STATE
 from trainer_cases import Squares, losses, network, run, same_weights, trainer
 
@@ -118,7 +118,7 @@ def test_the_seconds_of_an_epoch_are_those_of_its_steps(monkeypatch):
             return value
 
     clock = [0.0]
-    monkeypatch.setattr("ddpm_fast.training.tally.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("ddpm_fast.training.metrics.time.perf_counter", lambda: clock[0])
     tally = Tally(Alone(), 1, 10, [3.0], 2.0)  # one step of two seconds behind it
     clock[0] = 50.0
     tally.start()

@@ -16,8 +16,8 @@ from accelerate.state import AcceleratorState
 
 import ddpm_fast
 from ddpm_fast import ThesisUNet, training_losses
-from ddpm_fast.data import ImageData
-from ddpm_fast.training import order
+from ddpm_fast.training import data_order as order
+from ddpm_fast.training.data import ImageData
 from ddpm_fast.training.samples import draw_samples, save_samples
 from ddpm_fast.training.trainer import CHECKPOINT, CURVE, HISTORY, STATE
 from trainer_cases import (

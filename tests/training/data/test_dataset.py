@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ddpm_fast.data import ImageData
+from ddpm_fast.training.data import ImageData
 
 COUNT = 24
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ddpm_fast.data import load_data, make_triangles
+from ddpm_fast.training.data import load_data, make_triangles
 from ddpm_fast.utils.images import to_uint8
 
 

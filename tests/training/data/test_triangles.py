@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_fast.data import load_data, make_triangles, triangles
+from ddpm_fast.training.data import load_data, make_triangles, triangles
 
 FORMS = ("triangles", "triangles-lowres", "triangles-array")
 

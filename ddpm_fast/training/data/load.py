@@ -9,10 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm_fast.data.dataset import ImageData
-from ddpm_fast.data.folder import FolderImages, class_of, image_paths, look_at, without_broken
-from ddpm_fast.data.transforms import to_images
-from ddpm_fast.data.triangles import CANVAS, FORMS, SIZE, kept_triangles
+from ddpm_fast.training.data.dataset import ImageData
+from ddpm_fast.training.data.image_folder import (
+    FolderImages,
+    class_of,
+    image_paths,
+    look_at,
+    without_broken,
+)
+from ddpm_fast.training.data.transforms import to_images
+from ddpm_fast.training.data.triangles import CANVAS, FORMS, SIZE, kept_triangles
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.cache_folder import default_folder
 
