@@ -8,14 +8,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ddpm_fast import verify as verify_module
 from ddpm_fast.cli import app
 from ddpm_fast.ops import implementation
 from ddpm_fast.ops.network import NETWORK_OPS
 from ddpm_fast.ops.registry import OPS
 from ddpm_fast.ops.row import column
-from ddpm_fast.verify import LAYOUTS, as_table, verify
-from ddpm_fast.verify_network import NETWORK_LAYOUTS
+from ddpm_fast.verify import runner as verify_module
+from ddpm_fast.verify.network import NETWORK_LAYOUTS
+from ddpm_fast.verify.runner import LAYOUTS, as_table, verify
 
 CPU = implementation("cpu", torch.device("cpu"), torch.float32)
 COEFFICIENTS = {"q_sample": (3, 2), "q_sample_philox": (2, 2), "q_posterior": (3, 4)}

@@ -2,7 +2,7 @@
 
 The bound on an error is not a fixed tolerance but what the arithmetic may cost: a few roundings
 in float32 of the terms of the sum, and one rounding to the output's dtype. The operators of the
-U-Net have bounds of their own (`ddpm_fast.verify_network`).
+U-Net have bounds of their own (`ddpm_fast.verify.network`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.ops import BACKENDS, Implementation, implementation, reference, why_not
 from ddpm_fast.ops.dispatch import DTYPES
 from ddpm_fast.ops.philox import STREAM_STEPS, STREAM_TRAINING, philox_rng
-from ddpm_fast.verify_cases import LAYOUTS, Case, Results
-from ddpm_fast.verify_network import NETWORK_LAYOUTS, network_checks
-from ddpm_fast.verify_steps import Operate, step_operators
+from ddpm_fast.verify.cases import LAYOUTS, Case, Results
+from ddpm_fast.verify.network import NETWORK_LAYOUTS, network_checks
+from ddpm_fast.verify.reverse_step import Operate, step_operators
 
 # Roundings of the terms of a sum and of their coefficients, of the sum of their absolute values.
 ROUNDINGS = 4

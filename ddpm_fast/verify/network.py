@@ -1,4 +1,4 @@
-"""The U-Net's operators against the float64 reference, for `ddpm_fast.verify`.
+"""The U-Net's operators against the float64 reference, for `ddpm_fast.verify.runner`.
 
 They sum over hundreds of terms, in an order of their own, so what they may be off is measured: at
 most twice as much as PyTorch's own operators in the same dtype, beside a few roundings of float32.

@@ -15,7 +15,7 @@ from ddpm_fast.ops import reference
 from ddpm_fast.ops.philox import STREAM_STEPS, philox_rng
 from ddpm_fast.ops.row import RowFlag, column
 from ddpm_fast.sampling.step_table import StepTable
-from ddpm_fast.verify_cases import Case, Results
+from ddpm_fast.verify.cases import Case, Results
 
 Operate = Callable[[Case, NoiseSchedule], Results]
 

@@ -1,0 +1,1 @@
+"""Every operator, backend, dtype and layout against float64."""
