@@ -7,6 +7,7 @@ backends that can be checked against plain PyTorch.
 from importlib import import_module
 from types import ModuleType
 
+from ddpm_fast._accelerate import accelerate
 from ddpm_fast.diffusion.gaussian import (
     discretised_gaussian_log_likelihood,
     gaussian_kl,
@@ -20,7 +21,6 @@ from ddpm_fast.diffusion.respacing import respace
 from ddpm_fast.diffusion.schedule import NoiseSchedule, ScheduleWarning
 from ddpm_fast.diffusion.scores import noise_from_score, score_from_noise, tweedie
 from ddpm_fast.diffusion.variance import model_variance
-from ddpm_fast.dropin import accelerate
 from ddpm_fast.engine import AcceleratedUNet, Tuner, UNetEngine
 from ddpm_fast.engine.fuse_modules.optimize import OptimizeReport, optimize_module
 from ddpm_fast.models import ThesisUNet, ThesisUNetConfig, UNet, UNetConfig

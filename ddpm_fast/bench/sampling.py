@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_fast._accelerate import accelerate
 from ddpm_fast.bench import networks, peers
 from ddpm_fast.bench.network import TIMESTEP, Run, Say, graphed
 from ddpm_fast.bench.timing import interleaved, quantiles
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.dropin import accelerate
 from ddpm_fast.models import UNet
 from ddpm_fast.sampling.sampler import Sampler
 from ddpm_fast.sampling.step_table import StepTable
