@@ -17,8 +17,8 @@ ifeq ($(strip $(CUDA_HOME)),)
 CUDA_HOME := $(wildcard /usr/local/cuda)
 endif
 export CUDA_HOME
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*/*)
-CPP := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CPP := $(shell find csrc tests/cpp -type f)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: sample test test-full lint bench quality gpu clean

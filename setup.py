@@ -93,7 +93,7 @@ def gencode(names: list[str]) -> list[str]:
 
 def sources(folder: str, pattern: str) -> list[str]:
     """The files of csrc/<folder>, relative, in a fixed order."""
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob(pattern))
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).rglob(pattern))
 
 
 def build_extensions(cuda_home: Path | None) -> list[Extension]:

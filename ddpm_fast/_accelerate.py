@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ddpm_fast.engine import AcceleratedUNet, Tuner
-from ddpm_fast.engine import accelerated_unet as accelerate_network
+from ddpm_fast.engine import accelerate as accelerate_network
 
 if TYPE_CHECKING:
     from diffusers import DDIMPipeline, DDPMPipeline
@@ -69,7 +69,7 @@ def accelerate(target: Any, scheduler: Any = None, **options: Any) -> Any:
         of images fits and an image has the same bits whatever the batch_size; None: all of a call.
     tuner: what times and keeps the choices of the engine; None makes one that keeps them on disk.
 
-    **A network** (a `UNet` or UNet2DModel) alone: see `ddpm_fast.engine.accelerated_unet`, whose options
+    **A network** (a `UNet` or UNet2DModel) alone: see `ddpm_fast.engine.accelerate`, whose options
     are dtype, num_timesteps and tuner, and whose dtype is float16 on a GPU unless given.
 
     Raises TypeError, ValueError naming the argument, or the option that is not supported.

@@ -2,7 +2,7 @@
 #include <memory>
 #include <string>
 
-#include "bindings/network.h"
+#include "bindings/network_ops.h"
 #include "cpu/kernels.h"
 
 namespace ddpm {

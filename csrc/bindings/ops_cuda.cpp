@@ -5,7 +5,7 @@
 
 #include <initializer_list>
 
-#include "bindings/network.h"
+#include "bindings/network_ops.h"
 #include "cuda/launch.h"
 
 namespace ddpm {

@@ -1,7 +1,7 @@
 // What each kernel is told. No torch type: the launchers take these, on the CPU and on CUDA alike.
 #pragma once
 
-#include "core/layout.h"
+#include "core/tensor_view.h"
 
 namespace ddpm {
 

@@ -4,10 +4,10 @@
 
 #include <type_traits>
 
+#include "core/diffusion.h"
 #include "core/group_norm.h"
 #include "core/half.h"
 #include "core/normal.h"
-#include "core/updates.h"
 #include "cpu/kernels.h"
 
 namespace ddpm {
@@ -15,7 +15,7 @@ namespace DDPM_ISA {
 
 #include "cpu/blocks.h"
 #include "cpu/group_norm.h"
-#include "cpu/normals.h"
+#include "cpu/noise.h"
 #include "cpu/reverse_step.h"
 
 DDPM_HD int64_t clamped(int64_t index, int64_t size) {

@@ -81,7 +81,7 @@ void choose_step(const StepBlock<R>& b, const Row<R>& row, bool next, Rest... re
        : choose_step<kChosen..., false>(b, row, rest...);
 }
 
-#include "cpu/step_terms.h"
+#include "cpu/reverse_step_terms.h"
 
 template <class R>
 void plain_step(const ReverseStepArgs& a, const Block& b, int64_t index) {
@@ -111,7 +111,7 @@ void step_in_parts(const ReverseStepArgs& a, const Block& block, int64_t index) 
   }
 }
 
-#include "cpu/learned_step.h"
+#include "cpu/reverse_step_learned.h"
 
 template <class R>
 void reverse_step_blocks(const ReverseStepArgs& a, int64_t begin, int64_t end) {

@@ -17,8 +17,7 @@ from ddpm_fast.bench import networks, peers
 from ddpm_fast.bench.ceilings import Ceilings
 from ddpm_fast.bench.published import counts
 from ddpm_fast.bench.timing import interleaved, quantiles
-from ddpm_fast.engine import UNetEngine
-from ddpm_fast.engine import accelerated_unet as accelerate
+from ddpm_fast.engine import UNetEngine, accelerate
 from ddpm_fast.engine.plan.lowering import lower
 from ddpm_fast.models import UNet
 from ddpm_fast.utils import checks

@@ -22,8 +22,8 @@ def verify(
 
     Exit status 1 on any miss. A backend that cannot run here is named with the reason.
     """
-    from ddpm_fast.verify.runner import as_table
-    from ddpm_fast.verify.runner import verify as run_checks
+    from ddpm_fast.verify import as_table
+    from ddpm_fast.verify import verify as run_checks
 
     checks, skipped = run_checks(tuple(backend) if backend else None)
     if as_json:

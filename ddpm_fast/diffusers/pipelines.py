@@ -30,8 +30,7 @@ from ddpm_fast.diffusers.scheduler_options import (
 )
 from ddpm_fast.diffusers.step_tables import step_table
 from ddpm_fast.diffusion.timesteps import check_real
-from ddpm_fast.engine import AcceleratedUNet, Tuner
-from ddpm_fast.engine import accelerated_unet as accelerate
+from ddpm_fast.engine import AcceleratedUNet, Tuner, accelerate
 from ddpm_fast.engine.accelerated_unet import Chosen
 from ddpm_fast.ops.aten import no_autocast
 from ddpm_fast.sampling.noise_source import GeneratorNoise

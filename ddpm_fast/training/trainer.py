@@ -40,8 +40,9 @@ class Trainer:
 
     network: a `UNet` or `ThesisUNet`; trained in place, moved to the device, channels-last. data: a
     map-style data set of images, float32 [C, H, W] in [-1, 1], or (image, label), with a
-    ``fingerprint`` (`ddpm_fast.training.data.ImageData`). out: gets ``state.pt``, ``history.csv`` and its
-    picture ``loss.png``, ``checkpoint`` (the averaged weights, in the layout of `ddpm_fast.save`).
+    ``fingerprint`` (`ddpm_fast.training.data.ImageData`). out: gets ``state.pt``, ``history.csv``
+    and its picture ``loss.png``, ``checkpoint`` (the averaged weights, in the layout of
+    `ddpm_fast.save`).
 
     Order, timesteps, noise and dropped labels are functions of the seed and of an image's place in
     the run (`order`), so that a run that was killed and goes on has the losses of one that was not,

@@ -1,4 +1,4 @@
-"""Inputs of the checks of `ddpm_fast.verify.runner`: every layout and dtype, on the backend's device."""
+"""Inputs of the checks of `ddpm_fast.verify`: every layout and dtype, on the backend's device."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 FLAGS = ["-O3", "-std=c++17", "-fmad=false", f"-I{ROOT / 'csrc'}"]
 # q_sample 4, q_posterior 2, reverse_step_ 6 and with more terms 6, reverse_step 4 and 4,
 # philox_normal 2; group_norm_ nine for each of three types, and one that is asked what it was
@@ -72,7 +72,7 @@ def test_kernels_fit_in_registers(nvcc: str, tmp_path: Path) -> None:
 def test_arithmetic_is_as_written(nvcc: str, cuobjdump: str, tmp_path: Path) -> None:
     """q_sample of given noise: one multiply and one fma an element, moved 16 bytes at a time."""
     cubin = tmp_path / "forward.cubin"
-    compile_to(cubin, nvcc, ROOT / "csrc" / "cuda" / "forward.cu", "-cubin")
+    compile_to(cubin, nvcc, ROOT / "csrc" / "cuda" / "diffusion" / "forward.cu", "-cubin")
     done = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     functions = done.stdout.split("Function : ")[1:]
@@ -89,7 +89,7 @@ def test_arithmetic_is_as_written(nvcc: str, cuobjdump: str, tmp_path: Path) -> 
 def test_group_norm_reads_once_and_writes_once(nvcc: str, cuobjdump: str, tmp_path: Path) -> None:
     """Kept in registers: a 16-byte load for each piece, and a store, with SiLU or not."""
     cubin = tmp_path / "half.cubin"
-    compile_to(cubin, nvcc, ROOT / "csrc" / "cuda" / "group_norm_half.cu", "-cubin")
+    compile_to(cubin, nvcc, ROOT / "csrc" / "cuda" / "group_norm" / "half.cu", "-cubin")
     done = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     functions = done.stdout.split("Function : ")[1:]

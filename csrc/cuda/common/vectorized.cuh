@@ -1,0 +1,254 @@
+// Fours of a sample from and to a tensor of any type and layout.
+//
+// A load leaves the bits as they came and the conversion is a second call, so that the loads of all
+// the tensors are on their way before the first is waited for. Types are asked at run time, once
+// for all the fours of a thread; every thread takes the same branch.
+#pragma once
+
+#include <type_traits>
+
+#include "core/half.h"
+#include "core/tensor_view.h"
+#include "cuda/common/grid.cuh"
+
+namespace ddpm {
+
+// The elements of a four.
+struct Four {
+  float v[4];
+};
+
+// The same, not yet converted: packed in a PieceTensor, one element a word in a View.
+struct Bits {
+  uint32_t w[4];
+};
+
+struct __attribute__((may_alias, aligned(16))) Piece16 {
+  uint32_t w[4];
+};
+struct __attribute__((may_alias, aligned(8))) Piece8 {
+  uint32_t w[2];
+};
+
+// What is left of a View where every four is one aligned piece of memory.
+struct PieceTensor {
+  char* data;
+  int64_t sample_bytes;
+  uint32_t piece_bytes;  // 16, or 8 where the elements have 16 bits
+  DType dtype;
+};
+
+template <class Tensor>
+constexpr int kFours = std::is_same_v<Tensor, View> ? 1 : 2;  // of a thread
+
+template <class Tensor>
+using BlocksFor =
+    std::conditional_t<std::is_same_v<Tensor, View>, Flat, BlocksOfSamples<kFours<Tensor>>>;
+
+inline uint32_t piece_bytes_of(DType dtype) {
+  return dtype == DType::f32 ? 16 : 8;
+}
+
+inline bool in_pieces(const View& view, int64_t samples, int64_t elements) {
+  return view.linear && elements % 4 == 0 && (samples < 2 || view.sample_stride % 4 == 0) &&
+         reinterpret_cast<uintptr_t>(view.data) % piece_bytes_of(view.dtype) == 0;
+}
+
+template <class Tensor>
+Tensor tensor_of(const View& view) {
+  if constexpr (std::is_same_v<Tensor, View>) {
+    return view;
+  } else {
+    const uint32_t piece = piece_bytes_of(view.dtype);
+    return {static_cast<char*>(view.data), view.sample_stride * (piece / 4), piece, view.dtype};
+  }
+}
+
+DDPM_HD float to_float(DType dtype, uint32_t bits) {
+  const uint16_t low = static_cast<uint16_t>(bits);
+  return dtype == DType::f16 ? to_float(half_t{low}) : to_float(bfloat16_t{low});
+}
+
+DDPM_HD uint32_t to_bits(DType dtype, float value) {
+  return dtype == DType::f16 ? to_half(value).bits : to_bfloat16(value).bits;
+}
+
+// The values after a round trip through a type.
+template <int kN>
+DDPM_HD void round_to(DType dtype, Four (&fours)[kN]) {
+  if (dtype == DType::f32) return;
+  DDPM_UNROLL
+  for (int i = 0; i < kN; ++i) {
+    DDPM_UNROLL
+    for (float& v : fours[i].v) v = to_float(dtype, to_bits(dtype, v));
+  }
+}
+
+DDPM_HD Bits unpacked(const Piece16& piece) {
+  return {{piece.w[0], piece.w[1], piece.w[2], piece.w[3]}};
+}
+DDPM_HD Bits unpacked(const Piece8& piece) {
+  return {{piece.w[0], piece.w[1], 0, 0}};
+}
+
+// bytes_on, here and below: how far the memory lies behind the tensor's, for a slot of a ring.
+DDPM_HD char* piece_of(const PieceTensor& tensor, const Place& place, int64_t bytes_on) {
+  return tensor.data + bytes_on + place.sample * tensor.sample_bytes +
+         static_cast<uint64_t>(place.first) * tensor.piece_bytes;
+}
+
+template <int kN>
+DDPM_HD void load(const PieceTensor& tensor, const Grid& grid, const Place& place, Bits (&bits)[kN],
+                  int64_t bytes_on = 0) {
+  const char* from = piece_of(tensor, place, bytes_on);
+  if (tensor.dtype == DType::f32) {
+    DDPM_UNROLL
+    for (int i = 0; i < kN; ++i) {
+      if (!grid.has(place, i)) continue;
+      bits[i] = unpacked(reinterpret_cast<const Piece16*>(from)[i * kThreads]);
+    }
+  } else {
+    DDPM_UNROLL
+    for (int i = 0; i < kN; ++i) {
+      if (!grid.has(place, i)) continue;
+      bits[i] = unpacked(reinterpret_cast<const Piece8*>(from)[i * kThreads]);
+    }
+  }
+}
+
+template <int kN>
+DDPM_HD void convert(const PieceTensor& tensor, const Bits (&bits)[kN], Four (&fours)[kN]) {
+  if (tensor.dtype == DType::f32) {
+    DDPM_UNROLL
+    for (int i = 0; i < kN; ++i) {
+      DDPM_UNROLL
+      for (int j = 0; j < 4; ++j) fours[i].v[j] = float_of(bits[i].w[j]);
+    }
+  } else {
+    DDPM_UNROLL
+    for (int i = 0; i < kN; ++i) {
+      DDPM_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        fours[i].v[j] = to_float(tensor.dtype, bits[i].w[j / 2] >> (16 * (j % 2)));
+      }
+    }
+  }
+}
+
+template <int kN>
+DDPM_HD void store(const PieceTensor& tensor, const Grid& grid, const Place& place,
+                   const Four (&fours)[kN], int64_t bytes_on = 0) {
+  char* to = piece_of(tensor, place, bytes_on);
+  const DType dtype = tensor.dtype;
+  if (dtype == DType::f32) {
+    DDPM_UNROLL
+    for (int i = 0; i < kN; ++i) {
+      const float* v = fours[i].v;
+      if (!grid.has(place, i)) continue;
+      reinterpret_cast<Piece16*>(to)[i * kThreads] = {
+          {bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])}};
+    }
+  } else {
+    DDPM_UNROLL
+    for (int i = 0; i < kN; ++i) {
+      const float* v = fours[i].v;
+      if (!grid.has(place, i)) continue;
+      reinterpret_cast<Piece8*>(to)[i * kThreads] = {
+          {to_bits(dtype, v[0]) | to_bits(dtype, v[1]) << 16,
+           to_bits(dtype, v[2]) | to_bits(dtype, v[3]) << 16}};
+    }
+  }
+}
+
+// The bits of element `at`.
+DDPM_HD uint32_t word_at(const char* data, DType dtype, int64_t at) {
+  return dtype == DType::f32 ? bits_of(reinterpret_cast<const float*>(data)[at])
+                             : reinterpret_cast<const uint16_t*>(data)[at];
+}
+
+// Of element `index` of the walk over every dimension but the innermost.
+DDPM_HD int64_t outer_offset(const View& view, int64_t index) {
+  int64_t offset = 0;
+  for (int d = view.ndim - 2; d > 0; --d) {
+    const int64_t quotient = index / view.sizes[d];
+    offset += (index - quotient * view.sizes[d]) * view.strides[d];
+    index = quotient;
+  }
+  return view.ndim > 1 ? offset + index * view.strides[0] : 0;
+}
+
+// Of a four that was loaded one element a word.
+DDPM_HD void convert_words(DType dtype, const Bits& bits, Four& four) {
+  DDPM_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    four.v[j] = dtype == DType::f32 ? float_of(bits.w[j]) : to_float(dtype, bits.w[j]);
+  }
+}
+
+struct Offsets {
+  int64_t at[4];
+};
+
+// offset_in_sample of the elements of a four, with one division by the innermost size.
+DDPM_HD Offsets offsets_of(const View& view, int64_t first) {
+  Offsets offsets;
+  if (view.linear) {
+    DDPM_UNROLL
+    for (int j = 0; j < 4; ++j) offsets.at[j] = first + j;
+    return offsets;
+  }
+  const int64_t size = view.sizes[view.ndim - 1];
+  const int64_t stride = view.strides[view.ndim - 1];
+  int64_t outer = first / size;
+  int64_t inner = first - outer * size;
+  int64_t offset = outer_offset(view, outer);
+  DDPM_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    offsets.at[j] = offset + inner * stride;
+    if (++inner == size) {
+      inner = 0;
+      offset = outer_offset(view, ++outer);
+    }
+  }
+  return offsets;
+}
+
+DDPM_HD void load(const View& view, const Grid& grid, const Place& place, Bits (&bits)[1],
+                  int64_t bytes_on = 0) {
+  const int64_t first = int64_t{4} * place.first;
+  if (first >= grid.elements) return;
+  const Offsets offsets = offsets_of(view, first);
+  const int64_t sample = place.sample * view.sample_stride;
+  const char* data = static_cast<const char*>(view.data) + bytes_on;
+  DDPM_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    if (first + j >= grid.elements) continue;
+    bits[0].w[j] = word_at(data, view.dtype, sample + offsets.at[j]);
+  }
+}
+
+DDPM_HD void convert(const View& view, const Bits (&bits)[1], Four (&fours)[1]) {
+  convert_words(view.dtype, bits[0], fours[0]);
+}
+
+DDPM_HD void store(const View& view, const Grid& grid, const Place& place, const Four (&fours)[1],
+                   int64_t bytes_on = 0) {
+  const int64_t first = int64_t{4} * place.first;
+  if (first >= grid.elements) return;
+  const Offsets offsets = offsets_of(view, first);
+  const int64_t sample = place.sample * view.sample_stride;
+  char* data = static_cast<char*>(view.data) + bytes_on;
+  DDPM_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    if (first + j >= grid.elements) continue;
+    const int64_t at = sample + offsets.at[j];
+    if (view.dtype == DType::f32) {
+      reinterpret_cast<float*>(data)[at] = fours[0].v[j];
+    } else {
+      reinterpret_cast<uint16_t*>(data)[at] =
+          static_cast<uint16_t>(to_bits(view.dtype, fours[0].v[j]));
+    }
+  }
+}
+
+}  // namespace ddpm
