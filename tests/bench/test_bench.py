@@ -46,7 +46,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(
         ceilings, "measure", lambda *place: MEASURE_CEILINGS(*place, 1 << 16, (32,), 2)
     )
-    for module in ("engine", "accelerate"):
+    for module in ("unet_engine", "accelerated_unet"):
         made = importlib.import_module(f"ddpm_fast.engine.{module}")
         monkeypatch.setattr(made, "Tuner", partial(Tuner, mode="off"))
     for name, value in {"LEAST_S": 0.0, "_WARM_CALLS": 1, "_GAUGING_CALLS": 1}.items():

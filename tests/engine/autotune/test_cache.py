@@ -87,7 +87,7 @@ def test_of_two_choices_the_one_recorded_first_stands(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from ddpm_fast.engine.plan_cache import Choice, PlanCache
+from ddpm_fast.engine.autotune.cache import Choice, PlanCache
 cache = PlanCache({"device": "a processor", "torch": "1"}, Path(sys.argv[1]))
 for i in range(30):
     cache.record(f"{sys.argv[2]}{i}", Choice("a", {"a": 1.0}), ["a"])

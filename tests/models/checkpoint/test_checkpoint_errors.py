@@ -332,8 +332,7 @@ class TestFailureOnSave:
         """A real write error in the middle of the weights, in a process of its own."""
         code = f"""
 import resource, signal, sys
-from ddpm_fast.checkpoint import save
-from ddpm_fast.unet import UNet
+from ddpm_fast import UNet, save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 try:
