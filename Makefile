@@ -39,7 +39,7 @@ lint: $(VENV)/.package $(VENV)/.lint
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 bench: $(VENV)/.package $(VENV)/.test
-	$(BIN)/python benchmarks/updates.py --device cpu
+	$(BIN)/python benchmarks/reverse_step.py --device cpu
 	$(BIN)/ddpm-fast bench kernels --device cpu --network triangles --batch 64 --rounds 9 \
 		--out $(RESULTS)/kernels_triangles_cpu.csv --plot docs/roofline_triangles_cpu.png
 	$(BIN)/ddpm-fast bench network --device cpu --network triangles --batch 1 --batch 64 --rounds 9 \
@@ -48,14 +48,14 @@ bench: $(VENV)/.package $(VENV)/.test
 		--out $(RESULTS)/network_cifar32_cpu.csv --plot docs/network_cifar32_cpu.png
 	$(BIN)/ddpm-fast bench sampling --device cpu --network triangles --batch 16 --steps 50 \
 		--out $(RESULTS)/sampling_triangles_cpu.csv --plot docs/sampling_triangles_cpu.png
-	$(BIN)/python benchmarks/training.py --device cpu --network small tiny --batch 32
+	$(BIN)/python benchmarks/training_step.py --device cpu --network small tiny --batch 32
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-columns=median,iqr
 
 quality: $(VENV)/.package $(VENV)/.test
-	$(BIN)/python benchmarks/triangle_quality.py --peer
+	$(BIN)/python benchmarks/sample_quality.py --peer
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py --out $(OUT) --part $(PART)
+	$(PYTHON) benchmarks/run_gpu.py --out $(OUT) --part $(PART)
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -12,7 +12,7 @@ import torch
 
 from ddpm_fast.bench import networks
 from ddpm_fast.bench.kernels import operations
-from ddpm_fast.bench.operators import Measured, trial
+from ddpm_fast.bench.operators import Measured, operator_cases
 
 MOST = 12  # operations, those with the most work
 ON_GPU = torch.cuda.is_available()
@@ -25,14 +25,14 @@ def _cases() -> list[object]:
     return [
         pytest.param(operation, candidate.name, id=f"{operation.spec}-{candidate.name}")
         for operation in OPERATIONS
-        for candidate in trial(operation).candidates
+        for candidate in operator_cases(operation).candidates
     ]
 
 
 @pytest.mark.parametrize(("operation", "name"), _cases())
 def test_operation(benchmark, operation: Measured, name: str) -> None:
     benchmark.group = str(operation.spec)
-    run = next(c.run for c in trial(operation).candidates if c.name == name)
+    run = next(c.run for c in operator_cases(operation).candidates if c.name == name)
 
     def call() -> None:
         run()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.bench import networks
-from ddpm_fast.bench.ceilings import Ceilings
-from ddpm_fast.bench.operators import Candidate, Measured, Trial, trial
+from ddpm_fast.bench.operators import Candidate, Measured, OperatorCases, operator_cases
+from ddpm_fast.bench.roofline import RooflineLimits
 from ddpm_fast.bench.timing import Case, interleaved, once, quantiles
 from ddpm_fast.engine.autotune.tuner import CudaTimer
 from ddpm_fast.engine.convolution.candidates import adds_residuals
@@ -60,9 +60,9 @@ def measure(
     unet: UNet,
     batch: int,
     dtype: torch.dtype,
-    ceilings: Ceilings,
+    roofline: RooflineLimits,
     *,
-    peers: bool = True,
+    baselines: bool = True,
     rounds: int = 20,
     limit: float = math.inf,
     size: tuple[int, int] | None = None,
@@ -79,28 +79,28 @@ def measure(
         if number and time.perf_counter() - begin > limit:
             return
         with torch.no_grad():
-            rows = _measure_one(operation, peers, rounds, ceilings)
+            rows = _measure_one(operation, baselines, rounds, roofline)
         about = {
             "network": name,
             "batch": batch,
             "device": unet.device.type,
             "dtype": checks.dtype_name(dtype),
         }
-        tail = ceilings.columns
+        tail = roofline.columns
         yield [about | {"count": count} | row | tail for row in rows]
 
 
 def _measure_one(
-    operation: Measured, peers: bool, rounds: int, ceilings: Ceilings
+    operation: Measured, baselines: bool, rounds: int, roofline: RooflineLimits
 ) -> list[dict[str, Any]]:
     device = operation.spec.device
-    made = trial(operation)
+    made = operator_cases(operation)
     timer = CudaTimer(device) if device.type == "cuda" else None
     cases: dict[str, Case] = {}
     errors: dict[str, float] = {}
-    peer_names = {c.name for c in made.candidates if c.peer}
+    baseline_names = {c.name for c in made.candidates if c.baseline}
     for candidate in made.candidates:
-        if candidate.peer and not peers:
+        if candidate.baseline and not baselines:
             continue
         try:
             errors[candidate.name] = _error(candidate, made)
@@ -124,13 +124,13 @@ def _measure_one(
                 "kind": made.kind,
                 "operation": str(operation.spec),
                 "implementation": name,
-                "role": "copy" if name == COPY else "peer" if name in peer_names else "ours",
+                "role": "copy" if name == COPY else "peer" if name in baseline_names else "ours",
                 "rounds": len(seconds),
                 **{k: round(us / calls, 3) for k, us in quantiles(seconds).items()},
                 "GB_per_s": round(bandwidth / 1e9, 2),
-                "of_copy": round(bandwidth / ceilings.copy, 4),
+                "of_copy": round(bandwidth / roofline.copy, 4),
                 "TFLOP_per_s": "" if rate is None else round(rate / 1e12, 4),
-                "of_matmul": "" if rate is None else round(rate / ceilings.matmul, 4),
+                "of_matmul": "" if rate is None else round(rate / roofline.matmul, 4),
                 "error": "" if name == COPY else f"{errors[name]:.2e}",
                 "nbytes": operation.nbytes,
                 "arithmetic": made.arithmetic,
@@ -144,7 +144,7 @@ def _prepared(call: Any, timer: CudaTimer | None) -> Case:
     return timer.prepare(call) if timer else call
 
 
-def _error(candidate: Candidate, made: Trial) -> float:
+def _error(candidate: Candidate, made: OperatorCases) -> float:
     got: Tensor = candidate.run()[:1].double()
     error = (got - made.expected).square().mean() / made.expected.square().mean()
     return float(error.sqrt())

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.bench import networks, peers
-from ddpm_fast.bench.ceilings import Ceilings
+from ddpm_fast.bench import baselines, networks
 from ddpm_fast.bench.published import counts
+from ddpm_fast.bench.roofline import RooflineLimits
 from ddpm_fast.bench.timing import interleaved, quantiles
 from ddpm_fast.engine import UNetEngine, accelerate
 from ddpm_fast.engine.plan.lowering import lower
@@ -43,7 +43,7 @@ class Way:
     prepare: Callable[[], tuple[Run, str]]
     dtype: torch.dtype
     graph: bool = False
-    peer: bool = False
+    baseline: bool = False
     compiled: bool = False
     wave: int = 0
 
@@ -72,7 +72,7 @@ class NetworkBench:
         batch: int,
         dtype: torch.dtype,
         *,
-        with_peers: bool = True,
+        with_baselines: bool = True,
         with_compiled: bool = True,
         size: tuple[int, int] | None = None,
         say: Say = lambda text: None,
@@ -81,7 +81,7 @@ class NetworkBench:
         self.device, self._say = unet.device, say
         self.height, self.width = size or networks.image_size(unet)
         self.left_out: dict[str, str] = {}
-        self._with_peers, self._with_compiled = with_peers, with_compiled
+        self._with_baselines, self._with_compiled = with_baselines, with_compiled
         self._built: list[_Built] = []
         generator = torch.Generator().manual_seed(0)
         shape = (batch, unet.config.in_channels, self.height, self.width)
@@ -106,22 +106,30 @@ class NetworkBench:
         if graph:
             found.append(Way("engine, CUDA graph", self._engine, dtype, graph=True))
         found.append(Way("accelerate", self._accelerated, dtype))
-        if not self._with_peers:
+        if not self._with_baselines:
             return found
-        rival = dtype if graph else torch.float32
+        baseline_dtype = dtype if graph else torch.float32
 
         def way(who: str, mode: str | None, layout: str, **flags: Any) -> Way:
             text = (
                 f"{who}, {mode or 'eager'}, {layout}{', CUDA graph' if flags.get('graph') else ''}"
             )
             last = layout == "channels_last"
-            return Way(text, lambda: self._rival(who, rival, mode, last), rival, peer=True, **flags)
+            return Way(
+                text,
+                lambda: self._baseline(who, baseline_dtype, mode, last),
+                baseline_dtype,
+                baseline=True,
+                **flags,
+            )
 
         found.append(way("UNet", None, "channels_last"))
         who, layout = "diffusers", "NCHW"
         try:
-            _ = peers.module("diffusers").UNet2DModel  # imported now, not while memory is watched
-        except peers.MissingError as error:
+            _ = baselines.module(
+                "diffusers"
+            ).UNet2DModel  # imported now, not while memory is watched
+        except baselines.MissingError as error:
             self.left_out["diffusers"] = f"{error}; ddpm_fast's plain UNet is compiled instead"
             who, layout = "UNet", "channels_last"
         else:
@@ -136,7 +144,7 @@ class NetworkBench:
         return found
 
     def measure(
-        self, ceilings: Ceilings, rounds: int, limit: float, gpu: str
+        self, roofline: RooflineLimits, rounds: int, limit: float, gpu: str
     ) -> Iterator[list[dict[str, Any]]]:
         """Rows of everything that is built, once after each wave of building.
 
@@ -151,13 +159,13 @@ class NetworkBench:
             before = len(self._built)
             for way in (way for way in ways if way.wave == wave):
                 left = limit - (time.perf_counter() - begin)
-                if way.peer and left < _LEAST_LEFT_S:
+                if way.baseline and left < _LEAST_LEFT_S:
                     self.left_out[way.name] = "no time left"
                     continue
                 self._add(way)
             if len(self._built) > before:
                 left = limit - (time.perf_counter() - begin)
-                yield self._rows(ceilings, rounds, max(left, _LEAST_LEFT_S), gpu)
+                yield self._rows(roofline, rounds, max(left, _LEAST_LEFT_S), gpu)
 
     def _add(self, way: Way) -> None:
         self._say(f"building {way.name}")
@@ -174,7 +182,7 @@ class NetworkBench:
                     run = graphed(run, self.device)
                     got = run()[:1].double()
         except Exception as error:
-            if not way.peer:
+            if not way.baseline:
                 raise
             self.left_out[way.name] = _first_line(error)
             return
@@ -183,14 +191,14 @@ class NetworkBench:
         self._built.append(_Built(way, run, seconds, peak, float(wrong.sqrt()), note))
 
     def _rows(
-        self, ceilings: Ceilings, rounds: int, limit: float, gpu: str
+        self, roofline: RooflineLimits, rounds: int, limit: float, gpu: str
     ) -> list[dict[str, Any]]:
         self._say("timing")
         with torch.no_grad():
             cases = {built.way.name: built.run for built in self._built}
             times = interleaved(cases, self.device, rounds, limit=limit)
         median = {name: statistics.median(seconds) for name, seconds in times.items()}
-        best = min((median[b.way.name] for b in self._built if b.way.peer), default=None)
+        best = min((median[b.way.name] for b in self._built if b.way.baseline), default=None)
         compiled = min((median[b.way.name] for b in self._built if b.way.compiled), default=None)
         verdict = counts(
             gpu, self.name, self.batch, self.dtype, None if compiled is None else compiled * 1e3
@@ -206,18 +214,18 @@ class NetworkBench:
                     "device": self.device.type,
                     "dtype": checks.dtype_name(way.dtype),
                     "case": name,
-                    "role": "peer" if way.peer else "ours",
+                    "role": "peer" if way.baseline else "ours",
                     "rounds": len(times[name]),
                     **{k: round(us, 2) for k, us in quantiles(times[name]).items()},
                     "speedup": "" if best is None else round(best / median[name], 3),
                     "TFLOP_per_s": round(rate / 1e12, 4),
-                    "of_matmul": round(rate / ceilings.matmul, 4),
+                    "of_matmul": round(rate / roofline.matmul, 4),
                     "peak_MB": "" if built.peak is None else round(built.peak / 1e6, 1),
                     "error": f"{built.error:.2e}",
                     "build_s": round(built.seconds, 1),
                     "note": built.note,
                     "counts": verdict,
-                    **ceilings.columns,
+                    **roofline.columns,
                 }
             )
         return rows
@@ -234,14 +242,14 @@ class NetworkBench:
         chosen = next(reversed(model.chosen.values()))
         return lambda: model(x, self._t), f"took {chosen.name}"
 
-    def _rival(
+    def _baseline(
         self, name: str, dtype: torch.dtype, mode: str | None, last: bool
     ) -> tuple[Run, str]:
         """A peer's model; mode: one of `_MODES`, None for eager."""
         if name == "UNet":
             model: nn.Module = copy.deepcopy(self.unet).to(self.device, dtype)
         else:
-            model = peers.diffusers_unet(self.unet, self.device, dtype)
+            model = baselines.diffusers_unet(self.unet, self.device, dtype)
         if last:
             model.to(memory_format=torch.channels_last)
         x = self._images(dtype, last)

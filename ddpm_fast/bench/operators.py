@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_fast.engine.convolution.candidates import Variant, candidates, equipped
+from ddpm_fast.engine.convolution.candidates import Variant, candidates, with_workspace
 from ddpm_fast.engine.plan.operations import Convolution, Normalization, SelfAttention
 from ddpm_fast.engine.specs import AttentionSpec, ConvSpec, NormSpec
 from ddpm_fast.ops import implementation, reference, why_not
@@ -28,11 +28,11 @@ class Candidate:
 
     name: str
     run: Callable[[], Tensor]
-    peer: bool = False
+    baseline: bool = False
 
 
 @dataclass(frozen=True)
-class Trial:
+class OperatorCases:
     """An operation with random tensors.
 
     expected: the first sample's result, float64. arithmetic: operations, those beside the matrix
@@ -45,7 +45,7 @@ class Trial:
     arithmetic: int
 
 
-def trial(operation: Measured) -> Trial:
+def operator_cases(operation: Measured) -> OperatorCases:
     """The candidates of an operation on its device; some may raise when they are run."""
     if isinstance(operation, Normalization):
         return _normalization(operation)
@@ -96,7 +96,7 @@ def _laid_out(tensor: Any, layout: torch.memory_format) -> Any:
     return None if tensor is None else tensor.contiguous(memory_format=layout)
 
 
-def _normalization(operation: Normalization) -> Trial:
+def _normalization(operation: Normalization) -> OperatorCases:
     spec = operation.spec
     channels = spec.in_channels + spec.in_channels2
     wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
@@ -151,8 +151,8 @@ def _normalization(operation: Normalization) -> Trial:
         spec.silu,
     )
     found = [Candidate(name, ours(name)) for name in _backends(spec.device)]
-    found += [Candidate(f"torch, {n}", torchs(f), peer=True) for n, f in _LAYOUTS.items()]
-    return Trial("group_norm", found, exact, norm_arithmetic(spec))
+    found += [Candidate(f"torch, {n}", torchs(f), baseline=True) for n, f in _LAYOUTS.items()]
+    return OperatorCases("group_norm", found, exact, norm_arithmetic(spec))
 
 
 def _norm_expression(
@@ -178,7 +178,7 @@ def _norm_expression(
     return F.silu(h) if spec.silu else h
 
 
-def _convolution(operation: Convolution) -> Trial:
+def _convolution(operation: Convolution) -> OperatorCases:
     spec, weight, bias = operation.spec, operation.weight, operation.bias
     x = _normal(spec, spec.in_channels, 0)
     x2 = _normal(spec, spec.in_channels2, 1) if spec.in_channels2 else None
@@ -186,7 +186,7 @@ def _convolution(operation: Convolution) -> Trial:
     out = _normal(spec, spec.out_channels, 3, spec.out_size)
 
     def ours(variant: Variant) -> Callable[[], Tensor]:
-        call = equipped(variant, spec.device)
+        call = with_workspace(variant, spec.device)
 
         def run() -> Tensor:
             call(out, x, x2, residual)
@@ -203,8 +203,8 @@ def _convolution(operation: Convolution) -> Trial:
     affine = (_double(weight, spec.dtype), _double(bias, spec.dtype))
     expected = _conv_expression(spec, _first(x), _first(x2), *affine, _first(residual))
     found = [Candidate(v.name, ours(v)) for v in candidates(spec, weight, bias)]
-    found += [Candidate(f"torch, {n}", torchs(f), peer=True) for n, f in _LAYOUTS.items()]
-    return Trial(f"conv {spec.kernel}x{spec.kernel}", found, expected, spec.flops)
+    found += [Candidate(f"torch, {n}", torchs(f), baseline=True) for n, f in _LAYOUTS.items()]
+    return OperatorCases(f"conv {spec.kernel}x{spec.kernel}", found, expected, spec.flops)
 
 
 def _conv_expression(
@@ -226,7 +226,7 @@ def _conv_expression(
     return h if residual is None else h + residual
 
 
-def _attention(spec: AttentionSpec) -> Trial:
+def _attention(spec: AttentionSpec) -> OperatorCases:
     width = spec.heads * spec.head_dim
     shape = (spec.batch, spec.tokens, 3 * width)
     qkv = torch.randn(shape, dtype=spec.dtype, device=spec.device)
@@ -246,5 +246,5 @@ def _attention(spec: AttentionSpec) -> Trial:
         Candidate(name, call(implementation(name, spec.device, spec.dtype).attention_))
         for name in _backends(spec.device)
     ]
-    found += [Candidate(f"sdpa.{name}", call(sdpa(name)), peer=True) for name in SDPA]
-    return Trial("attention", found, exact, spec.flops)
+    found += [Candidate(f"sdpa.{name}", call(sdpa(name)), baseline=True) for name in SDPA]
+    return OperatorCases("attention", found, exact, spec.flops)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast._accelerate import accelerate
-from ddpm_fast.bench import networks, peers
+from ddpm_fast.bench import baselines, networks
 from ddpm_fast.bench.network import TIMESTEP, Run, Say, graphed
 from ddpm_fast.bench.timing import interleaved, quantiles
 from ddpm_fast.diffusion.schedule import NoiseSchedule
@@ -58,7 +58,7 @@ class SamplingBench:
         steps: int,
         dtype: torch.dtype,
         *,
-        with_peers: bool = True,
+        with_baselines: bool = True,
         size: tuple[int, int] | None = None,
         say: Say = lambda text: None,
     ) -> None:
@@ -67,7 +67,7 @@ class SamplingBench:
         self.steps = checks.integer("steps", steps, 1, 1000)
         self.device, self._say = unet.device, say
         self.left_out: dict[str, str] = {}
-        self._with_peers = with_peers
+        self._with_baselines = with_baselines
         self._shape = (unet.config.in_channels, *(size or networks.image_size(unet)))
         self._table = StepTable.ddpm(NoiseSchedule.linear(), steps=steps)
         self._t = torch.full((batch,), TIMESTEP, device=self.device)
@@ -76,7 +76,7 @@ class SamplingBench:
         """What makes each job, by name, ours first."""
         found: dict[str, Make] = {"Sampler, accelerate": self._accelerated}
         found["Sampler, UNet"] = self._plain
-        if self._with_peers:
+        if self._with_baselines:
             found["accelerate(DDPMPipeline)"] = self._fast_pipeline
             found["diffusers' DDPMPipeline"] = self._pipeline
             found["lucidrains' GaussianDiffusion"] = self._lucidrains
@@ -99,7 +99,7 @@ class SamplingBench:
                 self._say(f"preparing {name}")
                 try:
                     job = make()
-                except peers.MissingError as error:
+                except baselines.MissingError as error:
                     self.left_out[name] = str(error)
                     continue
                 jobs[name] = job
@@ -110,7 +110,7 @@ class SamplingBench:
             left = max(1.0, limit - (time.perf_counter() - begin))
             times = interleaved(cases, self.device, rounds, limit=left)
         median = {name: statistics.median(seconds) for name, seconds in times.items()}
-        rival = median.get("diffusers' DDPMPipeline")
+        baseline = median.get("diffusers' DDPMPipeline")
         rows: list[dict[str, Any]] = []
         for name, job in jobs.items():
             network = median.get(f"{name}: network")
@@ -129,7 +129,7 @@ class SamplingBench:
                     "ms_per_step": round(median[name] / self.steps * 1e3, 4),
                     "images_per_s": round(self.batch / median[name], 4),
                     "of_network": "" if of_network is None else round(of_network, 4),
-                    "speedup": "" if rival is None else round(rival / median[name], 3),
+                    "speedup": "" if baseline is None else round(baseline / median[name], 3),
                     "images_differ": ""
                     if job.images_differ is None
                     else f"{job.images_differ:.1e}",
@@ -159,12 +159,14 @@ class SamplingBench:
         return self._sampler(copy.deepcopy(self.unet).to(self.dtype), self.dtype, "eager")
 
     @functools.cached_property
-    def _peer(self) -> Any:
+    def _diffusers_pipeline(self) -> Any:
         """diffusers' pipeline of the network. Raises MissingError."""
         dtype = self.dtype if self.device.type == "cuda" else torch.float32
         if self._shape[1:] != networks.image_size(self.unet):
-            raise peers.MissingError("the pipeline draws images of the network's own size alone")
-        return peers.diffusers_pipeline(self.unet, self.device, dtype)
+            raise baselines.MissingError(
+                "the pipeline draws images of the network's own size alone"
+            )
+        return baselines.diffusers_pipeline(self.unet, self.device, dtype)
 
     def _drawn(self, pipeline: Any, generator: torch.Generator | None = None) -> Any:
         """The images of a pipeline, float [N, H, W, C] in [0, 1]."""
@@ -173,7 +175,7 @@ class SamplingBench:
         ).images
 
     def _fast_pipeline(self) -> Job:
-        pipeline = self._peer
+        pipeline = self._diffusers_pipeline
         fast = accelerate(pipeline)
         want, got = (
             self._drawn(p, torch.Generator(self.device).manual_seed(0)) for p in (pipeline, fast)
@@ -185,7 +187,7 @@ class SamplingBench:
         )
 
     def _pipeline(self) -> Job:
-        pipeline = self._peer
+        pipeline = self._diffusers_pipeline
         dtype = pipeline.unet.dtype
         x = torch.randn((self.batch, *self._shape), device=self.device).to(dtype)
 
@@ -197,8 +199,8 @@ class SamplingBench:
     def _lucidrains(self) -> Job:
         channels, height, width = self._shape
         if height != width:
-            raise peers.MissingError("it draws square images alone")
-        diffusion = peers.lucidrains(channels, height, self.steps, self.device)
+            raise baselines.MissingError("it draws square images alone")
+        diffusion = baselines.lucidrains(channels, height, self.steps, self.device)
         parameters = sum(p.numel() for p in diffusion.model.parameters())
         note = f"another network, {parameters / 1e6:.1f} M parameters"
         return Job(lambda: diffusion.sample(self.batch), None, torch.float32, note)

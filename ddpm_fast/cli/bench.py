@@ -34,7 +34,10 @@ Dtype = Annotated[
 Size = Annotated[
     int | None, typer.Option(min=1, help="Side of the images.", show_default="the network's own")
 ]
-Peers = Annotated[bool, typer.Option(help="Also time what is replaced, where it is installed.")]
+Baselines = Annotated[
+    bool,
+    typer.Option("--peers/--no-peers", help="Also time what is replaced, where it is installed."),
+]
 Limit = Annotated[
     float | None,
     typer.Option(min=0, help="Seconds after which nothing further is begun.", show_default="none"),
@@ -66,7 +69,7 @@ def kernels(
     dtype: Dtype = None,
     size: Size = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 20,
-    peers: Peers = True,
+    baselines: Baselines = True,
     limit: Limit = None,
     out: Out = None,
     plot: Plot = None,
@@ -79,7 +82,7 @@ def kernels(
     from ddpm_fast.bench import kernels as benchmark
 
     setup = _Setup.make("kernels", network, batch, device, dtype, out, plot, limit)
-    ceilings = setup.ceilings()
+    roofline = setup.roofline()
     rows: list[dict[str, Any]] = []
     for number in setup.batches:
         typer.echo(f"\n{network}, batch {number}, {_name(setup.dtype)}")
@@ -89,8 +92,8 @@ def kernels(
             setup.unet,
             number,
             setup.dtype,
-            ceilings,
-            peers=peers,
+            roofline,
+            baselines=baselines,
             rounds=rounds,
             limit=setup.limit,
             size=_size(size),
@@ -110,7 +113,7 @@ def network(
     dtype: Dtype = None,
     size: Size = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 20,
-    peers: Peers = True,
+    baselines: Baselines = True,
     compile_: Annotated[
         bool,
         typer.Option(
@@ -128,7 +131,7 @@ def network(
     from ddpm_fast.bench.network import NetworkBench
 
     setup = _Setup.make("network", network, batch, device, dtype, out, plot, limit)
-    ceilings = setup.ceilings()
+    roofline = setup.roofline()
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     for number in setup.batches:
@@ -138,13 +141,13 @@ def network(
             setup.unet,
             number,
             setup.dtype,
-            with_peers=peers,
+            with_baselines=baselines,
             with_compiled=compile_,
             size=_size(size),
             say=_say,
         )
         done = rows
-        for found in made.measure(ceilings, rounds, setup.limit, setup.gpu):
+        for found in made.measure(roofline, rounds, setup.limit, setup.gpu):
             _heading(_NETWORK)
             _lines(_NETWORK, found)
             rows = done + found
@@ -164,7 +167,7 @@ def sampling(
     dtype: Dtype = None,
     size: Size = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each job.")] = 3,
-    peers: Peers = True,
+    baselines: Baselines = True,
     limit: Limit = None,
     out: Out = None,
     plot: Plot = None,
@@ -183,7 +186,7 @@ def sampling(
             number,
             steps,
             setup.dtype,
-            with_peers=peers,
+            with_baselines=baselines,
             size=_size(size),
             say=_say,
         )
@@ -274,9 +277,9 @@ class _Setup:
         """The GPU's name; empty on a CPU."""
         return str(self.facts["gpu"])
 
-    def ceilings(self) -> Any:
+    def roofline(self) -> Any:
         """The device's, measured now and shown."""
-        from ddpm_fast.bench.ceilings import measure
+        from ddpm_fast.bench.roofline import measure
 
         _say("measuring the ceilings")
         found = measure(self.unet.device, self.dtype)

@@ -31,7 +31,7 @@ from ddpm_fast.diffusers.scheduler_options import (
 from ddpm_fast.diffusers.step_tables import step_table
 from ddpm_fast.diffusion.timesteps import check_real
 from ddpm_fast.engine import AcceleratedUNet, Tuner, accelerate
-from ddpm_fast.engine.accelerated_unet import Chosen
+from ddpm_fast.engine.accelerated_unet import Choice
 from ddpm_fast.ops.aten import no_autocast
 from ddpm_fast.sampling.noise_source import GeneratorNoise
 from ddpm_fast.sampling.sampler import Sampler
@@ -67,7 +67,7 @@ class _Accelerated:
         return {name: value for name, value in self.__dict__.items() if name != "_made"}
 
     @property
-    def chosen(self) -> dict[tuple[int, ...], Chosen]:
+    def chosen(self) -> dict[tuple[int, ...], Choice]:
         """What runs the network for each shape [N, C, H, W] that was seen (`AcceleratedUNet`)."""
         return self._current().model.chosen
 

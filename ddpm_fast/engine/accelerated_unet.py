@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ddpm_fast.engine.autotune.tuner import Tuner
 from ddpm_fast.engine.graphed_model import GraphedModel
 from ddpm_fast.engine.unet_engine import UNetEngine, chain_length
-from ddpm_fast.engine.weight_watch import Watched
+from ddpm_fast.engine.weight_watch import WeightWatcher
 from ddpm_fast.models import UNet, UNetConfig
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.cuda_graphs import ONE_CAPTURE, becomes_a_graph, keep_for_graph
@@ -29,7 +29,7 @@ Run = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Choice:
     """What runs one shape: its name, what else was timed, and how far it is from the network.
 
     drift: the largest difference from the network as given, relative to its largest output, on
@@ -47,7 +47,7 @@ class _Runner:
     """What runs a shape; the engine where it is one."""
 
     run: Run
-    chosen: Chosen
+    chosen: Choice
     engine: UNetEngine | None
 
 
@@ -114,7 +114,7 @@ class AcceleratedUNet:
         self._lock = threading.Lock()
         self._runners: dict[tuple[int, ...], _Runner] = {}
         self._pinned: list[_Runner] = []
-        self._weights: Watched | None = Watched(unet)
+        self._weights: WeightWatcher | None = WeightWatcher(unet)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AcceleratedUNet, (self.given, *self._options, None)
@@ -132,7 +132,7 @@ class AcceleratedUNet:
         return self._runner(tuple(x.shape)).run(x, t, class_labels)
 
     @property
-    def chosen(self) -> dict[tuple[int, ...], Chosen]:
+    def chosen(self) -> dict[tuple[int, ...], Choice]:
         """What runs each shape [N, C, H, W] that was seen, the one used last at the end."""
         with self._lock:
             return {shape: runner.chosen for shape, runner in self._runners.items()}
@@ -196,7 +196,7 @@ class AcceleratedUNet:
                 self._let_go(list(self._runners))
                 self._pinned.clear()
                 self._unet = _as_unet(self.given)
-                self._weights = Watched(self.given)
+                self._weights = WeightWatcher(self.given)
             found = self._runners.pop(shape, None)
             if found is None:
                 found = self._choose(shape)
@@ -236,13 +236,13 @@ class AcceleratedUNet:
         if self.device.type == "cuda":
             ((name, only),) = made.items()
             _log.info("accelerate: %s for %s", name, list(shape))
-            return _Runner(GraphedModel(only, only.device), Chosen(name, {}, None), only)
+            return _Runner(GraphedModel(only, only.device), Choice(name, {}, None), only)
         if self._engine_dtype != self._unet.dtype:
             exact = {f"engine {checks.dtype_name(self._unet.dtype)}": engine(self._unet.dtype)}
             made = exact | made
-        runs: dict[str, Run] = {"module": _Quiet(self.given)}
+        runs: dict[str, Run] = {"module": EvalMode(self.given)}
         if self.given is not self._unet:
-            runs["channels_last"] = _Quiet(self._unet)
+            runs["channels_last"] = EvalMode(self._unet)
         runs |= made
         x, t, labels = _example(self._unet, shape)
         key = _key(self._unet, shape, list(runs))
@@ -254,7 +254,7 @@ class AcceleratedUNet:
         failed = tuple(other for other in runs if seconds and other not in seconds)
         if failed:
             _log.warning("accelerate: without %s, which failed; the log says why", failed)
-        chosen = Chosen(name, seconds, drift, failed)
+        chosen = Choice(name, seconds, drift, failed)
         return _Runner(runs[name], chosen, made.get(name))
 
 
@@ -277,7 +277,7 @@ def _as_unet(module: nn.Module) -> UNet:
     return unet.train(module.training)
 
 
-class _Quiet:
+class EvalMode:
     """A network without dropout, whatever its mode; the tensor of diffusers' output objects."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -285,6 +285,7 @@ class _Quiet:
         self._lock = threading.Lock()  # nobody sets modes back while another call runs
 
     def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
+        """Run the network in evaluation mode and return its output tensor."""
         args = (x, t) if class_labels is None else (x, t, class_labels)
         with self._lock:
             training = [module for module in self._module.modules() if module.training]

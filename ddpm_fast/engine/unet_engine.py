@@ -16,9 +16,9 @@ from ddpm_fast.engine.plan import memory_check as budget
 from ddpm_fast.engine.plan.binding import Binder, Slots
 from ddpm_fast.engine.plan.embeddings import LabelledEmbeddings, time_table
 from ddpm_fast.engine.plan.lowering import lower
-from ddpm_fast.engine.plan.memory import Lifetime, place
+from ddpm_fast.engine.plan.memory import Lifetime, plan_offsets
 from ddpm_fast.engine.plan.operations import Program
-from ddpm_fast.engine.plan.report import Plan, describe
+from ddpm_fast.engine.plan.report import EnginePlan, describe
 from ddpm_fast.models import UNet
 from ddpm_fast.ops import why_not
 from ddpm_fast.ops.aten import no_autocast
@@ -127,10 +127,10 @@ class UNetEngine:
             f" {self._arena_bytes / 1e6:.1f} MB a call)"
         )
 
-    def plan(self) -> Plan:
+    def plan(self) -> EnginePlan:
         """Every operation with shapes, bytes, FLOPs and implementation; printing it is a table."""
         table = self._table.nbytes if self._table is not None else 0
-        offsets = {id(value): self._places[slot] for slot, value in self._values.items()}
+        offsets = {id(value): self._offsets[slot] for slot, value in self._values.items()}
         return describe(self._program, self._steps, offsets, self._arena_bytes, table)
 
     def identity(self) -> dict[str, Any]:
@@ -216,11 +216,11 @@ class UNetEngine:
             if step.scratch is not None:
                 lifetimes[id(step.scratch)] = Lifetime(step.scratch.nbytes, number, number)
         self._values = {binder.slot(v): v for v in binder.values if not v.given}
-        places, self._arena_bytes = place(
+        offsets, self._arena_bytes = plan_offsets(
             {slot: lifetimes[id(value)] for slot, value in self._values.items()}
         )
-        self._places = places
-        self._num_slots, self._num_tickets = binder.slots, binder.tickets
+        self._offsets = offsets
+        self._num_slots, self._num_locks = binder.slots, binder.split_k_locks
 
     def _memory(self) -> Slots:
         """That of a call that has ended, or new."""
@@ -234,13 +234,13 @@ class UNetEngine:
         block = torch.empty(self._arena_bytes, dtype=torch.uint8, device=self.device)
         slots: Slots = [None] * self._num_slots
         slots[Binder.TABLE] = self._table
-        if self._num_tickets:
-            slots[Binder.TICKETS] = torch.zeros(
-                self._num_tickets, dtype=torch.int32, device=self.device
+        if self._num_locks:
+            slots[Binder.LOCKS] = torch.zeros(
+                self._num_locks, dtype=torch.int32, device=self.device
             )
         for slot, value in self._values.items():
-            place = self._places[slot]
-            flat = block[place : place + value.nbytes].view(value.dtype)
+            offset = self._offsets[slot]
+            flat = block[offset : offset + value.nbytes].view(value.dtype)
             _, channels, height, width = value.shape
             strides = (height * width * channels, 1, width * channels, channels)
             slots[slot] = flat.as_strided(value.shape, strides)

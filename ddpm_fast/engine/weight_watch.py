@@ -7,7 +7,7 @@ from operator import is_
 from torch import Tensor, nn
 
 
-class Watched:
+class WeightWatcher:
     """A module's parameters, buffers and submodules as they are now, to be compared with later.
 
     Looked at in every call, so it walks over the dictionaries of the modules and not over the tree.

@@ -23,8 +23,8 @@ from ddpm_fast.utils.images import prepare_folder, save_png, sheet
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from triangle_quality import foreground_areas, triangle_share  # noqa: E402
-from triangles.nearest import Memorisation  # noqa: E402
+from quality.nearest import Memorisation  # noqa: E402
+from sample_quality import foreground_areas, triangle_share  # noqa: E402
 
 STATES = 10  # of a strip
 STARTS = 5  # of different noise, as in the thesis
@@ -206,7 +206,7 @@ def text(
         f" beta_t. {when}, trained in {minutes:.0f} minutes of steps.",
         "",
         "`triangles`: the share of samples that pass the measure of"
-        f" `benchmarks/triangle_quality.py`, with a standard error of up to"
+        f" `benchmarks/sample_quality.py`, with a standard error of up to"
         f" {0.5 / plan.samples**0.5:.2f}; `of_data`: that of images made by the recipe."
         " `ks_area`: Kolmogorov-Smirnov distance of the foreground's areas. `grey`: the share of"
         " pixels that are neither black nor white. `nearest`: the median distance to the nearest"

@@ -18,12 +18,12 @@ from PIL import Image
 from cli_runs import error_of, run
 from ddpm_fast import Tuner, UNet, UNetConfig
 from ddpm_fast.bench import (
-    ceilings,
+    baselines,
     kernels,
     networks,
     operators,
-    peers,
     plots,
+    roofline,
     timing,
 )
 from ddpm_fast.bench import network as network_bench
@@ -34,7 +34,7 @@ from unet_cases import SMALL
 FACTS = {"date", "cpu", "cores", "gpu", "python", "torch", "triton", "numpy", "revision"}
 FACTS |= {"diffusers", "denoising-diffusion-pytorch", "nvidia-cudnn-frontend", "threads"}
 TIMES = {"rounds", "p20_us", "p50_us", "p80_us"}
-MEASURE_CEILINGS = ceilings.measure
+MEASURE_ROOFLINE = roofline.measure
 TINY = {"sample_size": 8}
 
 
@@ -44,7 +44,7 @@ def tiny(monkeypatch):
     unet = networks.even(UNet(UNetConfig(**SMALL | TINY)))
     monkeypatch.setattr(networks, "build", lambda name: unet)
     monkeypatch.setattr(
-        ceilings, "measure", lambda *place: MEASURE_CEILINGS(*place, 1 << 16, (32,), 2)
+        roofline, "measure", lambda *place: MEASURE_ROOFLINE(*place, 1 << 16, (32,), 2)
     )
     for module in ("unet_engine", "accelerated_unet"):
         made = importlib.import_module(f"ddpm_fast.engine.{module}")
@@ -124,7 +124,7 @@ def test_every_candidate_computes_the_same(options) -> None:
     unet = networks.even(UNet(UNetConfig(**SMALL | TINY | options)))
     for operation, _ in kernels.operations(unet, 2, torch.float32):
         with torch.no_grad():
-            made = operators.trial(operation)
+            made = operators.operator_cases(operation)
             for candidate in made.candidates:
                 if candidate.name.startswith("sdpa"):
                     continue  # which of torch's kernels run depends on the machine
@@ -183,24 +183,26 @@ def test_a_peer_that_breaks_at_import_or_in_use_is_left_out(tmp_path, monkeypatc
     def broken(name: str) -> None:
         raise OSError("no such symbol")
 
-    monkeypatch.setattr(peers.importlib, "import_module", broken)
-    with pytest.raises(peers.MissingError, match="diffusers fails when it is imported: no such"):
-        peers.module("diffusers")
+    monkeypatch.setattr(baselines.importlib, "import_module", broken)
+    with pytest.raises(
+        baselines.MissingError, match="diffusers fails when it is imported: no such"
+    ):
+        baselines.module("diffusers")
     monkeypatch.undo()
     made = network_bench.NetworkBench(
         "x", networks.even(UNet(**SMALL)), 1, torch.float32, with_compiled=False, size=(8, 8)
     )
-    monkeypatch.setattr(made, "_rival", lambda *args: 1 / 0)
-    (rows,) = made.measure(ceilings.Ceilings(1.0, 1.0, torch.float32), 1, math.inf, "")
+    monkeypatch.setattr(made, "_baseline", lambda *args: 1 / 0)
+    (rows,) = made.measure(roofline.RooflineLimits(1.0, 1.0, torch.float32), 1, math.inf, "")
     assert [row["role"] for row in rows] == ["ours", "ours"]
     assert set(made.left_out.values()) == {"ZeroDivisionError: division by zero"}
 
 
 def test_an_engine_that_breaks_is_an_error(tiny, monkeypatch) -> None:
-    made = network_bench.NetworkBench("x", tiny, 1, torch.float32, with_peers=False)
+    made = network_bench.NetworkBench("x", tiny, 1, torch.float32, with_baselines=False)
     monkeypatch.setattr(made, "_engine", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        list(made.measure(ceilings.Ceilings(1.0, 1.0, torch.float32), 1, math.inf, ""))
+        list(made.measure(roofline.RooflineLimits(1.0, 1.0, torch.float32), 1, math.inf, ""))
 
 
 def test_after_the_limit_no_peer_is_built(tmp_path) -> None:
@@ -212,13 +214,13 @@ def test_after_the_limit_no_peer_is_built(tmp_path) -> None:
 def test_slow_peers_are_timed_with_all_others_again(tiny, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     made = network_bench.NetworkBench("x", tiny, 1, torch.float32)
-    waves = list(made.measure(ceilings.Ceilings(1.0, 1.0, torch.float32), 1, math.inf, ""))
+    waves = list(made.measure(roofline.RooflineLimits(1.0, 1.0, torch.float32), 1, math.inf, ""))
     assert [len(rows) for rows in waves] == [4, 5]
     assert waves[1][-1]["case"] == "diffusers, compile, channels_last"
 
 
 @pytest.mark.slow
-def test_the_compiled_peer(tmp_path) -> None:
+def test_the_compiled_baseline(tmp_path) -> None:
     rows, _ = bench("network", tmp_path / "n.csv")
     assert rows[-1]["case"] == "diffusers, compile, channels_last"
     assert float(rows[-1]["error"]) < 1e-5
@@ -292,7 +294,7 @@ def test_bad_options_are_named_before_the_work(what, options, message, monkeypat
         raise AssertionError("the work has begun")
 
     monkeypatch.setattr(networks, "build", work)
-    monkeypatch.setattr(ceilings, "measure", work)
+    monkeypatch.setattr(roofline, "measure", work)
     result = run("bench", what, "--device", "cpu", *options, status=2)
     assert re.search(message, error_of(result))
 
@@ -335,7 +337,9 @@ def test_a_run_counts_by_its_fastest_compiled_peer(tiny, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(network_bench, "counts", lambda *args: asked.append(args) or "yes")
     made = network_bench.NetworkBench("cifar32", tiny, 1, torch.float32)
-    *_, rows = made.measure(ceilings.Ceilings(1.0, 1.0, torch.float32), 1, math.inf, "some card")
+    *_, rows = made.measure(
+        roofline.RooflineLimits(1.0, 1.0, torch.float32), 1, math.inf, "some card"
+    )
     assert {row["counts"] for row in rows} == {"yes"}
     assert asked[0] == ("some card", "cifar32", 1, torch.float32, None)
     assert asked[1][4] == pytest.approx(float(rows[-1]["p50_us"]) / 1e3, rel=1e-3)

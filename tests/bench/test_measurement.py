@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ddpm_fast import UNetConfig
-from ddpm_fast.bench import ceilings, kernels, networks, plots, published, results
+from ddpm_fast.bench import kernels, networks, plots, published, results, roofline
 from ddpm_fast.bench.timing import interleaved, quantiles
 from ddpm_fast.utils import figures
 from engine_cases import CPU, small
@@ -57,7 +57,7 @@ def test_large_pictures_lose_colours_rather_than_size(tmp_path) -> None:
         pytest.param("NVIDIA H200", 64, torch.float16, 3.63, "unknown", id="other-card"),
     ],
 )
-def test_a_run_counts_near_the_published_peer(gpu, batch, dtype, ms, verdict) -> None:
+def test_a_run_counts_near_the_published_baseline(gpu, batch, dtype, ms, verdict) -> None:
     assert published.counts(gpu, "cifar32", batch, dtype, ms) == verdict
 
 
@@ -79,10 +79,10 @@ def test_even_weights_keep_activations_even() -> None:
 
 def test_ceilings_are_of_what_was_asked(monkeypatch) -> None:
     monkeypatch.setattr(
-        ceilings, "interleaved", lambda cases, device, rounds: {n: [1.0, 2.0, 9.0] for n in cases}
+        roofline, "interleaved", lambda cases, device, rounds: {n: [1.0, 2.0, 9.0] for n in cases}
     )
-    found = ceilings.measure(CPU, torch.float32, 1 << 10, (8, 16))
-    assert found == ceilings.Ceilings(2 * (1 << 10) / 2.0, 2 * 16**3 / 2.0, torch.float32)
+    found = roofline.measure(CPU, torch.float32, 1 << 10, (8, 16))
+    assert found == roofline.RooflineLimits(2 * (1 << 10) / 2.0, 2 * 16**3 / 2.0, torch.float32)
 
 
 def test_rounds_take_turns_and_stop_at_the_limit() -> None:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ddpm_fast.training.data import make_triangles
 
-nearest = importlib.import_module("triangles.nearest")
-quality = importlib.import_module("triangle_quality")
+nearest = importlib.import_module("quality.nearest")
+quality = importlib.import_module("sample_quality")
 
 Images = NDArray[np.float32]
 

@@ -33,7 +33,7 @@ class Prefers(Tuner):
         for call in candidates.values():
             call()
         self.asked.append(list(candidates))
-        self._choices[key] = ddpm_fast.engine.autotune.tuner.Choice(
+        self._choices[key] = ddpm_fast.engine.autotune.tuner.TunerChoice(
             self.wanted, dict.fromkeys(candidates, 0.5)
         )
         return self.wanted

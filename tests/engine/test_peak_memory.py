@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 
 from ddpm_fast import UNet
 from ddpm_fast.engine.plan.lowering import lower
-from ddpm_fast.engine.plan.memory import place
+from ddpm_fast.engine.plan.memory import plan_offsets
 from engine_cases import busiest
 from unet_cases import CIFAR, LARGE, SIX_LEVELS
 
@@ -84,7 +84,7 @@ def test_a_call_takes_less_than_diffusers_at_its_peak(options, size, batch, norm
         with torch.no_grad(), Peak() as peak:
             theirs(x, torch.zeros(batch, dtype=torch.int64))
     lives = dict(enumerate(program.lifetimes().values()))
-    arena = place(lives)[1] + program.out.nbytes
+    arena = plan_offsets(lives)[1] + program.out.nbytes
     assert arena < peak.most
     # Little is lost to the placement.
-    assert place(lives)[1] < 1.1 * busiest(list(lives.values()))
+    assert plan_offsets(lives)[1] < 1.1 * busiest(list(lives.values()))

@@ -190,16 +190,16 @@ def test_kernels_that_split_sums_get_zeros_of_their_own(monkeypatch):
     seen = []
 
     class Splits:
-        name, tickets = "splits", 5
+        name, split_k_locks = "splits", 5
 
         def __init__(self, variant):
             self.variant = variant
             self.workspace_bytes = variant.workspace_bytes
 
-        def __call__(self, *args, tickets):
-            assert tickets.dtype == torch.int32
-            assert tickets.tolist() == [0] * 5
-            seen.append((tickets.data_ptr(), tickets.data_ptr() + 20))
+        def __call__(self, *args, split_k_locks):
+            assert split_k_locks.dtype == torch.int32
+            assert split_k_locks.tolist() == [0] * 5
+            seen.append((split_k_locks.data_ptr(), split_k_locks.data_ptr() + 20))
             self.variant(*args)
 
     original = steps.fastest

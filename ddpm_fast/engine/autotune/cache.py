@@ -36,7 +36,7 @@ _PACKAGES = ("ddpm_fast", "triton", "nvidia-cudnn-frontend")
 
 
 @dataclass(frozen=True)
-class Choice:
+class TunerChoice:
     """What was chosen for one operation, and what its candidates took, in seconds a call."""
 
     name: str
@@ -93,7 +93,7 @@ class PlanCache:
         self.folder = folder
         text = json.dumps(self.environment, sort_keys=True)
         self._file_name = f"plans-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
-        self._choices: dict[str, Choice] | None = None
+        self._choices: dict[str, TunerChoice] | None = None
         self._complained = False
 
     @classmethod
@@ -106,13 +106,13 @@ class PlanCache:
         """The file of this environment; None without a folder."""
         return None if self.folder is None else self.folder / self._file_name
 
-    def get(self, key: str) -> Choice | None:
+    def get(self, key: str) -> TunerChoice | None:
         """What is recorded for a key."""
         if self._choices is None:
             self._choices = self._read()
         return self._choices.get(key)
 
-    def record(self, key: str, choice: Choice, accepted: Collection[str]) -> Choice:
+    def record(self, key: str, choice: TunerChoice, accepted: Collection[str]) -> TunerChoice:
         """Record a choice and return the one that stands.
 
         Where another process has recorded a choice for the key in the meantime, and its name is
@@ -135,7 +135,7 @@ class PlanCache:
         self._choices[key] = standing
         return standing
 
-    def _read(self) -> dict[str, Choice]:
+    def _read(self) -> dict[str, TunerChoice]:
         if self.path is None:
             return {}
         try:
@@ -151,7 +151,7 @@ class PlanCache:
             self._complain(f"{self.path} is damaged: {error!r}; choices are made again")
             return {}
 
-    def _parse(self, content: Any) -> dict[str, Choice]:
+    def _parse(self, content: Any) -> dict[str, TunerChoice]:
         if content["environment"] != self.environment:
             raise ValueError("it belongs to another environment")
         found = {}
@@ -159,7 +159,7 @@ class PlanCache:
             if not isinstance(entry["name"], str):
                 raise TypeError(f"name of {key!r} must be a string; got {entry['name']!r}")
             seconds = {str(name): float(value) for name, value in entry["seconds"].items()}
-            found[key] = Choice(entry["name"], seconds)
+            found[key] = TunerChoice(entry["name"], seconds)
         return found
 
     @contextmanager
@@ -175,7 +175,7 @@ class PlanCache:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield  # closing the file releases the lock
 
-    def _write(self, choices: Mapping[str, Choice]) -> None:
+    def _write(self, choices: Mapping[str, TunerChoice]) -> None:
         """Replace the file in one step: a reader sees the old or the new one, never half."""
         path = self.path
         assert path is not None

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from ddpm_fast.engine.autotune.cache import Choice, PlanCache
+from ddpm_fast.engine.autotune.cache import PlanCache, TunerChoice
 from ddpm_fast.utils.cuda_graphs import ONE_CAPTURE
 
 _log = logging.getLogger("ddpm_fast")
@@ -108,7 +108,7 @@ class Tuner:
     device: where the candidates run. cache: the recorded choices; by default those of the device
     on disk. mode ``"off"``: always the first candidate, nothing timed, read or kept. rounds: how
     often each candidate is measured; medians are compared. After the first round those slower than
-    `hopeless` times the best are measured no more.
+    `prune_ratio` times the best are measured no more.
     """
 
     def __init__(
@@ -118,26 +118,26 @@ class Tuner:
         *,
         mode: str = "on",
         rounds: int = 7,
-        hopeless: float = 1.5,
+        prune_ratio: float = 1.5,
         timer: Timer | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be {' or '.join(MODES)}; got {mode!r}")
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1; got {rounds}")
-        if not hopeless >= 1:
-            raise ValueError(f"hopeless must be at least 1; got {hopeless}")
+        if not prune_ratio >= 1:
+            raise ValueError(f"prune_ratio must be at least 1; got {prune_ratio}")
         self.device = device
         self.mode = mode
         self.rounds = rounds
-        self.hopeless = hopeless
+        self.prune_ratio = prune_ratio
         self._cache = cache
         self._timer = timer
-        self._choices: dict[str, Choice] = {}
+        self._choices: dict[str, TunerChoice] = {}
         self._lock = threading.RLock()  # threads take turns: timings would disturb each other
 
     @property
-    def choices(self) -> dict[str, Choice]:
+    def choices(self) -> dict[str, TunerChoice]:
         """What this tuner has answered, key by key: part of a run's identity."""
         return dict(self._choices)
 
@@ -176,10 +176,10 @@ class Tuner:
                 self._choices[key] = self._choose(key, candidates)
             return self._choices[key].name
 
-    def _choose(self, key: str, candidates: Mapping[str, Call]) -> Choice:
+    def _choose(self, key: str, candidates: Mapping[str, Call]) -> TunerChoice:
         first = next(iter(candidates))
         if self.mode == "off":
-            return Choice(first)
+            return TunerChoice(first)
         recorded = self.cache.get(key)
         if recorded is not None and recorded.name in candidates:
             return recorded
@@ -190,7 +190,7 @@ class Tuner:
                 " before the capture"
             )
         seconds, short_of_memory = self._measure(key, candidates)
-        best = Choice(min(seconds, key=seconds.__getitem__), seconds)
+        best = TunerChoice(min(seconds, key=seconds.__getitem__), seconds)
         # What memory was missing for today may be the fastest tomorrow.
         standing = best if short_of_memory else self.cache.record(key, best, candidates.keys())
         _log.info("tuned %s: %s of %d", key, standing.name, len(candidates))
@@ -216,7 +216,7 @@ class Tuner:
         if not prepared:
             raise RuntimeError(f"no candidate for {key!r} runs: {_short(failure)}") from failure
         samples = {name: [timer.seconds(call)] for name, call in prepared.items()}
-        limit = self.hopeless * min(times[0] for times in samples.values())
+        limit = self.prune_ratio * min(times[0] for times in samples.values())
         hopeful = [name for name in samples if samples[name][0] <= limit]
         prepared = {name: prepared[name] for name in hopeful}  # the others' graphs are freed
         for _ in range(self.rounds - 1):

@@ -43,8 +43,8 @@ TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 5e-3, tor
 class Variant(Protocol):
     """One way of running a convolution; holds its own copy of the weights.
 
-    Calls may run at the same time. A variant that has an attribute ``tickets`` takes so many int32
-    zeros of the call's own by that keyword, and leaves them at zero.
+    Calls may run at the same time. A variant with an attribute `split_k_locks` takes that many
+    int32 zeros by that keyword, not shared between calls, and leaves them at zero.
     """
 
     name: str
@@ -123,17 +123,17 @@ def fastest(spec: ConvSpec, weight: Tensor, bias: Tensor | None, tuner: Tuner) -
     options = candidates(spec, weight, bias)
     if len(options) == 1:
         return options[0]
-    trial = _Trial(spec, options[0])
+    trial = CandidateCheck(spec, options[0])
     name = tuner.fastest(str(spec), {option.name: trial.of(option) for option in options})
     return next(option for option in options if option.name == name)
 
 
-class _Trial:
+class CandidateCheck:
     """The same random tensors for every variant, made when the first one is timed."""
 
-    def __init__(self, spec: ConvSpec, oracle: Variant) -> None:
+    def __init__(self, spec: ConvSpec, reference: Variant) -> None:
         self.spec = spec
-        self.oracle = oracle
+        self.reference = reference
         self.tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
         self.expected: Tensor | None = None
 
@@ -156,13 +156,13 @@ class _Trial:
             residual = normal(spec.out_channels, *spec.out_size) if spec.residual else None
             out = torch.empty_like(normal(spec.out_channels, *spec.out_size))
             self.tensors = (out, x, x2, residual)
-            equipped(self.oracle, spec.device)(*self.tensors)
+            with_workspace(self.reference, spec.device)(*self.tensors)
             self.expected = out.clone()
         return self.tensors
 
     def of(self, variant: Variant) -> Callable[[], None]:
-        """A call of the variant, whose first result is compared with the oracle's."""
-        run, compared = equipped(variant, self.spec.device), False
+        """A call of the variant, whose first result is compared with the reference's."""
+        run, compared = with_workspace(variant, self.spec.device), False
 
         def call() -> None:
             nonlocal compared
@@ -178,7 +178,7 @@ class _Trial:
         return call
 
     def _compare(self, variant: Variant, out: Tensor) -> None:
-        """Raise where a result is not the oracle's; weights without a finite result pass."""
+        """Raise where a result is not the reference's; weights without a finite result pass."""
         assert self.expected is not None
         wide = torch.promote_types(out.dtype, torch.float32)
         size = float(torch.linalg.vector_norm(self.expected, dtype=wide))
@@ -199,24 +199,26 @@ def scratch(variant: Variant, device: torch.device) -> Tensor | None:
     return torch.empty(size, dtype=torch.uint8, device=device) if size else None
 
 
-def equipped(variant: Variant, device: torch.device) -> Callable[..., None]:
+def with_workspace(variant: Variant, device: torch.device) -> Callable[..., None]:
     """The variant as a call of (out, x, x2, residual), to be timed as the engine runs it.
 
-    Workspace and tickets are made by the first call and serve all of them.
+    Workspace and split_k_locks are made by the first call and serve all of them.
     """
     workspace: Tensor | None = None
-    tickets: dict[str, Tensor] = {}
+    split_k_locks: dict[str, Tensor] = {}
     ready = False
     run: Callable[..., None] = variant
 
     def call(*tensors: Tensor | None) -> None:
-        nonlocal workspace, tickets, ready
+        nonlocal workspace, split_k_locks, ready
         if not ready:
             workspace = scratch(variant, device)
-            if count := getattr(variant, "tickets", 0):
-                tickets = {"tickets": torch.zeros(count, dtype=torch.int32, device=device)}
+            if count := getattr(variant, "split_k_locks", 0):
+                split_k_locks = {
+                    "split_k_locks": torch.zeros(count, dtype=torch.int32, device=device)
+                }
             ready = True
-        run(*tensors, workspace, **tickets)
+        run(*tensors, workspace, **split_k_locks)
 
     return call
 

@@ -17,8 +17,8 @@ from ddpm_fast.ops.dispatch import DTYPES, why_not
 class TritonVariant:
     """The kernel in one configuration.
 
-    tickets: how many int32 zeros it needs, one for each tile of a sum that is split among programs;
-    the kernel leaves them at zero. Calls that may run at once must have their own.
+    split_k_locks: number of int32 zeros, one for each tile of a sum that is split among programs;
+    the kernel leaves them at zero. Concurrent calls must not share them.
     """
 
     name: str
@@ -27,7 +27,7 @@ class TritonVariant:
     bias: Tensor | None
     stride: int
     padding: tuple[int, int, int, int]
-    tickets: int
+    split_k_locks: int
     workspace_bytes: int = 0
 
     def __call__(
@@ -37,13 +37,13 @@ class TritonVariant:
         x2: Tensor | None,
         residual: Tensor | None,
         workspace: Tensor | None,
-        tickets: Tensor | None = None,
+        split_k_locks: Tensor | None = None,
     ) -> None:
-        """Write the convolution to `out`; without tickets, new ones are made."""
+        """Write the convolution to `out`; without split_k_locks, new ones are made."""
         import_module("ddpm_fast.ops.triton.conv").conv(
             *(out, x, x2, self.weight, self.bias, residual, self.stride, list(self.padding)),
             config=self.config,
-            tickets=tickets,
+            split_k_locks=split_k_locks,
         )
 
 
@@ -78,9 +78,9 @@ class TritonProvider:
         found = []
         for config in kernels.configurations(kernels.Spec(*sizes, spec.dtype.itemsize)):
             tiles = -(-pixels // config.rows) * -(-spec.out_channels // config.columns) * phases
-            tickets = tiles if config.split > 1 else 0
+            split_k_locks = tiles if config.split > 1 else 0
             tile = f"{config.rows}x{config.columns}x{config.depth}"
             how = f"w{config.num_warps}s{config.num_stages}k{config.split}"
-            fixed = (laid_out, bias, spec.stride, spec.padding, tickets)
+            fixed = (laid_out, bias, spec.stride, spec.padding, split_k_locks)
             found.append(TritonVariant(f"triton.{tile}.{how}", config, *fixed))
         return found

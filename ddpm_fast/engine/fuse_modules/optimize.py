@@ -17,7 +17,7 @@ from ddpm_fast.engine.fuse_modules.modules import (
     has_hooks,
     is_pair,
 )
-from ddpm_fast.engine.fuse_modules.trace import Call, observe
+from ddpm_fast.engine.fuse_modules.trace import OutputUse, observe
 from ddpm_fast.ops import BACKENDS, implementation
 
 FUSED, NORM_ONLY, LEFT_ALONE = "fused with SiLU", "norm only", "left alone"
@@ -201,7 +201,7 @@ def _neighbours(sequential: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 def _why_not_activated(
     norm: nn.GroupNorm,
     paired: bool,
-    seen: Mapping[nn.Module, list[Call]] | None,
+    seen: Mapping[nn.Module, list[OutputUse]] | None,
 ) -> str:
     """Why SiLU is not fused into the norm; empty where it is."""
     if has_hooks(norm):

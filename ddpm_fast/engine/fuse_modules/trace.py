@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ddpm_fast.engine.fuse_modules.modules import QUESTIONS
 
 
-class Call:
+class OutputUse:
     """What became of the tensor that one call of a module returned."""
 
     def __init__(self, output: Tensor) -> None:
@@ -41,16 +41,16 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
-        self.alive: dict[int, Call] = {}  # by the identity of the output
+        self.calls: dict[nn.Module, list[OutputUse]] = {module: [] for module in modules}
+        self.alive: dict[int, OutputUse] = {}  # by the identity of the output
 
     def note(self, module: nn.Module, args: Any, output: Any) -> None:
         """A forward hook."""
-        call = Call(output)
+        call = OutputUse(output)
         self.calls[module].append(call)
         self.alive[id(output)] = call
 
-    def find(self, value: Any) -> Call | None:
+    def find(self, value: Any) -> OutputUse | None:
         """The call that returned this very object."""
         call = self.alive.get(id(value))
         return call if call is not None and call.output() is value else None
@@ -82,7 +82,7 @@ def _name_of(func: Callable[..., Any]) -> str:
 
 def observe(
     model: nn.Module, modules: Iterable[nn.Module], example_inputs: Any
-) -> dict[nn.Module, list[Call]]:
+) -> dict[nn.Module, list[OutputUse]]:
     """The calls of ``modules`` in one forward pass of ``model``, which is left as it was.
 
     Raises TypeError for other than a tensor, a tuple, a list or a dict, ValueError where the model

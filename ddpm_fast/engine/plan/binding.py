@@ -21,7 +21,7 @@ from ddpm_fast.engine.plan.operations import (
     Operation,
     Resample,
     SelfAttention,
-    Value,
+    TensorValue,
 )
 from ddpm_fast.models.unet_blocks import upsample_nearest
 from ddpm_fast.ops import implementation, why_not
@@ -39,22 +39,22 @@ class Step(NamedTuple):
     implementation: str
     run: Run
     weight_bytes: int = 0  # of its own copies
-    scratch: Value | None = None  # memory that it needs while it runs
+    scratch: TensorValue | None = None  # memory that it needs while it runs
 
 
 class Binder:
     """Makes steps: chooses implementations and numbers the tensors that they read and write.
 
     The first slots are the rows of a call, the table of embeddings, the embedded labels, None, and
-    the int32 zeros of all kernels that split a sum (``tickets`` of them); the values of the program
-    follow, and the scratch memory of steps.
+    the `split_k_locks` int32 zeros of the kernels that split a sum; the values of the program and
+    the scratch memory of steps follow.
     """
 
-    ROW, TABLE, LABELS, NOTHING, TICKETS, FIRST_VALUE = range(6)
+    ROW, TABLE, LABELS, NOTHING, LOCKS, FIRST_VALUE = range(6)
 
     def __init__(
         self,
-        values: list[Value],
+        values: list[TensorValue],
         backend: str,
         tuner: Tuner,
         embed: Any,
@@ -64,14 +64,14 @@ class Binder:
         self._slots = {id(value): i + self.FIRST_VALUE for i, value in enumerate(values)}
         self._backend, self._tuner = backend, tuner
         self._embed, self._table = embed, table
-        self.tickets = 0
+        self.split_k_locks = 0
 
     @property
     def slots(self) -> int:
         """How many slots there are."""
         return self.FIRST_VALUE + len(self.values)
 
-    def slot(self, value: Value | None) -> int:
+    def slot(self, value: TensorValue | None) -> int:
         """The number of a value; NOTHING without one."""
         return self.NOTHING if value is None else self._slots[id(value)]
 
@@ -97,20 +97,22 @@ class Binder:
         chosen = fastest(op.spec, op.weight, op.bias, self._tuner)
         scratch = self._scratch(chosen.workspace_bytes)
         memory = self.slot(scratch)
-        first, count = self.tickets, getattr(chosen, "tickets", 0)
-        self.tickets += -(-count // 4) * 4  # 16 bytes: Triton compiles for the alignment it sees
+        first, count = self.split_k_locks, getattr(chosen, "split_k_locks", 0)
+        self.split_k_locks += (
+            -(-count // 4) * 4
+        )  # 16 bytes: Triton compiles for the alignment it sees
 
         def run(slots: Slots) -> None:
             workspace = slots[memory].flatten() if scratch is not None else None
-            own = {"tickets": slots[self.TICKETS][first : first + count]} if count else {}
+            own = {"split_k_locks": slots[self.LOCKS][first : first + count]} if count else {}
             chosen(slots[out], slots[x], slots[x2], slots[residual], workspace, **own)
 
         return Step(op, chosen.name, run, weight_bytes, scratch)
 
-    def _scratch(self, nbytes: int) -> Value | None:
+    def _scratch(self, nbytes: int) -> TensorValue | None:
         if nbytes == 0:
             return None
-        value = Value("scratch", (1, nbytes, 1, 1), torch.uint8)
+        value = TensorValue("scratch", (1, nbytes, 1, 1), torch.uint8)
         self._slots[id(value)] = self.slots
         self.values.append(value)
         return value

@@ -20,7 +20,7 @@ from ddpm_fast.engine.plan.operations import (
     Program,
     Resample,
     SelfAttention,
-    Value,
+    TensorValue,
 )
 from ddpm_fast.engine.specs import AttentionSpec, ConvSpec, NormSpec, Padding
 from ddpm_fast.models import UNet
@@ -44,13 +44,13 @@ class _Sum:
     """  # noqa: D205
 
     name: str
-    conv: Value
+    conv: TensorValue
     bias: Tensor | None
-    residual: Value | None
-    value: Value | None = None
+    residual: TensorValue | None
+    value: TensorValue | None = None
 
 
-Source = Value | _Sum
+Source = TensorValue | _Sum
 
 
 def lower(
@@ -78,7 +78,7 @@ class _Lowering:
         self._device = unet.device
         self._names = {id(module): name for name, module in unet.named_modules()}
         self._operations: list[Operation] = []
-        self._embeddings: Value | None = None
+        self._embeddings: TensorValue | None = None
         self.projections = Projections()
 
     def run(self, height: int, width: int) -> Program:
@@ -86,7 +86,7 @@ class _Lowering:
         x = self._value("x", cfg.in_channels, height, width, given=True)
         if unet.class_embedding is not None:
             wide = torch.float64 if self._dtype == torch.float64 else torch.float32
-            self._embeddings = Value("embeddings", (self._batch, 0, 1, 1), wide)
+            self._embeddings = TensorValue("embeddings", (self._batch, 0, 1, 1), wide)
             self._operations.append(Embed("class_embedding", self._embeddings))
         h: Source = x
         skips: list[Source]
@@ -124,15 +124,15 @@ class _Lowering:
 
     def _value(
         self, name: str, channels: int, height: int, width: int, given: bool = False
-    ) -> Value:
-        return Value(name, (self._batch, channels, height, width), self._dtype, given)
+    ) -> TensorValue:
+        return TensorValue(name, (self._batch, channels, height, width), self._dtype, given)
 
     def _conv(
         self,
         module: nn.Module,
-        x: Value,
-        x2: Value | None = None,
-        residual: Value | None = None,
+        x: TensorValue,
+        x2: TensorValue | None = None,
+        residual: TensorValue | None = None,
         *,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
@@ -140,8 +140,8 @@ class _Lowering:
         stride: int = 1,
         padding: Padding | None = None,
         upsample: bool = False,
-        out: Value | None = None,
-    ) -> Value:
+        out: TensorValue | None = None,
+    ) -> TensorValue:
         """A convolution or linear layer of the network; by default with its own parameters."""
         name = self._name(module)
         weight = cast(Tensor, module.weight) if weight is None else weight
@@ -172,7 +172,9 @@ class _Lowering:
         self._operations.append(Convolution(name, spec, weight, bias, x, x2, residual, out))
         return out
 
-    def _added(self, module: nn.Module, x: Value, residual: Value, scale: float) -> Source:
+    def _added(
+        self, module: nn.Module, x: TensorValue, residual: TensorValue, scale: float
+    ) -> Source:
         """scale (conv(x) + bias + residual)."""
         if self._norms_add and scale == 1:
             conv = self._conv(module, x, use_bias=False)
@@ -186,20 +188,20 @@ class _Lowering:
     def _combined(
         self,
         name: str,
-        x: Value,
+        x: TensorValue,
         *,
         scale: float = 1.0,
         shift: float = 0.0,
         bias: Tensor | None = None,
-        residual: Value | None = None,
-    ) -> Value:
+        residual: TensorValue | None = None,
+    ) -> TensorValue:
         out = self._value(name, *x.shape[1:])
         self._operations.append(Combine(name, x, out, scale, shift, bias, residual))
         return out
 
-    def _resolved(self, source: Source) -> Value:
+    def _resolved(self, source: Source) -> TensorValue:
         """The value of a source, added up here where nobody has done it yet."""
-        if isinstance(source, Value):
+        if isinstance(source, TensorValue):
             return source
         if source.value is None:
             source.value = self._combined(
@@ -216,7 +218,7 @@ class _Lowering:
         silu: bool,
         vector: Columns | None = None,
         modulation: Columns | None = None,
-    ) -> tuple[Value, Value, Value | None]:
+    ) -> tuple[TensorValue, TensorValue, TensorValue | None]:
         """The normalised sources, and the values of both."""
         x2 = None if second is None else self._resolved(second)
         constant, residual, total = None, None, None
@@ -281,7 +283,7 @@ class _Lowering:
             x = self._conv(block.conv_shortcut, x, x2)
         return self._added(block.conv2, h, x, 1 / block.output_scale)
 
-    def _halved_or_doubled(self, name: str, block: ResnetBlock, x: Value) -> Value:
+    def _halved_or_doubled(self, name: str, block: ResnetBlock, x: TensorValue) -> TensorValue:
         up = block.resample == "up"
         channels, height, width = x.shape[1:]
         size = (2 * height, 2 * width) if up else (height // 2, width // 2)

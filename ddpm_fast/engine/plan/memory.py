@@ -25,7 +25,7 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def place(lifetimes: Mapping[int, Lifetime]) -> tuple[dict[int, int], int]:
+def plan_offsets(lifetimes: Mapping[int, Lifetime]) -> tuple[dict[int, int], int]:
     """Offsets of blocks such that those needed at once do not overlap, and the bytes of all.
 
     Largest first, each at the lowest offset that is free while it lives (greedy by size, Pisarchyk

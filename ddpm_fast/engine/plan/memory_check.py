@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm_fast.engine.plan.memory import place
+from ddpm_fast.engine.plan.memory import plan_offsets
 from ddpm_fast.engine.plan.operations import Program
 
 
@@ -43,7 +43,9 @@ def _number(path: str) -> int | None:
 def needed_bytes(program: Program) -> int:
     """The values of a call, its input and output, and the engine's copies of the weights."""
     lifetimes = program.lifetimes()
-    _, arena = place({i: lifetimes[id(v)] for i, v in enumerate(program.values) if not v.given})
+    _, arena = plan_offsets(
+        {i: lifetimes[id(v)] for i, v in enumerate(program.values) if not v.given}
+    )
     given = sum(value.nbytes for value in program.values if value.given)
     weights = sum(op.weight_elements * program.dtype.itemsize for op in program.operations)
     return arena + given + weights

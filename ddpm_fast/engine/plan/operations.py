@@ -14,7 +14,7 @@ from ddpm_fast.engine.specs import AttentionSpec, ConvSpec, NormSpec
 
 
 @dataclass(eq=False)
-class Value:
+class TensorValue:
     """A tensor that the plan makes and reads: [N, C, H, W] in channels_last memory.
 
     ``given``: it comes with the call (the input, the output) and takes no planned memory.
@@ -50,16 +50,16 @@ class Operation:
         return type(self).__name__.lower()
 
     @property
-    def reads(self) -> list[Value]:
+    def reads(self) -> list[TensorValue]:
         """The values it reads."""
         return self._values("x", "x2", "residual", "embeddings")
 
     @property
-    def writes(self) -> list[Value]:
+    def writes(self) -> list[TensorValue]:
         """The values it writes, its main result first."""
         return self._values("out", "total")
 
-    def _values(self, *names: str) -> list[Value]:
+    def _values(self, *names: str) -> list[TensorValue]:
         fields = (getattr(self, name, None) for name in names)
         return [value for value in fields if value is not None]
 
@@ -100,10 +100,10 @@ class Convolution(Operation):
     spec: ConvSpec
     weight: Tensor  # [O, C, K, K]
     bias: Tensor | None
-    x: Value
-    x2: Value | None
-    residual: Value | None
-    out: Value
+    x: TensorValue
+    x2: TensorValue | None
+    residual: TensorValue | None
+    out: TensorValue
 
     @property
     def kind(self) -> str:
@@ -142,15 +142,15 @@ class Normalization(Operation):
     spec: NormSpec
     weight: Tensor
     bias: Tensor
-    x: Value
-    x2: Value | None
+    x: TensorValue
+    x2: TensorValue | None
     vector: Columns | None
     constant: Tensor | None
     modulation: Columns | None
-    residual: Value | None
-    total: Value | None
-    out: Value
-    embeddings: Value | None = None  # where they are made in each call
+    residual: TensorValue | None
+    total: TensorValue | None
+    out: TensorValue
+    embeddings: TensorValue | None = None  # where they are made in each call
 
     @property
     def kind(self) -> str:
@@ -174,8 +174,8 @@ class SelfAttention(Operation):
     """The operator ``attention_`` on a fused [N, 3 heads head_dim, H, W]."""
 
     spec: AttentionSpec
-    x: Value  # queries, keys and values
-    out: Value
+    x: TensorValue  # queries, keys and values
+    out: TensorValue
 
     @property
     def kind(self) -> str:
@@ -193,27 +193,27 @@ class Resample(Operation):
     """Twice the size by repeating pixels (``up``), or half by averaging 2 x 2."""
 
     up: bool
-    x: Value
-    out: Value
+    x: TensorValue
+    out: TensorValue
 
 
 @dataclass(eq=False)
 class Combine(Operation):
     """out = scale (x + bias + residual) + shift, element by element."""
 
-    x: Value
-    out: Value
+    x: TensorValue
+    out: TensorValue
     scale: float = 1.0
     shift: float = 0.0
     bias: Tensor | None = None
-    residual: Value | None = None
+    residual: TensorValue | None = None
 
 
 @dataclass(eq=False)
 class Embed(Operation):
     """The embeddings of a call, [N, columns, 1, 1]: time and class, through every projection."""
 
-    out: Value
+    out: TensorValue
 
 
 @dataclass(eq=False)
@@ -221,15 +221,15 @@ class Program:
     """Operations in order, the network's input and output among their values."""
 
     operations: list[Operation]
-    x: Value
-    out: Value
+    x: TensorValue
+    out: TensorValue
     batch: int
     dtype: torch.dtype
     device: torch.device
-    values: list[Value] = field(init=False)
+    values: list[TensorValue] = field(init=False)
 
     def __post_init__(self) -> None:
-        seen: dict[int, Value] = {id(self.x): self.x}
+        seen: dict[int, TensorValue] = {id(self.x): self.x}
         for operation in self.operations:
             for value in [*operation.reads, *operation.writes]:
                 seen.setdefault(id(value), value)

@@ -24,7 +24,7 @@ class PlannedOperation:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EnginePlan:
     """The operations in order, and what they need. Printing it shows a table.
 
     arena_bytes: the memory of all intermediate values and scratch, reused as they die.
@@ -91,7 +91,7 @@ def describe(
     offsets: Mapping[int, int],
     arena_bytes: int,
     table_bytes: int,
-) -> Plan:
+) -> EnginePlan:
     """The plan of a program; ``offsets`` by the id of a value."""
     lines = []
     for step in steps:
@@ -108,7 +108,7 @@ def describe(
                 offset=offsets.get(id(operation.writes[0])),
             )
         )
-    return Plan(
+    return EnginePlan(
         tuple(lines),
         arena_bytes,
         sum(value.nbytes for value in program.values if not value.given),

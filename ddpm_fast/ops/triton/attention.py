@@ -50,7 +50,7 @@ class Tiles(NamedTuple):
     wide: bool  # elements of a sample are counted in 64 bits
 
 
-class Plan(NamedTuple):
+class AttentionPlan(NamedTuple):
     """How an operation runs; online is False where all keys are one block."""
 
     tiles: Tiles
@@ -186,7 +186,7 @@ def _power(size: int, most: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _plan(tokens: int, dims: int, itemsize: int, needs_wide: bool) -> Plan:
+def _plan(tokens: int, dims: int, itemsize: int, needs_wide: bool) -> AttentionPlan:
     """Tiles for heads of one shape."""
     single = itemsize == 4  # without tensor cores: operands pass through registers
     online = tokens > SHORT
@@ -202,7 +202,7 @@ def _plan(tokens: int, dims: int, itemsize: int, needs_wide: bool) -> Plan:
     num_warps = 4 if single else max(1, queries // 16)
     blocks = triton.cdiv(tokens, queries)
     of_output = triton.cdiv(dims, values) if online else 1
-    return Plan(tiles, online, blocks, of_output, num_warps, 2)
+    return AttentionPlan(tiles, online, blocks, of_output, num_warps, 2)
 
 
 def attention_(out: Tensor, qkv: Tensor, heads: int, scale: float) -> None:

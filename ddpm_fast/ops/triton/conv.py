@@ -165,7 +165,7 @@ def _conv_kernel(
     bias: tl.tensor | None,
     residual: Map | None,
     parts: tl.tensor | None,
-    tickets: tl.tensor | None,
+    split_k_locks: tl.tensor | None,
     of: Problem,
     KIND: tl.constexpr,
     CONFIG: tl.constexpr,
@@ -236,14 +236,14 @@ def _conv_kernel(
         size_of_part: tl.constexpr = ROWS * COLUMNS
         tl.store(at + (part * tiles + tile).to(tl.int64) * size_of_part, total)
         tl.debug_barrier()  # every thread's part is written before the ticket is taken
-        if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == CONFIG.split - 1:
+        if tl.atomic_add(split_k_locks + tile, 1, sem="acq_rel") == CONFIG.split - 1:
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
             for i in range(CONFIG.split):
                 # Past the L1 cache, which other multiprocessors do not write.
                 there = at + (i * tiles + tile).to(tl.int64) * size_of_part
                 total += tl.load(there, cache_modifier=".cg")
             _store(out, bias, residual, total, rows, column, column_mask)
-            tl.store(tickets + tile, 0)
+            tl.store(split_k_locks + tile, 0)
 
 
 def spec_of(out: Tensor, x: Tensor, x2: Tensor | None, weight: Tensor) -> Spec:
@@ -313,12 +313,12 @@ def conv(
     stride: int,
     padding: list[int],
     config: Config | None = None,
-    tickets: Tensor | None = None,
+    split_k_locks: Tensor | None = None,
 ) -> None:
     """`conv_` as `config` says, which is by default the first of `configurations`.
 
-    tickets: int32, a zero for each tile, left so; needed where config.split > 1, else made. Calls
-    that may run at the same time need tickets of their own.
+    split_k_locks: int32 zeros, one for each tile, left at zero; used if config.split > 1, allocated
+    if None. Concurrent calls must not share them.
     """
     if out.numel() == 0:
         return
@@ -343,11 +343,11 @@ def conv(
     if config.split > 1:
         size = config.split * tiles * config.rows * config.columns
         parts = torch.empty(size, dtype=torch.float32, device=out.device)
-        if tickets is None:
-            tickets = torch.zeros(tiles, dtype=torch.int32, device=out.device)
+        if split_k_locks is None:
+            split_k_locks = torch.zeros(tiles, dtype=torch.int32, device=out.device)
     else:
-        tickets = None
-    arguments = (*maps[:3], _weight(weight), bias, maps[3], parts, tickets, of, kind, config)
+        split_k_locks = None
+    arguments = (*maps[:3], _weight(weight), bias, maps[3], parts, split_k_locks, of, kind, config)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     launch(_conv_kernel, (tiles, config.split), out, *arguments, _GROUP, **options)
 

@@ -28,7 +28,7 @@ class Slab(NamedTuple):
     wide: bool  # elements of a sample are counted in 64 bits
 
 
-class Plan(NamedTuple):
+class GroupNormPlan(NamedTuple):
     """How an operation runs; shares is 0 where one kernel does it."""
 
     slab: Slab
@@ -47,7 +47,7 @@ def plan_of(
     itemsize: int,
     linear: bool,
     needs_wide: bool,
-) -> Plan:
+) -> GroupNormPlan:
     """Slabs as wide as the registers allow and as narrow as the multiprocessors want."""
     size = channels // groups
     rows = max(1, triton.next_power_of_2(pixels))
@@ -76,8 +76,8 @@ def plan_of(
     slab = Slab(tile, columns(of), triton.next_power_of_2(of), of * size, size, linear, needs_wide)
     num_warps = max(1, min(16, tile * columns(of) // 1024))
     if held:
-        return Plan(slab, slabs, num_warps, 0, 0)
+        return GroupNormPlan(slab, slabs, num_warps, 0, 0)
     tiles = triton.cdiv(pixels, tile)
     shares = min(MAX_SHARES, tiles, triton.cdiv(4 * WANTED_PROGRAMS, samples * slabs))
     share = triton.cdiv(tiles, shares) * tile
-    return Plan(slab, slabs, num_warps, triton.cdiv(pixels, share), share)
+    return GroupNormPlan(slab, slabs, num_warps, triton.cdiv(pixels, share), share)

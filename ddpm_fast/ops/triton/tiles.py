@@ -147,7 +147,7 @@ def normals(rng: tl.tensor, row: tl.tensor, tile: Tile, SHAPE: tl.constexpr) -> 
     return core.normal4(block, stream, sample, tl.load(rng).to(tl.uint64))
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """How an operation runs; layouts are the (sample_stride, strides) of its tensors."""
 
     layouts: tuple[tuple[int, Ints], ...]
@@ -170,7 +170,7 @@ def _merged(sizes: Ints, *strides: Ints) -> list[Ints]:
 
 
 @lru_cache(maxsize=4096)
-def plan_of(shape: Ints, strides: tuple[Ints, ...], made_noise: bool, itemsize: int) -> Plan:
+def plan_of(shape: Ints, strides: tuple[Ints, ...], made_noise: bool, itemsize: int) -> LaunchPlan:
     """The plan for tensors of one shape, the widest of them of `itemsize` bytes.
 
     Where noise is made the order is channels-last, else that of the first tensor.
@@ -191,10 +191,12 @@ def plan_of(shape: Ints, strides: tuple[Ints, ...], made_noise: bool, itemsize: 
     grid = (triton.cdiv(samples, rows) * tiles,)
     vector = _QUAD if made_noise else min(columns, VECTOR_BYTES // itemsize)
     tile = Shape(rows, columns, vector, elements > _MAX_NARROW)
-    return Plan(layouts, grid, Walk(shared, elements, tiles), samples, tile)
+    return LaunchPlan(layouts, grid, Walk(shared, elements, tiles), samples, tile)
 
 
-def launch(kernel: Any, plan: Plan, tensors: tuple[Tensor | None, ...], *args: object) -> None:
+def launch(
+    kernel: Any, plan: LaunchPlan, tensors: tuple[Tensor | None, ...], *args: object
+) -> None:
     """Start a kernel on the device and current stream of its first tensor."""
     layouts = iter(plan.layouts)
     views = [None if tensor is None else View(tensor, *next(layouts)) for tensor in tensors]

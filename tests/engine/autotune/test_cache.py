@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddpm_fast.engine.autotune import cache as plan_cache
-from ddpm_fast.engine.autotune.cache import Choice, PlanCache, environment
+from ddpm_fast.engine.autotune.cache import PlanCache, TunerChoice, environment
 from ddpm_fast.engine.autotune.tuner import Tuner
 from ddpm_fast.utils.cache_folder import default_folder
 
@@ -31,7 +31,7 @@ def never():
 
 
 def test_round_trip(tmp_path):
-    choice = Choice("winner", {"winner": 1e-3, "other": 2e-3})
+    choice = TunerChoice("winner", {"winner": 1e-3, "other": 2e-3})
     assert cache(tmp_path / "made" / "anew").record("op", choice, ["winner"]) == choice
     assert cache(tmp_path / "made" / "anew").get("op") == choice
     assert cache(tmp_path / "made" / "anew").get("none") is None
@@ -41,23 +41,23 @@ def test_round_trip(tmp_path):
 
 def test_in_memory_alone():
     memory = cache(None)
-    memory.record("op", Choice("a"), ["a"])
-    assert memory.get("op") == Choice("a")
+    memory.record("op", TunerChoice("a"), ["a"])
+    assert memory.get("op") == TunerChoice("a")
     assert memory.path is None
 
 
 def test_environments_are_kept_apart(tmp_path):
-    cache(tmp_path).record("op", Choice("a"), ["a"])
+    cache(tmp_path).record("op", TunerChoice("a"), ["a"])
     other = cache(tmp_path, torch="2")
     assert other.get("op") is None
-    other.record("op", Choice("b"), ["b"])
-    assert cache(tmp_path).get("op") == Choice("a")
-    assert cache(tmp_path, torch="2").get("op") == Choice("b")
+    other.record("op", TunerChoice("b"), ["b"])
+    assert cache(tmp_path).get("op") == TunerChoice("a")
+    assert cache(tmp_path, torch="2").get("op") == TunerChoice("b")
 
 
 def test_a_file_of_another_environment_is_ignored(tmp_path, caplog):
     mine, other = cache(tmp_path), cache(tmp_path, torch="2")
-    other.record("op", Choice("b"), ["b"])
+    other.record("op", TunerChoice("b"), ["b"])
     other.path.rename(mine.path)
     assert mine.get("op") is None
     assert "belongs to another environment" in caplog.text
@@ -67,30 +67,30 @@ def test_writers_keep_what_others_have_written(tmp_path):
     first, second = cache(tmp_path), cache(tmp_path)
     assert first.get("x") is None
     assert second.get("x") is None
-    first.record("x", Choice("a"), ["a"])
-    second.record("y", Choice("b"), ["b"])
+    first.record("x", TunerChoice("a"), ["a"])
+    second.record("y", TunerChoice("b"), ["b"])
     third = cache(tmp_path)
-    assert (third.get("x"), third.get("y")) == (Choice("a"), Choice("b"))
+    assert (third.get("x"), third.get("y")) == (TunerChoice("a"), TunerChoice("b"))
 
 
 def test_of_two_choices_the_one_recorded_first_stands(tmp_path):
     first, second = cache(tmp_path), cache(tmp_path)
     second.get("x")
-    first.record("x", Choice("a", {"a": 1.0}), ["a", "b"])
-    assert second.record("x", Choice("b"), ["a", "b"]) == Choice("a", {"a": 1.0})
+    first.record("x", TunerChoice("a", {"a": 1.0}), ["a", "b"])
+    assert second.record("x", TunerChoice("b"), ["a", "b"]) == TunerChoice("a", {"a": 1.0})
     assert second.get("x").name == "a"
     # unless the second cannot run it
-    assert second.record("x", Choice("b"), ["b"]) == Choice("b")
+    assert second.record("x", TunerChoice("b"), ["b"]) == TunerChoice("b")
     assert cache(tmp_path).get("x").name == "b"
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from ddpm_fast.engine.autotune.cache import Choice, PlanCache
+from ddpm_fast.engine.autotune.cache import TunerChoice, PlanCache
 cache = PlanCache({"device": "a processor", "torch": "1"}, Path(sys.argv[1]))
 for i in range(30):
-    cache.record(f"{sys.argv[2]}{i}", Choice("a", {"a": 1.0}), ["a"])
+    cache.record(f"{sys.argv[2]}{i}", TunerChoice("a", {"a": 1.0}), ["a"])
 """
 
 
@@ -100,7 +100,7 @@ def test_two_processes_write_at_once(tmp_path):
     assert [process.wait(timeout=60) for process in running] == [0, 0]
     both = cache(tmp_path)
     assert all(
-        both.get(f"{name}{i}") == Choice("a", {"a": 1.0}) for name in "xy" for i in range(30)
+        both.get(f"{name}{i}") == TunerChoice("a", {"a": 1.0}) for name in "xy" for i in range(30)
     )
 
 
@@ -128,10 +128,10 @@ def test_a_damaged_file_is_reported_once_and_replaced(tmp_path, caplog, content)
     damaged = cache(tmp_path)
     damaged.path.write_bytes(content.replace(b"ENV", json.dumps(HERE).encode()))
     assert damaged.get("op") is None
-    damaged.record("op", Choice("a"), ["a"])
+    damaged.record("op", TunerChoice("a"), ["a"])
     assert len(caplog.records) == 1
     assert str(damaged.path) in caplog.text
-    assert cache(tmp_path).get("op") == Choice("a")
+    assert cache(tmp_path).get("op") == TunerChoice("a")
 
 
 def refuse(*args, **kwargs):
@@ -144,8 +144,8 @@ def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path, caplog, monk
     module, name = call.split(".")
     monkeypatch.setattr(getattr(plan_cache, module), name, refuse)
     for key in ("x", "y"):
-        kept.record(key, Choice("a"), ["a"])
-        assert kept.get(key) == Choice("a")
+        kept.record(key, TunerChoice("a"), ["a"])
+        assert kept.get(key) == TunerChoice("a")
     assert len(caplog.records) == 1
     assert "choices are not kept" in caplog.text
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
@@ -155,8 +155,8 @@ def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path, caplog, monk
 def test_a_read_only_folder(tmp_path, caplog):
     tmp_path.chmod(0o500)
     kept = cache(tmp_path)
-    kept.record("x", Choice("a"), ["a"])
-    assert kept.get("x") == Choice("a")
+    kept.record("x", TunerChoice("a"), ["a"])
+    assert kept.get("x") == TunerChoice("a")
     assert "choices are not kept" in caplog.text
 
 
@@ -164,7 +164,7 @@ def test_a_folder_that_is_a_file(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     kept = cache(tmp_path / "file")
     assert kept.get("x") is None
-    assert kept.record("x", Choice("a"), ["a"]) == Choice("a")
+    assert kept.record("x", TunerChoice("a"), ["a"]) == TunerChoice("a")
     assert "choices are" in caplog.text
 
 

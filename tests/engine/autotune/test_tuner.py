@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from ddpm_fast.engine.autotune.cache import Choice, PlanCache
+from ddpm_fast.engine.autotune.cache import PlanCache, TunerChoice
 from ddpm_fast.engine.autotune.tuner import CpuTimer, CudaTimer, Tuner
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_takes_the_faster_one_and_says_what_it_took():
     assert slept.fastest("op", calls) == "fast"
     seconds = slept.seconds("op")
     assert seconds["slow"] >= 4e-3 > seconds["fast"] > 0
-    assert slept.choices == {"op": Choice("fast", seconds)}
+    assert slept.choices == {"op": TunerChoice("fast", seconds)}
     assert slept.seconds("other") == {}
 
 
@@ -181,7 +181,7 @@ def test_a_recorded_choice_that_is_gone_is_made_again(tmp_path):
 def test_off_takes_the_first_and_keeps_nothing(tmp_path):
     off = tuner(tmp_path, mode="off")
     assert off.fastest("op", {"first": never, "second": never}) == "first"
-    assert off.choices == {"op": Choice("first")}
+    assert off.choices == {"op": TunerChoice("first")}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,7 +190,7 @@ def test_off_takes_the_first_and_keeps_nothing(tmp_path):
     [
         ({"mode": "maybe"}, "mode must be on or off; got 'maybe'"),
         ({"rounds": 0}, "rounds must be at least 1; got 0"),
-        ({"hopeless": 0.5}, "hopeless must be at least 1; got 0.5"),
+        ({"prune_ratio": 0.5}, "prune_ratio must be at least 1; got 0.5"),
     ],
 )
 def test_options_are_checked(options, message):

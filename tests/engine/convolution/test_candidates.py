@@ -64,7 +64,7 @@ def test_triton_is_as_exact_as_torch(spec):
     want = conv_cases.expected(spec, weight, bias, *given)
     torchs = conv_cases.error(conv_cases.expected(spec, weight, bias, *given, spec.dtype), want)
     for variant in variants_of("triton", spec)[:2]:
-        for _ in range(2):  # the second finds the tickets as the first has left them
+        for _ in range(2):  # the second finds the split_k_locks as the first has left them
             assert conv_cases.error(run(variant, spec), want) <= 2 * torchs, variant.name
 
 
@@ -73,8 +73,8 @@ def test_triton_has_a_variant_for_each_configuration_and_splits_small_maps():
     assert len({variant.name for variant in found}) == len(found) > 1
     split = [variant for variant in found if variant.config.split > 1]
     assert split
-    assert all(variant.tickets > 0 for variant in split)
-    assert all(variant.tickets == 0 for variant in found if variant not in split)
+    assert all(variant.split_k_locks > 0 for variant in split)
+    assert all(variant.split_k_locks == 0 for variant in found if variant not in split)
 
 
 def test_each_triton_variant_runs_its_own_configuration(monkeypatch):
@@ -85,10 +85,10 @@ def test_each_triton_variant_runs_its_own_configuration(monkeypatch):
     monkeypatch.setattr(kernels, "conv", lambda *args, **kwargs: seen.append(kwargs))
     tensors = conv_cases.inputs(case)
     for variant in found:
-        tickets = torch.zeros(variant.tickets, dtype=torch.int32)
-        variant(torch.empty_like(tensors[0]), *tensors, None, tickets=tickets)
+        split_k_locks = torch.zeros(variant.split_k_locks, dtype=torch.int32)
+        variant(torch.empty_like(tensors[0]), *tensors, None, split_k_locks=split_k_locks)
         assert seen[-1]["config"] == variant.config
-        assert seen[-1]["tickets"] is tickets
+        assert seen[-1]["split_k_locks"] is split_k_locks
 
 
 @pytest.mark.parametrize("provider", ["aten", "onednn"])
@@ -250,7 +250,7 @@ def test_fastest_runs_nothing_for_a_recorded_choice(monkeypatch):
     tuner = Tuner(case.device, PlanCache({}, None), rounds=1)
     first = fastest(case, *conv_cases.weights(case), tuner)
     again = Tuner(case.device, tuner.cache, rounds=1)
-    monkeypatch.setattr(convolution, "_Trial", Untried)
+    monkeypatch.setattr(convolution, "CandidateCheck", Untried)
     assert fastest(case, *conv_cases.weights(case), again).name == first.name
     off = Tuner(case.device, mode="off")
     assert fastest(case, *conv_cases.weights(case), off).name == "aten.nearest"
@@ -296,10 +296,10 @@ def test_variants_that_split_sums_are_timed_with_zeros_of_their_own(monkeypatch)
     seen = []
 
     class Splits:
-        name, workspace_bytes, tickets = "splits", 0, 3
+        name, workspace_bytes, split_k_locks = "splits", 0, 3
 
-        def __call__(self, *args, tickets):
-            seen.append((tickets.data_ptr(), tickets.tolist()))
+        def __call__(self, *args, split_k_locks):
+            seen.append((split_k_locks.data_ptr(), split_k_locks.tolist()))
             aten(*args)
 
     monkeypatch.setattr(convolution, "candidates", lambda *_: [aten, Splits()])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_fast.engine.plan.memory import ALIGNMENT, Lifetime, place
+from ddpm_fast.engine.plan.memory import ALIGNMENT, Lifetime, plan_offsets
 from engine_cases import busiest
 
 LIFETIMES = st.lists(
@@ -24,7 +24,7 @@ LIFETIMES = st.lists(
 
 @given(LIFETIMES)
 def test_what_is_needed_at_once_does_not_overlap(lives):
-    offsets, total = place(dict(enumerate(lives)))
+    offsets, total = plan_offsets(dict(enumerate(lives)))
     assert set(offsets) == set(range(len(lives)))
     for a, b in combinations(range(len(lives)), 2):
         if lives[a].meets(lives[b]):
@@ -37,7 +37,7 @@ def test_what_is_needed_at_once_does_not_overlap(lives):
 
 @given(LIFETIMES)
 def test_the_total_lies_between_the_busiest_moment_and_no_reuse(lives):
-    _, total = place(dict(enumerate(lives)))
+    _, total = plan_offsets(dict(enumerate(lives)))
     alone = sum(-(-life.nbytes // ALIGNMENT) * ALIGNMENT for life in lives)
     assert busiest(lives) <= total <= alone
 
@@ -46,9 +46,9 @@ def test_the_total_lies_between_the_busiest_moment_and_no_reuse(lives):
 def test_a_chain_takes_turns_in_two_places(chain):
     """Each value is read by the next operation alone, as in a network without skips."""
     lives = {i: Lifetime(1 << 20, i, i + 1) for i in range(chain)}
-    assert place(lives)[1] == 2 << 20
+    assert plan_offsets(lives)[1] == 2 << 20
 
 
 def test_nothing_takes_no_memory():
-    assert place({}) == ({}, 0)
+    assert plan_offsets({}) == ({}, 0)
     assert busiest([]) == 0

@@ -179,12 +179,12 @@ def test_more_tiles_than_a_group():
 
 def test_parts_leave_their_tickets_zero():
     args = arguments(SMALL[-1], F32)
-    tickets = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    split_k_locks = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     for _ in range(2):
         args[OUT].fill_(torch.nan)
-        conv(*args, config=Config(16, 16, 16, 1, 2, 3), tickets=tickets)
+        conv(*args, config=Config(16, 16, 16, 1, 2, 3), split_k_locks=split_k_locks)
         assert_as_good_as_reference(args, args[OUT])
-        assert not tickets.any()
+        assert not split_k_locks.any()
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
@@ -308,7 +308,7 @@ CIFAR = [
 @pytest.mark.parametrize("case", CIFAR, ids=str)
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["f32", "f16", "bf16"])
 def test_real_sizes_on_a_gpu(case, dtype, batch):
-    """Every configuration, twice: the second run finds the tickets and gives the same bits."""
+    """Every configuration, twice: the second run reuses the locks and gives the same bits."""
     args = arguments(Case(**{**vars(case), "batch": batch}), dtype)
     for config in configurations(spec_of(*args[:4])):
         got = []

@@ -1,6 +1,6 @@
 """What an epoch of training costs, beside a plain PyTorch loop over the same images.
 
-    python benchmarks/training.py [--device cpu|cuda] [--network small ...] [--batch 32 ...]
+    python benchmarks/training_step.py [--device cpu|cuda] [--network small ...] [--batch 32 ...]
 
 Both train the same network with the same precision and compile setting, by Adam with clipping
 and an average of the weights; both load the images by a DataLoader and read the losses once an

@@ -1,6 +1,6 @@
 """The fused updates against the copy bandwidth and against the expressions they replace.
 
-    python benchmarks/updates.py [--device cpu|cuda] [--backend NAME] [--out FILE]
+    python benchmarks/reverse_step.py [--device cpu|cuda] [--backend NAME] [--out FILE]
 
 All cases of a shape take turns in one run. `of_copy` is the share of the bandwidth of a copy of x
 that a case reaches with the bytes it must move; `of_equal_copy` is the time of a copy of as many

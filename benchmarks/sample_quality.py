@@ -1,7 +1,7 @@
 """How many samples of the shipped checkpoint are triangles, beside its training images.
 
-python benchmarks/triangle_quality.py --num 512 --steps 250 --seed 0 [--peer] [--out FILE]
-python benchmarks/triangle_quality.py --num 1024 --solver ddim:50 --solver dpmpp_2m:20 ...
+python benchmarks/sample_quality.py --num 512 --steps 250 --seed 0 [--peer] [--out FILE]
+python benchmarks/sample_quality.py --num 1024 --solver ddim:50 --solver dpmpp_2m:20 ...
 
 An image counts as a triangle when its foreground (below 0, at least 8 pixels) has an IoU of at
 least 0.85 with the smallest triangle enclosing the pixel centres of its largest component, the
@@ -31,8 +31,8 @@ from scipy import ndimage, stats
 
 from ddpm_fast.bench.results import RESULTS, ROOT, metadata, write_csv
 from ddpm_fast.training.data import make_triangles
-from triangles.enclosing import convex_hull, smallest_triangle
-from triangles.nearest import NEAREST_COLUMNS, Memorisation
+from quality.enclosing import convex_hull, smallest_triangle
+from quality.nearest import NEAREST_COLUMNS, Memorisation
 
 CHECKPOINT = ROOT / "ddpm_fast" / "assets" / "triangles"
 BATCH = 64

@@ -16,7 +16,7 @@ _ROUNDS = 9
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class RooflineLimits:
     """Measured rates: ``copy`` in bytes/s, read and written; ``matmul`` in FLOP/s in a dtype."""
 
     copy: float
@@ -38,7 +38,7 @@ def measure(
     copy_bytes: int | None = None,
     sides: tuple[int, ...] | None = None,
     rounds: int = _ROUNDS,
-) -> Ceilings:
+) -> RooflineLimits:
     """Medians over ``rounds`` in which the cases take turns; of the products the fastest size.
 
     copy_bytes: of the source, by default far beyond any cache, within the memory that is free.
@@ -61,7 +61,7 @@ def measure(
     with torch.no_grad(), _tf32():
         times = interleaved(cases, device, rounds)
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    return Ceilings(
+    return RooflineLimits(
         2 * source.nbytes / median["copy"],
         max(2 * side**3 / median[f"{side}"] for side in sides),
         dtype,

@@ -1,6 +1,6 @@
 """What the sampling loop costs beyond the network: a chain beside as many bare forwards.
 
-    python benchmarks/loop.py [--device cpu|cuda] [--out FILE]
+    python benchmarks/sampler_overhead.py [--device cpu|cuda] [--out FILE]
 
 On a GPU both are CUDA graphs, and the chain with an identity model shows the loop alone.
 `of_network` is the time of a step over that of the network's forward in the same run. Writes

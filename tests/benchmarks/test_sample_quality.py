@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-quality = importlib.import_module("triangle_quality")
-enclosing = importlib.import_module("triangles.enclosing")
+quality = importlib.import_module("sample_quality")
+enclosing = importlib.import_module("quality.enclosing")
 results = importlib.import_module("ddpm_fast.bench.results")
 
 Array = NDArray[np.float64]

@@ -1,6 +1,6 @@
 """How far a whole chain in lower precision ends from the float32 one, with the same noise.
 
-    python benchmarks/drift.py [--steps 1000] [--images 4] [--device cpu|cuda] [--out FILE]
+    python benchmarks/precision.py [--steps 1000] [--images 4] [--device cpu|cuda] [--out FILE]
 
 The shipped model, ancestral, the chain's state float32 throughout; only the network differs. Each
 case's final images, about [-1, 1], against those of the plain network in float32: the largest and
@@ -19,7 +19,7 @@ import torch
 
 import ddpm_fast
 from ddpm_fast import Sampler, StepTable, UNetEngine
-from ddpm_fast.bench import peers
+from ddpm_fast.bench import baselines
 from ddpm_fast.bench.networks import TRIANGLES
 from ddpm_fast.bench.results import RESULTS, metadata, write_csv
 from ddpm_fast.utils.images import to_uint8
@@ -39,7 +39,7 @@ def cases(unet: ddpm_fast.UNet, images: int) -> dict[str, Callable[[], Any]]:
         "engine float32": engine(torch.float32),
         "engine float16": engine(torch.float16),
         "engine bfloat16": engine(torch.bfloat16),
-        "diffusers float16": lambda: peers.diffusers_unet(unet, unet.device, torch.float16),
+        "diffusers float16": lambda: baselines.diffusers_unet(unet, unet.device, torch.float16),
     }
 
 
@@ -59,7 +59,7 @@ def measure(steps: int, images: int, seed: int, device: torch.device) -> list[di
     for name, make in cases(checkpoint.unet, images).items():
         try:
             model = make()
-        except peers.MissingError as error:
+        except baselines.MissingError as error:
             print(f"left out: {name}: {error}")
             continue
         sampler = Sampler(model, table, checkpoint.sample_shape, images, device=device)

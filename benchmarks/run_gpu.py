@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in parts of nine minutes each.
 
-    python benchmarks/gpu.py --out DIR [--part base|cifar32|ddpm256|pipelines|training|triangles]
+    python benchmarks/run_gpu.py --out DIR [--part PART]
 
 base: build, verify, sanitizers, tests, the benchmarks of the updates and of the loop. cifar32,
 ddpm256: the engine and its peers on that network, batch by batch, and its operations. pipelines:
@@ -118,7 +118,7 @@ def stages(part: str, out: Path) -> list[Stage]:
 
 def training(out: Path, network: str, batch: int, limit_s: int) -> Stage:
     """The trainer beside a plain loop, both compiled, in float32 and bfloat16."""
-    command = [sys.executable, "benchmarks/training.py", "--device", "cuda", "--compile"]
+    command = [sys.executable, "benchmarks/training_step.py", "--device", "cuda", "--compile"]
     command += ["--network", network, "--batch", str(batch), "--steps", "20"]
     command += ["--precision", "float32", "bfloat16", "--out", str(out / f"training_{network}.csv")]
     missing = "" if _has("accelerate") else "needs accelerate"
@@ -133,9 +133,9 @@ def base(out: Path) -> list[Stage]:
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if not path.relative_to(ROOT / "tests").as_posix().startswith(ELSEWHERE)
     ]
-    updates = [python, "benchmarks/updates.py", "--device", "cuda", "--rounds", "20"]
+    updates = [python, "benchmarks/reverse_step.py", "--device", "cuda", "--rounds", "20"]
     cuda_csv, triton_csv = out / "updates_cuda.csv", out / "updates_triton.csv"
-    loop = [python, "benchmarks/loop.py", "--device", "cuda", "--rounds", "9"]
+    loop = [python, "benchmarks/sampler_overhead.py", "--device", "cuda", "--rounds", "9"]
     sheet = [python, "-m", "ddpm_fast", "sample", "--device", "cuda", "--no-progress"]
     return [
         BUILD,
@@ -193,7 +193,7 @@ def main() -> int:
     args = parser.parse_args()
     out = args.out.resolve()
     if not torch.cuda.is_available():
-        print("benchmarks/gpu.py needs an NVIDIA GPU; torch finds none", file=sys.stderr)
+        print("benchmarks/run_gpu.py needs an NVIDIA GPU; torch finds none", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
     log = out / f"{args.part}.log"
