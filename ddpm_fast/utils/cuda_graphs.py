@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,28 +56,16 @@ class GraphedStep:
     ) -> None:
         self._device = device
         self._kept: list[object] = []
-        with torch.cuda.device(device), ONE_CAPTURE, _without_autocast_cache():
-            outside = torch.cuda.current_stream()
-            side = torch.cuda.Stream()
-            side.wait_stream(outside)
-            outer, _here.kept = getattr(_here, "kept", None), self._kept
-            try:
-                with torch.cuda.stream(side):
-                    _warm_up(step, rewind)
-                self._one = _captured(step, 1, side, None)
-                # They never run at once, so the activations of both have one home.
-                pool = self._one.pool()
-                self._many = _captured(step, UNROLLED, side, pool) if unrolled else None
-            except RuntimeError as error:
-                raise CaptureError(
-                    f"the model cannot be captured in a CUDA graph ({error}); it must not wait for"
-                    " the GPU, copy from the host or branch on device values. Pass graph=False to"
-                    " sample without a graph"
-                ) from error
-            finally:
-                _here.kept = outer
-                torch.cuda.set_stream(outside)
-                outside.wait_stream(side)
+        lengths = (1, UNROLLED) if unrolled else (1,)
+        try:
+            graphs = capture_graphs(step, lengths, device, rewind=rewind, kept=self._kept)
+        except RuntimeError as error:
+            raise CaptureError(
+                f"the model cannot be captured in a CUDA graph ({error}); it must not wait for"
+                " the GPU, copy from the host or branch on device values. Pass graph=False to"
+                " sample without a graph"
+            ) from error
+        self._one, self._many = graphs[0], graphs[1] if unrolled else None
 
     def __call__(self, steps: int = 1) -> None:
         """Enqueue so many steps on the current stream of the device."""
@@ -90,9 +78,51 @@ class GraphedStep:
                 self._one.replay()
 
 
+def capture_graphs(
+    step: Callable[[], None],
+    lengths: Sequence[int],
+    device: torch.device,
+    *,
+    rewind: Callable[[], None] = lambda: None,
+    kept: list[object] | None = None,
+) -> list[torch.cuda.CUDAGraph]:
+    """Capture CUDA graphs of one step repeated `lengths` times, on a stream of their own.
+
+    Args:
+        step: enqueues one step on the current stream, without synchronizing.
+        lengths: steps in each graph. The graphs share one memory pool and must not run at once.
+        device: a CUDA device.
+        rewind: called before each warm-up call.
+        kept: receives the objects that models register by `keep_for_graph`.
+
+    Returns:
+        One graph for each of `lengths`.
+
+    Raises:
+        RuntimeError: the capture failed; the current stream is then as before.
+    """
+    graphs: list[torch.cuda.CUDAGraph] = []
+    with torch.cuda.device(device), ONE_CAPTURE, _without_autocast_cache():
+        outside = torch.cuda.current_stream()
+        side = torch.cuda.Stream()
+        side.wait_stream(outside)
+        outer, _here.kept = getattr(_here, "kept", None), kept if kept is not None else []
+        try:
+            with torch.cuda.stream(side):
+                _warm_up(step, rewind)
+            for length in lengths:
+                pool = graphs[0].pool() if graphs else None
+                graphs.append(_captured(step, length, side, pool))
+        finally:
+            _here.kept = outer
+            torch.cuda.set_stream(outside)  # torch does not where the capture failed
+            outside.wait_stream(side)
+    return graphs
+
+
 def _warm_up(step: Callable[[], None], rewind: Callable[[], None]) -> None:
     mode = torch.cuda.get_sync_debug_mode()
-    _here.warms_up = True
+    outer, _here.warms_up = getattr(_here, "warms_up", False), True  # the tuner captures in others'
     try:
         for _ in range(WARM_UP_CALLS):
             rewind()
@@ -103,7 +133,7 @@ def _warm_up(step: Callable[[], None], rewind: Callable[[], None]) -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-        _here.warms_up = False
+        _here.warms_up = outer
     rewind()
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from ddpm_fast.engine.autotune.cache import PlanCache, TunerChoice
-from ddpm_fast.utils.cuda_graphs import ONE_CAPTURE
+from ddpm_fast.utils.cuda_graphs import ONE_CAPTURE, capture_graphs
 
 _log = logging.getLogger("ddpm_fast")
 
@@ -67,26 +67,11 @@ class CudaTimer:
     def __init__(self, device: torch.device, calls: int = 10) -> None:
         self.device = device
         self.calls = calls
-        self.stream = torch.cuda.Stream(device)
 
     def prepare(self, call: Call) -> Call:
-        """Two eager calls and the capture."""
+        """Warm the call up and capture `calls` of it; return the replay."""
+        (graph,) = capture_graphs(call, (self.calls,), self.device)
         with torch.cuda.device(self.device):
-            outside = torch.cuda.current_stream()
-            self.stream.wait_stream(outside)
-            with torch.cuda.stream(self.stream):
-                call()
-                call()
-            self.stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # A pool of its own: one in which a capture failed takes no other.
-            capture = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
-            try:
-                with ONE_CAPTURE, capture:
-                    for _ in range(self.calls):
-                        call()
-            finally:
-                torch.cuda.set_stream(outside)  # torch does not where the capture failed
             graph.replay()
             torch.cuda.synchronize()
         return graph.replay

@@ -111,7 +111,6 @@ def test_what_a_failed_trial_held_is_freed_at_once():
 
 def test_a_failed_capture_leaves_the_stream_and_the_next_one_alone(monkeypatch):
     """torch's own context manager stays on its stream when ending a capture fails."""
-    now = ["outside"]
 
     class Stream:
         def __init__(self, *_):
@@ -125,12 +124,15 @@ def test_a_failed_capture_leaves_the_stream_and_the_next_one_alone(monkeypatch):
         def __exit__(self, *_):
             pass
 
+    outside = Stream()
+    now = [outside]
+
     class Capture:
         def __init__(self, graph, pool=None, stream=None, capture_error_mode=None):
             assert pool is None  # one in which a capture failed takes no other
 
         def __enter__(self):
-            now[0] = "timer"
+            now[0] = Stream()
 
         def __exit__(self, *_):
             raise RuntimeError("the capture was invalidated")
@@ -142,10 +144,12 @@ def test_a_failed_capture_leaves_the_stream_and_the_next_one_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: now.__setitem__(0, stream))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Stream)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     timer = CudaTimer(torch.device("cuda"))
     with pytest.raises(RuntimeError, match="invalidated"):
         timer.prepare(lambda: None)
-    assert now == ["outside"]
+    assert now == [outside]
 
 
 def test_leaves_out_what_raises(caplog):
