@@ -8,6 +8,7 @@ from importlib import import_module
 from types import ModuleType
 
 from ddpm_fast._accelerate import accelerate
+from ddpm_fast.diffusion.forward import q_posterior, q_sample, q_sample_philox
 from ddpm_fast.diffusion.gaussian import (
     discretised_gaussian_log_likelihood,
     gaussian_kl,
@@ -15,11 +16,16 @@ from ddpm_fast.diffusion.gaussian import (
     gaussian_log_density,
 )
 from ddpm_fast.diffusion.likelihood import VariationalBound, variational_bound
-from ddpm_fast.diffusion.noise_levels import DynamicThreshold
-from ddpm_fast.diffusion.parameterization import ConvertedModel, convert_prediction
-from ddpm_fast.diffusion.respacing import respace
+from ddpm_fast.diffusion.noise_levels import respace
+from ddpm_fast.diffusion.parameterization import (
+    ConvertedModel,
+    convert_prediction,
+    noise_from_score,
+    score_from_noise,
+    tweedie,
+)
 from ddpm_fast.diffusion.schedule import NoiseSchedule, ScheduleWarning
-from ddpm_fast.diffusion.scores import noise_from_score, score_from_noise, tweedie
+from ddpm_fast.diffusion.thresholding import DynamicThreshold
 from ddpm_fast.diffusion.variance import model_variance
 from ddpm_fast.engine import AcceleratedUNet, Tuner, UNetEngine
 from ddpm_fast.engine.fuse_modules.optimize import OptimizeReport, optimize_module
@@ -29,7 +35,7 @@ from ddpm_fast.ops import BACKENDS
 from ddpm_fast.ops.functional import attention, group_norm
 from ddpm_fast.ops.philox import philox_normal, philox_rng
 from ddpm_fast.sampling.codec import Codec, image_to_image, slerp
-from ddpm_fast.sampling.reverse_step import q_posterior, q_sample, q_sample_philox, reverse_step_
+from ddpm_fast.sampling.reverse_step import reverse_step_
 from ddpm_fast.sampling.sampler import Sampler
 from ddpm_fast.sampling.step_table import StepMemory, StepTable
 from ddpm_fast.training import TrainingLosses, training_losses

@@ -11,8 +11,8 @@ import typer
 from torch import Tensor
 
 from ddpm_fast.cli.devices import device_of
-from ddpm_fast.diffusion.noise_levels import Clip, DynamicThreshold
 from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.thresholding import Clip, DynamicThreshold
 from ddpm_fast.engine import AcceleratedUNet, accelerate
 from ddpm_fast.models import UNet
 from ddpm_fast.models.checkpoint.checkpoint import load

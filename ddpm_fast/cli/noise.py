@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_fast.cli.schedules import SCHEDULES, schedule_of
+from ddpm_fast.diffusion.forward import q_sample
 from ddpm_fast.ops.philox import STREAM_TRAINING, philox_normal
-from ddpm_fast.sampling.reverse_step import q_sample
 from ddpm_fast.utils.images import prepare_folder, save_png, sheet
 from ddpm_fast.utils.pictures import read_picture, to_tensor
 

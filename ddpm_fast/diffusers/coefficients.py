@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import Clip, clip_bound
+from ddpm_fast.diffusion.thresholding import Clip, clip_bound
 from ddpm_fast.ops.row import ROW_WIDTH, column
 
 

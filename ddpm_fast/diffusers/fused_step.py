@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ddpm_fast.diffusion.model_output import halves, thresholds
-from ddpm_fast.diffusion.noise_levels import Clip, DynamicThreshold, threshold_of
+from ddpm_fast.diffusion.model_output import halves
+from ddpm_fast.diffusion.thresholding import Clip, DynamicThreshold, threshold_from_clip
 from ddpm_fast.ops import implementation
 from ddpm_fast.ops.row import RowFlag, column
+from ddpm_fast.sampling.reverse_step import thresholds
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.immutable import Frozen
 
@@ -32,7 +33,7 @@ class TimestepRows(Frozen):
     def __init__(self, rows: Tensor, timesteps: list[int], T: int, clip: Clip) -> None:
         by_timestep = torch.full((T, rows.shape[1]), math.nan, dtype=torch.float64, device="cpu")
         by_timestep[timesteps] = rows
-        threshold = threshold_of(clip)
+        threshold = threshold_from_clip(clip)
         flags = RowFlag(0)
         if threshold is not None:
             flags |= RowFlag.THRESHOLD

@@ -14,8 +14,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from ddpm_fast.diffusion.noise_levels import Clip, DynamicThreshold, Prediction
+from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.thresholding import Clip, DynamicThreshold
 from ddpm_fast.diffusion.timesteps import check_real
 from ddpm_fast.models.checkpoint.scheduler_config import PREDICTIONS, parse_scheduler
 

@@ -20,7 +20,8 @@ from ddpm_fast.diffusers.scheduler_options import (
     prediction_of,
     refuse_subclass,
 )
-from ddpm_fast.diffusion.noise_levels import Chain, threshold_of
+from ddpm_fast.diffusion.noise_levels import Chain
+from ddpm_fast.diffusion.thresholding import threshold_from_clip
 from ddpm_fast.sampling.solvers.dpm_solver import (
     dpmpp_2m_rows,
     dpmpp_2m_sde_rows,
@@ -72,7 +73,7 @@ def step_table(
         prediction_of(scheduler),
         name=kind.__name__,
         draws_always=always,
-        threshold=threshold_of(clip_of(scheduler)),
+        threshold=threshold_from_clip(clip_of(scheduler)),
     )
 
 

@@ -12,7 +12,7 @@ from ddpm_fast.diffusion.gaussian import (
     gaussian_kl,
     gaussian_log_density,
 )
-from ddpm_fast.diffusion.noise_levels import Prediction
+from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.diffusion.variance import (

@@ -13,14 +13,20 @@ from tqdm.auto import tqdm
 
 from ddpm_fast.diffusion import model_output as outputs
 from ddpm_fast.diffusion.bound_terms import DECODERS, BoundTerms, Decoder
+from ddpm_fast.diffusion.forward import q_sample_philox
 from ddpm_fast.diffusion.gaussian import gaussian_kl
-from ddpm_fast.diffusion.noise_levels import Clip, Prediction, clip_bound, threshold_of
-from ddpm_fast.diffusion.respacing import respace
+from ddpm_fast.diffusion.noise_levels import respace
+from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.thresholding import (
+    Clip,
+    clip_bound,
+    dynamic_threshold,
+    threshold_from_clip,
+)
 from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.diffusion.variance import LEARNED, First, Variance
 from ddpm_fast.ops.philox import STREAM_TRAINING
-from ddpm_fast.sampling.reverse_step import q_sample_philox
 from ddpm_fast.utils import checks
 
 
@@ -186,7 +192,7 @@ class _Terms:
 
     def __init__(self, terms: BoundTerms, learned: bool, clip: Clip) -> None:
         self._terms, self._learned = terms, learned
-        self._clip, self._threshold = clip_bound(clip), threshold_of(clip)
+        self._clip, self._threshold = clip_bound(clip), threshold_from_clip(clip)
 
     def at(self, index: int, x0: Tensor, x_t: Tensor, output: Any) -> tuple[Tensor, Tensor]:
         """L_{t-1} in bits per dimension and the mean squared error of x_0, float64 [B]."""
@@ -194,7 +200,7 @@ class _Terms:
         out, raw = outputs.prediction_of(output, x0, self._learned)
         pred_x0 = row.x0(x_t, out)
         if self._threshold is not None:
-            bound = outputs.threshold_of(self._threshold, pred_x0)
+            bound = dynamic_threshold(self._threshold, pred_x0)
             bound = bound.view(-1, *[1] * (x0.ndim - 1))
             pred_x0 = pred_x0.clamp(-bound, bound) / bound
         else:

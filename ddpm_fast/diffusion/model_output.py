@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import DynamicThreshold
-from ddpm_fast.ops.reference.diffusion import predicted_x0
 from ddpm_fast.utils import checks
 
 
@@ -69,34 +65,3 @@ def prediction_of(output: Any, x: Tensor, learned: bool) -> tuple[Tensor, Tensor
         )
     mean, raw = halves("the model's output", out, x, learned)
     return mean.to(x.dtype), None if raw is None else raw.to(x.dtype)
-
-
-def thresholds(
-    how: DynamicThreshold,
-    x: Tensor,
-    out: Tensor,
-    out2: Tensor | None,
-    rows: Tensor,
-    step: Tensor,
-) -> Tensor:
-    """The threshold s of each sample [N] in a step, in the dtype of x."""
-    row = rows.index_select(0, step.clamp(0, rows.shape[0] - 1))
-    return threshold_of(how, predicted_x0(row, x, out, out2)[1])
-
-
-def threshold_of(how: DynamicThreshold, x0: Tensor) -> Tensor:
-    """The threshold s of each sample [N] of x0 [N, ...] (Saharia et al. 2022, Section 2.3).
-
-    The quantile of |x0| is interpolated linearly between neighbours, as torch.quantile does, for
-    samples of any size and without sorting them. A NaN counts as the largest value. Nothing waits
-    for a GPU.
-    """
-    sizes = x0.abs().flatten(1)
-    count = math.prod(x0.shape[1:])
-    if count == 0:
-        return sizes.new_ones(len(x0))
-    place = how.quantile * (count - 1)
-    below = math.floor(place)
-    low = sizes.kthvalue(below + 1, dim=1).values
-    high = sizes.kthvalue(min(below + 2, count), dim=1).values
-    return torch.lerp(low, high, place - below).clamp_(1, how.cap)

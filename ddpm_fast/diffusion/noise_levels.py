@@ -4,44 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from math import inf
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ddpm_fast.diffusion.parameterization import check_prediction, epsilon_factors, x0_factors
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.diffusion.timesteps import check_int, check_name, check_real, timesteps
+from ddpm_fast.diffusion.thresholding import Clip, clip_bound
+from ddpm_fast.diffusion.timesteps import check_int, check_name, timesteps
 from ddpm_fast.ops.row import ROW_WIDTH, column
 
-Prediction = Literal["epsilon", "x0", "v", "score"]
 Start = int | Literal["random"] | None
-PREDICTIONS = ("epsilon", "x0", "v", "score")
-
-
-@dataclass(frozen=True)
-class DynamicThreshold:
-    """Dynamic thresholding of x0 (Saharia et al. 2022, Section 2.3), by the sample.
-
-    s is the given quantile of |x0| over a sample, in (0, 1], interpolated between neighbours, then
-    raised to 1 and lowered to cap; x0 is clipped to [-s, s] and divided by s. cap > 0; at 1 and
-    below s is the cap, and 1 is plain clipping.
-
-    Raises TypeError, ValueError for other numbers.
-    """
-
-    __module__ = "ddpm_fast"  # as in NoiseSchedule
-
-    quantile: float = 0.995
-    cap: float = inf
-
-    def __post_init__(self) -> None:
-        check_real("quantile", self.quantile, 0, 1, "(]")
-        if self.cap != inf:
-            check_real("cap", self.cap, 0, inf, "()")
-
-
-Clip = float | DynamicThreshold | None
 
 
 @dataclass(frozen=True)
@@ -144,48 +118,6 @@ class Chain:
         return rows
 
 
-def check_prediction(prediction: str, schedule: NoiseSchedule) -> None:
-    """That a network can predict this under a schedule: an x_t without signal tells no x_0."""
-    check_name("prediction", prediction, PREDICTIONS)
-    if schedule.zero_terminal_snr and prediction in ("epsilon", "score"):
-        raise ValueError(
-            "prediction must be 'x0' or 'v' for a schedule of zero terminal SNR, where "
-            f"alphas_cumprod ends at 0; got {prediction!r}"
-        )
-
-
-def x0_factors(prediction: str, abar: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """P and Q of x0 = P x_t + Q out, from abar and rest = 1 - abar, all of one shape."""
-    signal, noise, none = abar.sqrt(), rest.sqrt(), torch.zeros_like(abar)
-    if prediction == "epsilon":
-        return 1 / signal, -noise / signal
-    if prediction == "score":
-        return 1 / signal, rest / signal
-    return (none, none + 1) if prediction == "x0" else (signal, -noise)
-
-
-def epsilon_factors(prediction: str, abar: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of x_t and out in the epsilon that out stands for; arguments as of x0_factors."""
-    signal, noise, none = abar.sqrt(), rest.sqrt(), torch.zeros_like(abar)
-    if prediction == "epsilon":
-        return none, none + 1
-    if prediction == "score":
-        return none, -noise
-    return (1 / noise, -signal / noise) if prediction == "x0" else (noise, signal)
-
-
-def clip_bound(clip: Clip) -> float:
-    """The column clip: infinite where x0 is not clipped, or is thresholded."""
-    if clip is None or isinstance(clip, DynamicThreshold):
-        return inf
-    return check_real("clip", clip, 0, inf, "()")
-
-
-def threshold_of(clip: Clip) -> DynamicThreshold | None:
-    """The thresholding that a solver's argument clip asks for."""
-    return clip if isinstance(clip, DynamicThreshold) else None
-
-
 def checked_start(start: Any, T: int | None = None) -> Start:
     """A solver's argument start: None, a step in 1..T, or "random"."""
     if isinstance(start, str):
@@ -210,3 +142,26 @@ def refuse_random(start: Any, solver: str) -> None:
             f"start must be None or a step for {solver}, whose steps read earlier ones; got "
             "'random', which ddpm and ddim take"
         )
+
+
+def respace(
+    schedule: NoiseSchedule, steps: int | None = None, spacing: str | Sequence[int] = "linspace"
+) -> tuple[NoiseSchedule, list[int]]:
+    """The schedule of the timesteps that are kept, and these timesteps, ascending.
+
+    Index i of the new schedule is timestep kept[i] of the old one, which is what the model is told.
+    steps, spacing: as for `StepTable.ddpm` (spacing.timesteps); all T by default, which gives back
+    the schedule itself. Where the last timestep is left out, the chain ends at an x_t that keeps
+    more of x_0: `NoiseSchedule` says how far that may be from N(0, I).
+
+    Raises TypeError, ValueError for other arguments, as spacing.timesteps does.
+    """
+    chain = Chain.of(schedule, steps, spacing, None, "x0")
+    kept = chain.timesteps[::-1]
+    if len(kept) == schedule.T:
+        return schedule, kept
+    name = f"{schedule.name}, {len(kept)} of {schedule.T} steps"
+    betas, alphas, abar, rest = (
+        table.flip(0) for table in (chain.beta, chain.alpha, chain.abar, chain.rest)
+    )
+    return NoiseSchedule(betas, alphas, abar, rest, name), kept

@@ -6,13 +6,12 @@ sqrt(1 - abar) x_0 (Salimans & Ho 2022), score = -epsilon / sqrt(1 - abar) (Eq. 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.diffusion.model_output import tensor_of
-from ddpm_fast.diffusion.noise_levels import PREDICTIONS, Chain, Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.utils import checks
@@ -97,10 +96,8 @@ class _Conversion(Frozen):
         signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
         of_x, of_out = torch.zeros_like(signal), torch.ones_like(signal)
         if source != target:
-            chain = Chain.of(schedule, None, "linspace", None, source).at(
-                [*range(schedule.T)][::-1]
-            )
-            x0, epsilon = chain.x0(), chain.epsilon()
+            levels = schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod
+            x0, epsilon = x0_factors(source, *levels), epsilon_factors(source, *levels)
             of_x, of_out = {
                 "x0": x0,
                 "epsilon": epsilon,
@@ -117,3 +114,96 @@ class _Conversion(Frozen):
         chosen = factors.index_select(0, t.clamp(0, len(factors) - 1))
         of_out, of_x = (chosen[:, i].view(-1, *[1] * (out.ndim - 1)) for i in (0, 1))
         return of_out * out.to(arithmetic) + of_x * x_t.to(arithmetic)
+
+
+def tweedie(x_t: Tensor, score: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:
+    """E[x_0 | x_t] = (x_t + (1 - abar_t) score) / sqrt(abar_t), Tweedie's formula for x_t.
+
+    Theorem 3 of Khungurn 2022 with the forward process of Eq. 4, Ho et al. 2020. x_t, score:
+    [N, ...] of one shape, dtype and device. t: int64 [N] or an int, in [0, T). Differentiable.
+
+    Raises TypeError or ValueError naming the argument, also for a t with abar_t = 0 that is an int
+    or on the CPU: that x_t says nothing about x_0.
+    """
+    x_t = checks.batch("x_t", x_t)
+    score = checks.like("score", score, "x_t", x_t, (x_t.dtype,))
+    signal, noise = _signal_and_noise(x_t, schedule, t)
+    if schedule.alphas_cumprod[-1] == 0 and _reaches(t, schedule.T - 1):
+        raise ValueError(
+            f"t must be below {schedule.T - 1}, where alphas_cumprod is 0 and x_t holds nothing of"
+            f" x_0; got {schedule.T - 1}"
+        )
+    return ((x_t.to(noise.dtype) + noise.square() * score) / signal).to(x_t.dtype)
+
+
+def score_from_noise(epsilon: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:
+    """The score -epsilon / sqrt(1 - abar_t) of a predicted noise (Eq. 9, Khungurn 2022).
+
+    epsilon: [N, ...]. t: int64 [N] or an int, in [0, T). Differentiable.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+    epsilon = checks.batch("epsilon", epsilon)
+    _, noise = _signal_and_noise(epsilon, schedule, t)
+    return (-epsilon / noise).to(epsilon.dtype)
+
+
+def noise_from_score(score: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:
+    """The noise -sqrt(1 - abar_t) score, the inverse of `score_from_noise`; errors are the same."""
+    score = checks.batch("score", score)
+    _, noise = _signal_and_noise(score, schedule, t)
+    return (-noise * score).to(score.dtype)
+
+
+def _signal_and_noise(
+    like: Tensor, schedule: NoiseSchedule, t: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """sqrt(abar_t) and sqrt(1 - abar_t) of each sample, [N, 1, ...], where the arithmetic is."""
+    T = checks.instance("schedule", schedule, NoiseSchedule).T
+    index = checks.index("t", t, like, T).clamp(0, T - 1)
+    table = schedule.q_sample_coefs(like.device, checks.arithmetic(like.dtype))
+    chosen = table.index_select(0, index).view(-1, 2, *[1] * (like.ndim - 1))
+    return chosen[:, 0], chosen[:, 1]
+
+
+def _reaches(t: Tensor | int, last: int) -> bool:
+    """Whether a t that can be looked at without waiting has that value."""
+    if not isinstance(t, Tensor):
+        return t == last
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and bool((t == last).any())
+
+
+Prediction = Literal["epsilon", "x0", "v", "score"]
+
+
+PREDICTIONS = ("epsilon", "x0", "v", "score")
+
+
+def check_prediction(prediction: str, schedule: NoiseSchedule) -> None:
+    """That a network can predict this under a schedule: an x_t without signal tells no x_0."""
+    check_name("prediction", prediction, PREDICTIONS)
+    if schedule.zero_terminal_snr and prediction in ("epsilon", "score"):
+        raise ValueError(
+            "prediction must be 'x0' or 'v' for a schedule of zero terminal SNR, where "
+            f"alphas_cumprod ends at 0; got {prediction!r}"
+        )
+
+
+def x0_factors(prediction: str, abar: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """P and Q of x0 = P x_t + Q out, from abar and rest = 1 - abar, all of one shape."""
+    signal, noise, none = abar.sqrt(), rest.sqrt(), torch.zeros_like(abar)
+    if prediction == "epsilon":
+        return 1 / signal, -noise / signal
+    if prediction == "score":
+        return 1 / signal, rest / signal
+    return (none, none + 1) if prediction == "x0" else (signal, -noise)
+
+
+def epsilon_factors(prediction: str, abar: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of x_t and out in the epsilon that out stands for; arguments as of x0_factors."""
+    signal, noise, none = abar.sqrt(), rest.sqrt(), torch.zeros_like(abar)
+    if prediction == "epsilon":
+        return none, none + 1
+    if prediction == "score":
+        return none, -noise
+    return (1 / noise, -signal / noise) if prediction == "x0" else (noise, signal)

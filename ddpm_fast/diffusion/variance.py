@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import check_prediction, x0_factors
+from ddpm_fast.diffusion.parameterization import check_prediction, x0_factors
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.utils import checks

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import Clip, Prediction
+from ddpm_fast.diffusion.forward import q_sample_philox
+from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.thresholding import Clip
 from ddpm_fast.diffusion.timesteps import as_list, check_int, check_name, check_real
 from ddpm_fast.ops.philox import STREAM_PARTNER, STREAM_X_T
-from ddpm_fast.sampling.reverse_step import q_sample_philox
 from ddpm_fast.sampling.sampler import Sampler
 from ddpm_fast.sampling.solvers.ddpm import Variance
 from ddpm_fast.sampling.step_loop import Model

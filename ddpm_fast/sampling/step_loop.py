@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.model_output import halves, tensor_of, thresholds
+from ddpm_fast.diffusion.model_output import halves, tensor_of
 from ddpm_fast.ops import Implementation
 from ddpm_fast.ops.philox import STREAM_STEPS, STREAM_X_T, empty_samples, philox_rng
 from ddpm_fast.ops.row import RowFlag
+from ddpm_fast.sampling.reverse_step import thresholds
 from ddpm_fast.sampling.step_table import StepTable
 from ddpm_fast.utils import checks
 

@@ -9,12 +9,9 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import (
-    PREDICTIONS,
-    DynamicThreshold,
-    Prediction,
-    checked_start,
-)
+from ddpm_fast.diffusion.noise_levels import checked_start
+from ddpm_fast.diffusion.parameterization import PREDICTIONS, Prediction
+from ddpm_fast.diffusion.thresholding import DynamicThreshold
 from ddpm_fast.diffusion.timesteps import as_list, check_int, check_name, check_real
 from ddpm_fast.ops.row import ROW_FIELDS, RowFlag, column, complete, flags_for, history_depth
 from ddpm_fast.sampling.solvers.ddim import ddim, ddim_inverse, ve_ode

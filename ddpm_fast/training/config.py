@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from ddpm_fast.diffusion.noise_levels import PREDICTIONS
+from ddpm_fast.diffusion.parameterization import PREDICTIONS
 from ddpm_fast.diffusion.timesteps import check_int, check_name, check_real
 from ddpm_fast.diffusion.variance import LEARNED, VARIANCES
 from ddpm_fast.training.losses import OBJECTIVES

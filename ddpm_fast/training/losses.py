@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_fast.diffusion.bound_terms import DECODERS, BoundTerms, Decoder
 from ddpm_fast.diffusion.model_output import prediction_of
-from ddpm_fast.diffusion.noise_levels import Prediction, check_prediction
+from ddpm_fast.diffusion.parameterization import Prediction, check_prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.timesteps import check_name, check_real
 from ddpm_fast.diffusion.variance import LEARNED, VARIANCES, Variance

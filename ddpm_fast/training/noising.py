@@ -7,10 +7,10 @@ from math import inf
 import torch
 from torch import Tensor
 
+from ddpm_fast.diffusion.forward import q_sample, q_sample_philox
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.timesteps import check_real
 from ddpm_fast.ops.philox import STREAM_OFFSET, STREAM_TRAINING, philox_normal
-from ddpm_fast.sampling.reverse_step import q_sample, q_sample_philox
 from ddpm_fast.utils import checks
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import PREDICTIONS
+from ddpm_fast.diffusion.parameterization import PREDICTIONS
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.utils import checks

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ddpm_fast.diffusion.noise_levels import check_prediction
+from ddpm_fast.diffusion.parameterization import check_prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.models.checkpoint.checkpoint import save
 from ddpm_fast.ops.philox import STREAM_TRAINING

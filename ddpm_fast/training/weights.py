@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import Prediction, epsilon_factors
+from ddpm_fast.diffusion.parameterization import Prediction, epsilon_factors
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.timesteps import check_real
 from ddpm_fast.utils import checks

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.model_output import thresholds
-from ddpm_fast.diffusion.noise_levels import DynamicThreshold
 from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.thresholding import DynamicThreshold
 from ddpm_fast.ops import reference
 from ddpm_fast.ops.philox import STREAM_STEPS, philox_rng
 from ddpm_fast.ops.row import RowFlag, column
+from ddpm_fast.sampling.reverse_step import thresholds
 from ddpm_fast.sampling.step_table import StepTable
 from ddpm_fast.verify.cases import Case, Results
 

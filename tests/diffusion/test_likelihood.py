@@ -13,7 +13,7 @@ from scipy import integrate, stats
 from cases import F32, F64, SCHEDULE
 from ddpm_fast import NoiseSchedule, philox_normal
 from ddpm_fast.diffusion.likelihood import prior_kl, variational_bound
-from ddpm_fast.diffusion.respacing import respace
+from ddpm_fast.diffusion.noise_levels import respace
 from ddpm_fast.ops.philox import STREAM_TRAINING
 from gaussian_data import (
     ENTROPY,

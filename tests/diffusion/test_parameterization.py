@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddpm_fast import ConvertedModel, NoiseSchedule, Sampler, StepTable, convert_prediction
-from ddpm_fast.diffusion.noise_levels import PREDICTIONS
+from ddpm_fast.diffusion.parameterization import PREDICTIONS
 from ddpm_fast.utils.cuda_graphs import state_of
 from diffusers_peers import closed_form
 

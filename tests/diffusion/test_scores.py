@@ -10,7 +10,7 @@ from scipy import integrate, stats
 
 from cases import F16, F32, F64, SCHEDULE, assert_named
 from ddpm_fast import NoiseSchedule
-from ddpm_fast.diffusion.scores import noise_from_score, score_from_noise, tweedie
+from ddpm_fast.diffusion.parameterization import noise_from_score, score_from_noise, tweedie
 from sampler_cases import smooth
 
 TIMES = [0, 40, 500, 999]

@@ -7,8 +7,8 @@ import torch
 
 from cases import F32, F64, backends
 from ddpm_fast import DynamicThreshold, Sampler, StepTable, reverse_step_
-from ddpm_fast.diffusion.model_output import thresholds
 from ddpm_fast.ops.row import column
+from ddpm_fast.sampling.reverse_step import thresholds
 from diffusers_peers import SCHEDULES, closed_form, config
 
 LINEAR = SCHEDULES["linear"]

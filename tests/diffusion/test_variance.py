@@ -10,7 +10,7 @@ import torch
 
 from cases import F16, F32, F64, SCHEDULE, assert_named
 from ddpm_fast import NoiseSchedule, StepTable
-from ddpm_fast.diffusion.respacing import respace
+from ddpm_fast.diffusion.noise_levels import respace
 from ddpm_fast.diffusion.variance import VARIANCES, model_variance, x0_coefficients
 from ddpm_fast.ops.row import column
 

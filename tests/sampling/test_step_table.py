@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import rows_with
-from ddpm_fast.diffusion.noise_levels import DynamicThreshold
 from ddpm_fast.diffusion.schedule import NoiseSchedule, ScheduleWarning
+from ddpm_fast.diffusion.thresholding import DynamicThreshold
 from ddpm_fast.diffusion.timesteps import timesteps
 from ddpm_fast.ops.row import ROW_FIELDS, RowFlag, column, flags_for
 from ddpm_fast.sampling.step_table import StepTable

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.diffusion.noise_levels import Clip
 from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.thresholding import Clip
 from ddpm_fast.models.checkpoint.hub import fetch, fetch_weights, is_repository_id
 from ddpm_fast.models.checkpoint.scheduler_config import (
     SCHEDULERS,

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from ddpm_fast.diffusion.noise_levels import Clip, DynamicThreshold
 from ddpm_fast.diffusion.schedule import NoiseSchedule, ScheduleWarning
+from ddpm_fast.diffusion.thresholding import Clip, DynamicThreshold
 
 # diffusers has no name for a score, and its schedulers refuse ours.
 PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v", "score": "score"}

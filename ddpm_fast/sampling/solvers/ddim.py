@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import (
-    Chain,
-    Clip,
-    Prediction,
-    Start,
-    refuse_no_signal,
-    refuse_random,
-    threshold_of,
-)
+from ddpm_fast.diffusion.noise_levels import Chain, Start, refuse_no_signal, refuse_random
+from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
 from ddpm_fast.diffusion.timesteps import check_name, check_real
 
 if TYPE_CHECKING:
@@ -68,7 +62,7 @@ def ddim(
         start,
         f"ddim(eta={eta:g})",
         draws_always=True,
-        threshold=threshold_of(clip),
+        threshold=threshold_from_clip(clip),
     )
 
 
@@ -123,7 +117,7 @@ def ddim_inverse(
         Xx0=abar.sqrt() + direction * of_x0,
         Xo=direction * of_out,
     )
-    return cls(rows, told, prediction, "data", "ddim_inverse", threshold=threshold_of(clip))
+    return cls(rows, told, prediction, "data", "ddim_inverse", threshold=threshold_from_clip(clip))
 
 
 def _told_of(here: Chain, ahead: Chain, evaluate_at: str) -> tuple[Tensor, ...]:
@@ -181,7 +175,7 @@ def ve_ode(
         prediction,
         start,
         "ve_ode",
-        threshold=threshold_of(clip),
+        threshold=threshold_from_clip(clip),
         init_scale=float(1 / c.abar[0].sqrt()),
     )
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import Chain, Clip, Prediction, Start, threshold_of
+from ddpm_fast.diffusion.noise_levels import Chain, Start
+from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
 from ddpm_fast.diffusion.timesteps import check_name
 
 if TYPE_CHECKING:
@@ -58,7 +60,12 @@ def ddpm(
         **_noise(c, variance),
     )
     return cls(
-        rows, c.timesteps, prediction, start, f"ddpm({variance})", threshold=threshold_of(clip)
+        rows,
+        c.timesteps,
+        prediction,
+        start,
+        f"ddpm({variance})",
+        threshold=threshold_from_clip(clip),
     )
 
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import Chain, Clip, Prediction, refuse_random, threshold_of
+from ddpm_fast.diffusion.noise_levels import Chain, refuse_random
+from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
 from ddpm_fast.diffusion.timesteps import check_name
 
 if TYPE_CHECKING:
@@ -40,7 +42,9 @@ def dpmpp_2m(
     """
     c, h, second = multistep_chain(schedule, steps, spacing, start, prediction, "dpmpp_2m")
     rows = dpmpp_2m_rows(c, h, second, clip, solver_type)
-    return cls(rows, c.timesteps, prediction, start, "dpmpp_2m", threshold=threshold_of(clip))
+    return cls(
+        rows, c.timesteps, prediction, start, "dpmpp_2m", threshold=threshold_from_clip(clip)
+    )
 
 
 def dpmpp_2m_sde(
@@ -68,7 +72,7 @@ def dpmpp_2m_sde(
         start,
         name,
         draws_always=True,
-        threshold=threshold_of(clip),
+        threshold=threshold_from_clip(clip),
     )
 
 

@@ -7,15 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ddpm_fast.diffusion.noise_levels import (
-    Chain,
-    Clip,
-    Prediction,
-    refuse_no_signal,
-    refuse_random,
-    threshold_of,
-)
+from ddpm_fast.diffusion.noise_levels import Chain, refuse_no_signal, refuse_random
+from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
 
 if TYPE_CHECKING:
     from ddpm_fast.sampling.step_table import StepTable
@@ -75,4 +70,4 @@ def plms(
         by_x, by_x0 = c.epsilon_of_x0()
         columns |= {"Hv": by_x0, "Xx0": weights[:, 0] * by_x0}
     rows = c.rows(clip, Xx=of_x + weights[:, 0] * by_x, Hx=by_x, **columns)
-    return cls(rows, c.timesteps, prediction, start, "plms", threshold=threshold_of(clip))
+    return cls(rows, c.timesteps, prediction, start, "plms", threshold=threshold_from_clip(clip))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import Chain, Clip, Prediction, threshold_of
+from ddpm_fast.diffusion.noise_levels import Chain
+from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
+from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
 from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.sampling.solvers.dpm_solver import multistep_chain, of_second_order
 
@@ -38,7 +40,7 @@ def unipc(
     """
     c, h, second = multistep_chain(schedule, steps, spacing, start, prediction, "unipc")
     rows = unipc_rows(c, h, second, clip, solver_type)
-    return cls(rows, c.timesteps, prediction, start, "unipc", threshold=threshold_of(clip))
+    return cls(rows, c.timesteps, prediction, start, "unipc", threshold=threshold_from_clip(clip))
 
 
 def unipc_rows(

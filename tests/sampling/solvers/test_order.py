@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, Sampler, StepTable
-from ddpm_fast.diffusion.noise_levels import PREDICTIONS
+from ddpm_fast.diffusion.parameterization import PREDICTIONS
 from ddpm_fast.ops.row import ROW_FIELDS
 from gaussian_mixture import F64, MIXTURE
 

@@ -10,7 +10,7 @@ import torch
 
 from cases import F64
 from ddpm_fast import DynamicThreshold, NoiseSchedule, Sampler, StepTable
-from ddpm_fast.diffusion.noise_levels import PREDICTIONS
+from ddpm_fast.diffusion.parameterization import PREDICTIONS
 from ddpm_fast.ops.row import RowFlag, column
 from diffusers_peers import SCHEDULES, closed_form
 
