@@ -51,14 +51,14 @@ def _plane(image: ArrayLike) -> NDArray[np.floating]:
     if plane.ndim == 3 and plane.shape[0] == 1:
         plane = plane[0]
     if plane.ndim != 2:
-        raise ValueError(f"image must have the shape [H, W] or [1, H, W], got {plane.shape}")
+        raise ValueError(f"image must have the shape [H, W] or [1, H, W]; got {plane.shape}")
     return plane
 
 
 def _stack(images: ArrayLike) -> NDArray[np.floating]:
     stack = np.asarray(images)
     if stack.ndim != 4 or stack.shape[1] != 1 or not len(stack):
-        raise ValueError(f"images must have the shape [n, 1, H, W] with n >= 1, got {stack.shape}")
+        raise ValueError(f"images must have the shape [n, 1, H, W] with n >= 1; got {stack.shape}")
     return stack
 
 
@@ -237,14 +237,14 @@ def _solver(text: str) -> tuple[str, int]:
     """``ddim:50``: the name of a solver of `StepTable` and its steps."""
     name, _, steps = text.partition(":")
     if name not in SOLVERS:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(SOLVERS)}, got {name!r}")
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(SOLVERS)}; got {name!r}")
     return name, _positive(steps or "0")
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
     return value
 
 

@@ -51,7 +51,7 @@ def smallest_triangle(hull: ArrayLike) -> Points:
     """
     corners = np.asarray(hull, float)
     if corners.ndim != 2 or corners.shape[0] < 3 or corners.shape[1] != 2:
-        raise ValueError(f"hull must have the shape [h, 2] with h >= 3, got {corners.shape}")
+        raise ValueError(f"hull must have the shape [h, 2] with h >= 3; got {corners.shape}")
     h = len(corners)
     edges = np.roll(corners, -1, 0) - corners
     # Edge i is the half-plane normals[i] . p <= offsets[i].

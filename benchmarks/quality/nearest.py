@@ -36,10 +36,10 @@ def nearest_distances(images: Images, training: Images) -> NDArray[np.float64]:
     """
     for name, stack in (("images", images), ("training", training)):
         if stack.ndim != 4 or 0 in stack.shape or stack.shape[2] != stack.shape[3]:
-            raise ValueError(f"{name} must be [n, 1, s, s], n >= 1, got {stack.shape}")
+            raise ValueError(f"{name} must be [n, 1, s, s], n >= 1; got {stack.shape}")
     if images.shape[1:] != training.shape[1:]:
         raise ValueError(
-            f"images must be of the shape of training, {training.shape[1:]}, got {images.shape[1:]}"
+            f"images must be of the shape of training, {training.shape[1:]}; got {images.shape[1:]}"
         )
     known = torch.from_numpy(training).float().flatten(1)
     squares = known.square().sum(1)

@@ -15,6 +15,7 @@ from ddpm_fast.engine.plan.operations import Convolution, Normalization, SelfAtt
 from ddpm_fast.engine.specs import AttentionSpec, ConvSpec, NormSpec
 from ddpm_fast.ops import implementation, reference, why_not
 from ddpm_fast.ops.aten import SDPA, sdpa
+from ddpm_fast.utils import checks
 
 _ROWS = 1000  # of the tables of embeddings
 _LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
@@ -99,7 +100,7 @@ def _laid_out(tensor: Any, layout: torch.memory_format) -> Any:
 def _normalization(operation: Normalization) -> OperatorCases:
     spec = operation.spec
     channels = spec.in_channels + spec.in_channels2
-    wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
+    wide = checks.compute_dtype(spec.dtype)
     x = _normal(spec, spec.in_channels, 0)
     x2 = _normal(spec, spec.in_channels2, 1) if spec.in_channels2 else None
     residual = _normal(spec, spec.in_channels, 2) if spec.residual else None

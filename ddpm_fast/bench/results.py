@@ -93,7 +93,7 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]
     columns = list(rows[0])
     for number, row in enumerate(rows):
         if set(row) != set(columns):
-            raise ValueError(f"rows[{number}] must have the keys {columns}, got {list(row)}")
+            raise ValueError(f"rows[{number}] must have the keys {columns}; got {list(row)}")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")

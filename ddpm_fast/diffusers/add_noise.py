@@ -54,7 +54,7 @@ class ForwardScales(Frozen):
         t = timesteps.reshape(-1).to(a.device, torch.int64)
         a, b = _alike(first, a, second, b, len(t))
         t = checks.index("timesteps", t, a, len(self._tables[table]))
-        coefs = self._on(table, a.device, checks.arithmetic(a.dtype))
+        coefs = self._on(table, a.device, checks.compute_dtype(a.dtype))
         backend = backend_for(a, b, backward=True)
         return implementation(backend, a.device, a.dtype).q_sample(a, t, b, coefs)
 

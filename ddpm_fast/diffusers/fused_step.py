@@ -87,7 +87,7 @@ def fused_step(
 
     Nothing waits for a GPU. Where a gradient is wanted the reference backend runs, which has one.
     """
-    rows = table.on(x.device, checks.arithmetic(x.dtype))
+    rows = table.on(x.device, checks.compute_dtype(x.dtype))
     if where.known is not None:
         step = table.first_row(x.device).expand(x.shape[0])
         rows = rows[where.known : where.known + 1]

@@ -29,7 +29,6 @@ from ddpm_fast.diffusers.scheduler_options import (
     options_of,
 )
 from ddpm_fast.diffusers.step_tables import step_table
-from ddpm_fast.diffusion.timesteps import check_real
 from ddpm_fast.engine import AcceleratedUNet, Tuner, accelerate
 from ddpm_fast.engine.accelerated_unet import Choice
 from ddpm_fast.ops.aten import no_autocast
@@ -253,7 +252,7 @@ class FastDDIMPipeline(_Accelerated, DDIMPipeline):
 
         eta: at least 0; above 1 as long as the variance of a step allows it.
         """
-        eta = check_real("eta", eta, 0, math.inf, "[)")
+        eta = checks.real("eta", eta, 0, math.inf, "[)")
         if kind_of(self.scheduler) is not DDIMScheduler:
             raise TypeError(
                 f"scheduler must be a DDIMScheduler; got {type(self.scheduler).__name__}"

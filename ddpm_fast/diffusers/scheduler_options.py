@@ -17,8 +17,8 @@ from diffusers import (
 from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip, DynamicThreshold
-from ddpm_fast.diffusion.timesteps import check_real
 from ddpm_fast.models.checkpoint.scheduler_config import PREDICTIONS, parse_scheduler
+from ddpm_fast.utils import checks
 
 Compat = Literal["diffusers", "corrected"]
 COMPATS = ("diffusers", "corrected")
@@ -146,12 +146,12 @@ def clip_of(scheduler: Any) -> Clip:
     if config["thresholding"]:
         quantile, cap = config["dynamic_thresholding_ratio"], config["sample_max_value"]
         return DynamicThreshold(
-            check_real("dynamic_thresholding_ratio", quantile, 0, 1, "(]"),
-            check_real("sample_max_value", cap, 0, math.inf, "()"),
+            checks.real("dynamic_thresholding_ratio", quantile, 0, 1, "(]"),
+            checks.real("sample_max_value", cap, 0, math.inf, "()"),
         )
     if not config.get("clip_sample"):
         return None
-    return check_real("clip_sample_range", config["clip_sample_range"], 0, math.inf, "()")
+    return checks.real("clip_sample_range", config["clip_sample_range"], 0, math.inf, "()")
 
 
 def exact_schedule(scheduler: Any) -> NoiseSchedule:

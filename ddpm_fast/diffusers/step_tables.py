@@ -90,7 +90,7 @@ def visited(scheduler: Any, corrected: bool) -> list[int]:
     outside = [t for t in found if not 0 <= t < T]
     if outside:
         raise ValueError(
-            f"timesteps must lie in [0, {T}); set_timesteps gave {outside[0]}"
+            f"timesteps must be in [0, {T - 1}]; got {outside[0]} from set_timesteps"
             f" (timestep_spacing={scheduler.config.timestep_spacing!r}, steps_offset="
             f"{scheduler.config.steps_offset}). Take another number of steps"
             + (", or compat='corrected'" if outside[0] < 0 else "")

@@ -14,7 +14,6 @@ from ddpm_fast.diffusion.gaussian import (
 )
 from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.diffusion.variance import (
     LEARNED,
     VARIANCES,
@@ -24,6 +23,7 @@ from ddpm_fast.diffusion.variance import (
     log_variances,
     x0_coefficients,
 )
+from ddpm_fast.utils import checks
 
 Decoder = Literal["discretised", "gaussian"]
 DECODERS = ("discretised", "gaussian")
@@ -66,8 +66,8 @@ class BoundTerms:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        check_name("variance", variance, VARIANCES)
-        check_name("decoder", decoder, DECODERS)
+        checks.choice("variance", variance, VARIANCES)
+        checks.choice("decoder", decoder, DECODERS)
         self._variance, self._decoder = variance, decoder
         ends = log_variances(schedule, variance, log_variance, device)
         if decoder == "gaussian" and variance not in LEARNED:

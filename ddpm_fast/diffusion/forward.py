@@ -25,7 +25,7 @@ def q_sample(
     noise = checks.like("noise", noise, "x0", x0, (x0.dtype,))
     t = checks.index("t", t, x0, checks.instance("schedule", schedule, NoiseSchedule).T)
     run = implementation(backend, x0.device, x0.dtype)
-    coefs = schedule.q_sample_coefs(x0.device, checks.arithmetic(x0.dtype))
+    coefs = schedule.q_sample_coefs(x0.device, checks.compute_dtype(x0.dtype))
     return run.q_sample(x0, t, noise, coefs)
 
 
@@ -49,7 +49,7 @@ def q_sample_philox(
     x0 = checks.batch("x0", x0)
     t = checks.index("t", t, x0, checks.instance("schedule", schedule, NoiseSchedule).T)
     run = implementation(backend, x0.device, x0.dtype)
-    coefs = schedule.q_sample_coefs(x0.device, checks.arithmetic(x0.dtype))
+    coefs = schedule.q_sample_coefs(x0.device, checks.compute_dtype(x0.dtype))
     return run.q_sample_philox(x0, t, coefs, philox_rng(seed, stream, first_sample, x0.device))
 
 
@@ -69,5 +69,5 @@ def q_posterior(
     x0 = checks.like("x0", x0, "x_t", x_t, (x_t.dtype,))
     t = checks.index("t", t, x_t, checks.instance("schedule", schedule, NoiseSchedule).T)
     run = implementation(backend, x_t.device, x_t.dtype)
-    coefs = schedule.q_posterior_coefs(x_t.device, checks.arithmetic(x_t.dtype))
+    coefs = schedule.q_posterior_coefs(x_t.device, checks.compute_dtype(x_t.dtype))
     return run.q_posterior(x0, x_t, t, coefs)

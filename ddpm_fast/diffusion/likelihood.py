@@ -24,7 +24,6 @@ from ddpm_fast.diffusion.thresholding import (
     dynamic_threshold,
     threshold_from_clip,
 )
-from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.diffusion.variance import LEARNED, First, Variance
 from ddpm_fast.ops.philox import STREAM_TRAINING
 from ddpm_fast.utils import checks
@@ -125,7 +124,7 @@ def variational_bound(
     """
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, t); got {type(model).__name__}")
-    check_name("decoder", decoder, DECODERS)
+    checks.choice("decoder", decoder, DECODERS)
     x0 = _checked_data(x0, decoder)
     chain, kept = respace(schedule, steps, spacing)
     if labels is not None and (not isinstance(labels, Tensor) or labels.shape[:1] != x0.shape[:1]):

@@ -12,8 +12,9 @@ from torch import Tensor
 from ddpm_fast.diffusion.parameterization import check_prediction, epsilon_factors, x0_factors
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip, clip_bound
-from ddpm_fast.diffusion.timesteps import check_int, check_name, timesteps
+from ddpm_fast.diffusion.timesteps import timesteps
 from ddpm_fast.ops.row import ROW_WIDTH, column
+from ddpm_fast.utils import checks
 
 Start = int | Literal["random"] | None
 
@@ -50,7 +51,7 @@ class Chain:
         to_data: see `spacing.timesteps`.
         """
         if not isinstance(schedule, NoiseSchedule):
-            raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+            raise TypeError(f"schedule must be a NoiseSchedule; got {type(schedule).__name__}")
         check_prediction(prediction, schedule)
         begin = checked_start(start, schedule.T)
         length = begin if isinstance(begin, int) else schedule.T
@@ -121,9 +122,11 @@ class Chain:
 def checked_start(start: Any, T: int | None = None) -> Start:
     """A solver's argument start: None, a step in 1..T, or "random"."""
     if isinstance(start, str):
-        check_name("start", start, ("random",))
+        checks.choice("start", start, ("random",))
         return "random"
-    return None if start is None else check_int("start", start, 1, T)
+    if start is None:
+        return None
+    return checks.integer("start", start, 1, None if T is None else T + 1)
 
 
 def refuse_no_signal(c: Chain, solver: str) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ddpm_fast.diffusion.model_output import tensor_of
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.cuda_graphs import state_of
 from ddpm_fast.utils.immutable import Frozen
@@ -86,7 +85,7 @@ class _Conversion(Frozen):
     def __init__(self, schedule: NoiseSchedule, source: str, target: str) -> None:
         checks.instance("schedule", schedule, NoiseSchedule)
         for name, kind in (("source", source), ("target", target)):
-            check_name(name, kind, PREDICTIONS)
+            checks.choice(name, kind, PREDICTIONS)
             ends_at_0 = float(schedule.alphas_cumprod[-1]) == 0 and source != target
             if ends_at_0 and kind in ("epsilon", "score"):
                 raise ValueError(
@@ -161,7 +160,7 @@ def _signal_and_noise(
     """sqrt(abar_t) and sqrt(1 - abar_t) of each sample, [N, 1, ...], where the arithmetic is."""
     T = checks.instance("schedule", schedule, NoiseSchedule).T
     index = checks.index("t", t, like, T).clamp(0, T - 1)
-    table = schedule.q_sample_coefs(like.device, checks.arithmetic(like.dtype))
+    table = schedule.q_sample_coefs(like.device, checks.compute_dtype(like.dtype))
     chosen = table.index_select(0, index).view(-1, 2, *[1] * (like.ndim - 1))
     return chosen[:, 0], chosen[:, 1]
 
@@ -181,7 +180,7 @@ PREDICTIONS = ("epsilon", "x0", "v", "score")
 
 def check_prediction(prediction: str, schedule: NoiseSchedule) -> None:
     """That a network can predict this under a schedule: an x_t without signal tells no x_0."""
-    check_name("prediction", prediction, PREDICTIONS)
+    checks.choice("prediction", prediction, PREDICTIONS)
     if schedule.zero_terminal_snr and prediction in ("epsilon", "score"):
         raise ValueError(
             "prediction must be 'x0' or 'v' for a schedule of zero terminal SNR, where "

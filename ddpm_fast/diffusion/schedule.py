@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.timesteps import check_int, check_real
+from ddpm_fast.utils import checks
 from ddpm_fast.utils.immutable import Frozen
 
 Values = Sequence[float] | np.ndarray | Tensor
@@ -138,7 +138,7 @@ class NoiseSchedule(Frozen):
 
         exponent > 0; the other arguments and the errors are those of linear.
         """
-        exponent = check_real("exponent", exponent, 0, math.inf, "()")
+        exponent = checks.real("exponent", exponent, 0, math.inf, "()")
         ramp, low, high = _ramp(T, beta_start, beta_end)
         return cls._from_steps(_between(low, high, ramp**exponent), name=f"power({exponent:g})")
 
@@ -150,7 +150,7 @@ class NoiseSchedule(Frozen):
 
         cycles > 0; the other arguments and the errors are those of linear.
         """
-        cycles = check_real("cycles", cycles, 0, math.inf, "()")
+        cycles = checks.real("cycles", cycles, 0, math.inf, "()")
         ramp, low, high = _ramp(T, beta_start, beta_end)
         wave = torch.sin(math.pi * cycles * ramp).square()
         return cls._from_steps(_between(low, high, wave), name=f"sine_wave({cycles:g})")
@@ -171,8 +171,8 @@ class NoiseSchedule(Frozen):
 
         T >= 1, s >= 0, 0 < max_beta <= 1 (caps the betas); errors are those of linear.
         """
-        s = check_real("s", s, 0, math.inf, "[)")
-        u = _unit(check_int("T", T, 1) + 1)
+        s = checks.real("s", s, 0, math.inf, "[)")
+        u = _unit(checks.integer("T", T, 1) + 1)
         curve = torch.cos((u + s) / (1 + s) * (math.pi / 2)).square()
         return cls._from_steps(_capped(curve, max_beta), name="cosine")
 
@@ -185,10 +185,10 @@ class NoiseSchedule(Frozen):
         lucidrains' sigmoid: scaled to run from 1 to 0, betas above 0.999 lowered to it.
         T >= 1, start < end, tau > 0; errors are those of linear.
         """
-        start = check_real("start", start, -math.inf, math.inf, "()")
-        end = check_real("end", end, start, math.inf, "()")
-        tau = check_real("tau", tau, 0, math.inf, "()")
-        u = _unit(check_int("T", T, 1) + 1)
+        start = checks.real("start", start, -math.inf, math.inf, "()")
+        end = checks.real("end", end, start, math.inf, "()")
+        tau = checks.real("tau", tau, 0, math.inf, "()")
+        u = _unit(checks.integer("T", T, 1) + 1)
         fall = torch.sigmoid(-(start + (end - start) * u) / tau)
         curve = (fall - fall[-1]) / (fall[0] - fall[-1])
         return cls._from_steps(_capped(curve, 0.999), name="sigmoid_cumprod")
@@ -254,7 +254,7 @@ class NoiseSchedule(Frozen):
         Raises ValueError for T = 1, where the first value is the last.
         """
         if self.T == 1:
-            raise ValueError("rescale_zero_terminal_snr needs T >= 2, got a schedule of T = 1")
+            raise ValueError("rescale_zero_terminal_snr needs T >= 2; got a schedule of T = 1")
         root = self._tables["alphas_cumprod"].sqrt()
         scaled = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
         return self.from_alphas_cumprod(scaled.square(), f"{self.name}_zero_snr")
@@ -301,9 +301,9 @@ class NoiseSchedule(Frozen):
         Raises ValueError for another log_variance, and for "repeat" with T = 1.
         """
         if log_variance not in ("clamp", "repeat"):
-            raise ValueError(f"log_variance must be 'clamp' or 'repeat', got {log_variance!r}")
+            raise ValueError(f"log_variance must be 'clamp' or 'repeat'; got {log_variance!r}")
         if log_variance == "repeat" and self.T == 1:
-            raise ValueError("log_variance 'repeat' needs T >= 2, got a schedule of T = 1")
+            raise ValueError("log_variance 'repeat' needs T >= 2; got a schedule of T = 1")
         return self._on(f"q_posterior_{log_variance}", device, dtype)
 
 
@@ -313,9 +313,9 @@ def _unit(points: int) -> Tensor:
 
 def _ramp(T: int, beta_start: float, beta_end: float) -> tuple[Tensor, float, float]:
     """t/(T-1) of each step, and the two ends, checked."""
-    beta_end = check_real("beta_end", beta_end, 0, 1, "(]")
-    beta_start = check_real("beta_start", beta_start, 0, beta_end, "(]")
-    return _unit(check_int("T", T, 1)), beta_start, beta_end
+    beta_end = checks.real("beta_end", beta_end, 0, 1, "(]")
+    beta_start = checks.real("beta_start", beta_start, 0, beta_end, "(]")
+    return _unit(checks.integer("T", T, 1)), beta_start, beta_end
 
 
 def _between(low: float, high: float, share: Tensor) -> Tensor:
@@ -324,7 +324,7 @@ def _between(low: float, high: float, share: Tensor) -> Tensor:
 
 def _capped(curve: Tensor, max_beta: float) -> Tensor:
     """Betas of an alphas_cumprod curve [T + 1] that starts before the first step."""
-    return (1 - curve[1:] / curve[:-1]).clamp(max=check_real("max_beta", max_beta, 0, 1, "(]"))
+    return (1 - curve[1:] / curve[:-1]).clamp(max=checks.real("max_beta", max_beta, 0, 1, "(]"))
 
 
 def _vector(name: str, values: object) -> Tensor:
@@ -335,10 +335,10 @@ def _vector(name: str, values: object) -> Tensor:
         vector = torch.empty(0, dtype=torch.bool)
     if vector.is_complex() or vector.dtype == torch.bool:
         got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"{name} must be a 1-D sequence of real numbers, got {got}")
+        raise TypeError(f"{name} must be a 1-D sequence of real numbers; got {got}")
     vector = vector.detach().to("cpu", torch.float64)
     if vector.ndim != 1 or len(vector) == 0:
-        raise ValueError(f"{name} must have shape [T] with T >= 1, got {list(vector.shape)}")
+        raise ValueError(f"{name} must have shape [T] with T >= 1; got {list(vector.shape)}")
     _check(name, vector, vector.isfinite(), "finite")
     return vector
 

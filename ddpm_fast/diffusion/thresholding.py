@@ -9,7 +9,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.timesteps import check_real
+from ddpm_fast.utils import checks
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class DynamicThreshold:
     cap: float = inf
 
     def __post_init__(self) -> None:
-        check_real("quantile", self.quantile, 0, 1, "(]")
+        checks.real("quantile", self.quantile, 0, 1, "(]")
         if self.cap != inf:
-            check_real("cap", self.cap, 0, inf, "()")
+            checks.real("cap", self.cap, 0, inf, "()")
 
 
 Clip = float | DynamicThreshold | None
@@ -41,7 +41,7 @@ def clip_bound(clip: Clip) -> float:
     """The column clip: infinite where x0 is not clipped, or is thresholded."""
     if clip is None or isinstance(clip, DynamicThreshold):
         return inf
-    return check_real("clip", clip, 0, inf, "()")
+    return checks.real("clip", clip, 0, inf, "()")
 
 
 def threshold_from_clip(clip: Clip) -> DynamicThreshold | None:

@@ -2,63 +2,15 @@
 
 from __future__ import annotations
 
-import numbers
-import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from ddpm_fast.utils import checks
+
 SPACINGS = ("linspace", "leading", "trailing", "quad")
-
-
-def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """Return value as an int in [low, high].
-
-    Raises TypeError, ValueError naming the argument; a bool or a float is no integer.
-    """
-    accepted = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        got = f"{value!r} ({type(value).__name__})"
-        raise TypeError(f"{name} must be {accepted}, got {got}") from None
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{name} must be {accepted}, got {number}")
-    return number
-
-
-def check_real(name: str, value: object, low: float, high: float, closed: str) -> float:
-    """Return value as a float between low and high; closed is "[]", "(]", "[)" or "()".
-
-    Raises TypeError, ValueError naming the argument; a bool is no number, NaN is in no interval.
-    """
-    accepted = f"a number in {closed[0]}{low:g}, {high:g}{closed[1]}"
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be {accepted}, got {value!r} ({type(value).__name__})")
-    number = float(value)
-    above = number >= low if closed[0] == "[" else number > low
-    below = number <= high if closed[1] == "]" else number < high
-    if not (above and below):
-        raise ValueError(f"{name} must be {accepted}, got {number}")
-    return number
-
-
-def as_list(value: Any) -> Any:
-    """A list of a sequence, array or tensor; a number, a string or anything else as it is."""
-    if isinstance(value, np.ndarray | np.generic | Tensor):
-        return value.tolist()
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-
-def check_name(argument: str, value: object, accepted: tuple[str, ...]) -> None:
-    """Raise ValueError naming the argument unless value is one of the accepted names."""
-    if value not in accepted:
-        raise ValueError(f"{argument} must be one of {', '.join(accepted)}; got {value!r}")
 
 
 def timesteps(
@@ -83,9 +35,9 @@ def timesteps(
     of range, an unknown name, a listed timestep that is repeated or out of order, a steps that is
     not the length of the list, and a quad spacing so dense that it repeats a timestep.
     """
-    T = check_int("T", T, 1)
+    T = checks.integer("T", T, 1)
     if steps is not None:
-        steps = check_int("steps", steps, 1, T)
+        steps = checks.integer("steps", steps, 1, T + 1)
     if not isinstance(spacing, str):
         return _listed(T, steps, spacing)
     if spacing not in SPACINGS:
@@ -125,18 +77,18 @@ def _listed(T: int, steps: int | None, spacing: Sequence[int]) -> list[int]:
         values = spacing.tolist() if isinstance(spacing, np.ndarray | Tensor) else list(spacing)
     except TypeError:
         raise TypeError(
-            f"spacing must be a name or a list of timesteps, got {type(spacing).__name__}"
+            f"spacing must be a name or a list of timesteps; got {type(spacing).__name__}"
         ) from None
     if not isinstance(values, list) or not values:
         raise ValueError("spacing: a list of timesteps must have one axis and at least one element")
-    values = [check_int(f"spacing[{i}]", t, 0, T - 1) for i, t in enumerate(values)]
+    values = [checks.integer(f"spacing[{i}]", t, 0, T) for i, t in enumerate(values)]
     if values[0] < values[-1]:
         values.reverse()
     if any(a <= b for a, b in pairwise(values)):
         raise ValueError("spacing: listed timesteps must be strictly ascending or descending")
     if steps is not None and steps != len(values):
         raise ValueError(
-            f"steps must be None or the number of timesteps listed in spacing, {len(values)}; "
-            f"got {steps}"
+            f"steps must be None or the number of timesteps listed in spacing, {len(values)};"
+            f" got {steps}"
         )
     return values

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ddpm_fast.diffusion.parameterization import check_prediction, x0_factors
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.utils import checks
 
 Variance = Literal["posterior", "beta", "learned", "learned_range"]
@@ -49,12 +48,12 @@ def model_variance(
     """
     x_t = checks.batch("x_t", x_t)
     checks.instance("schedule", schedule, NoiseSchedule)
-    check_name("kind", kind, VARIANCES)
+    checks.choice("kind", kind, VARIANCES)
     if (raw is None) == (kind in LEARNED):
         wanted = "given" if kind in LEARNED else "left out"
         raise ValueError(f"raw must be {wanted} for the variance {kind!r}")
     index = checks.index("t", t, x_t, schedule.T).clamp(0, schedule.T - 1)
-    dtype = checks.arithmetic(x_t.dtype)
+    dtype = checks.compute_dtype(x_t.dtype)
     table = log_variances(schedule, kind, log_variance, x_t.device).to(dtype)
     ends = table.index_select(0, index).view(-1, 2, *[1] * (x_t.ndim - 1))
     if raw is not None:

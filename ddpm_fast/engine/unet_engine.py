@@ -20,6 +20,7 @@ from ddpm_fast.engine.plan.memory import Lifetime, plan_offsets
 from ddpm_fast.engine.plan.operations import Program
 from ddpm_fast.engine.plan.report import EnginePlan, describe
 from ddpm_fast.models import UNet
+from ddpm_fast.models.inputs import refuse_labels
 from ddpm_fast.ops import why_not
 from ddpm_fast.ops.aten import no_autocast
 from ddpm_fast.ops.dispatch import BACKENDS
@@ -93,7 +94,7 @@ class UNetEngine:
         table_bytes = 4 * self.num_timesteps * projections.width
         budget.check(self._program, lowered, self.device, table_bytes)
         with torch.no_grad(), self._here():
-            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            wide = checks.compute_dtype(dtype)
             like = torch.empty(0, dtype=wide, device=self.device)
             self._embed: LabelledEmbeddings | None = None
             self._table: Tensor | None = None
@@ -280,8 +281,7 @@ class _Labels:
     def __call__(self, x: Tensor, labels: Tensor | None) -> Tensor | None:
         if self._network is not None:
             return self._network.embed_labels(self._embedding, x, labels)
-        if labels is not None:
-            raise ValueError("class_labels: given to a network without class embedding")
+        refuse_labels(labels)
         return None
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_fast.utils import checks
+
 
 def check_images(x: Any, channels: int, multiple: int, device: torch.device) -> None:
     """That x is a floating [N, channels, H, W] on `device`, H and W multiples of `multiple`.
@@ -15,15 +17,16 @@ def check_images(x: Any, channels: int, multiple: int, device: torch.device) -> 
         ValueError: it is not; the message says what is accepted and what came.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise ValueError(f"x: expected a floating-point tensor, got {_describe(x)}")
+        raise ValueError(f"x must be a floating-point tensor; got {checks.describe(x)}")
     if x.dim() != 4 or x.shape[1] != channels:
-        raise ValueError(f"x: expected [N, {channels}, H, W], got {_describe(x)}")
+        raise ValueError(f"x must be [N, {channels}, H, W]; got {checks.describe(x)}")
     if min(x.shape[2:]) < 1 or x.shape[2] % multiple or x.shape[3] % multiple:
         raise ValueError(
-            f"x: expected height and width to be multiples of {multiple}, got {_describe(x)}"
+            f"x must have height and width that are multiples of {multiple};"
+            f" got {checks.describe(x)}"
         )
     if x.device != device:
-        raise ValueError(f"x: expected a tensor on {device}, got {_describe(x)}")
+        raise ValueError(f"x must be a tensor on {device}; got {checks.describe(x)}")
 
 
 def timesteps_of(x: Tensor, t: Tensor | int) -> Tensor:
@@ -35,16 +38,16 @@ def timesteps_of(x: Tensor, t: Tensor | int) -> Tensor:
     if isinstance(t, Tensor):
         if t.dtype != torch.int64 or t.dim() > 1 or t.device != x.device:
             raise ValueError(
-                f"t: expected int64, 0-d or [{x.shape[0]}], on {x.device}, got {_describe(t)}"
+                f"t must be int64, 0-d or [{x.shape[0]}], on {x.device}; got {checks.describe(t)}"
             )
         if t.dim() == 1 and t.shape[0] != x.shape[0]:
             raise ValueError(
-                f"t: expected one timestep or {x.shape[0]}, as many as x has images, "
-                f"got {_describe(t)}"
+                f"t must be one timestep or {x.shape[0]}, as many as x has images;"
+                f" got {checks.describe(t)}"
             )
         return t.reshape(-1)
     if not isinstance(t, int) or isinstance(t, bool) or t < 0:
-        raise ValueError(f"t: expected an int64 tensor or an integer >= 0, got {t!r}")
+        raise ValueError(f"t must be an int64 tensor or an integer >= 0; got {t!r}")
     return torch.full((1,), t, dtype=torch.int64, device=x.device)
 
 
@@ -59,7 +62,7 @@ def check_labels(
         ValueError: they are missing or something else.
     """
     if labels is None:
-        raise ValueError("class_labels: missing, the network is class-conditional")
+        raise ValueError("class_labels must be given to a class-conditional network; got None")
     shape = [x.shape[0]] if channels is None else [x.shape[0], channels]
     if not isinstance(labels, Tensor):
         fits = False
@@ -69,7 +72,7 @@ def check_labels(
         fits = labels.is_floating_point() or (accepted == "real" and not labels.is_complex())
     if not fits or list(labels.shape) != shape or labels.device != x.device:
         raise ValueError(
-            f"class_labels: expected {accepted} {shape} on {x.device}, got {_describe(labels)}"
+            f"class_labels must be {accepted} {shape} on {x.device}; got {checks.describe(labels)}"
         )
     return labels
 
@@ -86,16 +89,13 @@ def check_label_range(labels: Tensor, classes: int) -> None:
         return
     outside = labels[(labels < 0) | (labels >= classes)]
     if outside.numel():
-        raise ValueError(f"class_labels: expected 0..{classes - 1}, got {int(outside[0])}")
+        raise ValueError(f"class_labels must be in [0, {classes - 1}]; got {int(outside[0])}")
 
 
 def refuse_labels(labels: Any) -> None:
     """Raises ValueError for labels that a network without classes was given."""
     if labels is not None:
-        raise ValueError("class_labels: given to a network without class embedding")
-
-
-def _describe(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+        raise ValueError(
+            "class_labels must be None for a network without class embedding;"
+            f" got {checks.describe(labels)}"
+        )

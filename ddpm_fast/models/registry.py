@@ -48,4 +48,4 @@ def kind_of(unet: object) -> Kind:
         return UNET
     if isinstance(unet, ThesisUNet):
         return THESIS_UNET
-    raise TypeError(f"unet: expected a UNet or ThesisUNet, got {type(unet).__name__}")
+    raise TypeError(f"unet must be a UNet or ThesisUNet; got {type(unet).__name__}")

@@ -79,7 +79,7 @@ class ThesisUNet(nn.Module):
         super().__init__()
         if config is not None and options:
             given = ", ".join(options)
-            raise ValueError(f"ThesisUNet takes a config or options, got both ({given})")
+            raise ValueError(f"ThesisUNet must get a config or options; got both ({given})")
         cfg = config if config is not None else ThesisUNetConfig.from_dict(options)
         self.config = cfg
         channels = cfg.sequence_channels

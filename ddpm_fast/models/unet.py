@@ -91,7 +91,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig | None = None, **options: Any) -> None:
         super().__init__()
         if config is not None and options:
-            raise ValueError(f"UNet takes a config or options, got both ({', '.join(options)})")
+            raise ValueError(f"UNet must get a config or options; got both ({', '.join(options)})")
         cfg = config if config is not None else UNetConfig.from_dict(options)
         self.config = cfg
         channels = cfg.block_out_channels

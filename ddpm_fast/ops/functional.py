@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.ops import implementation
-from ddpm_fast.utils import checks
+from ddpm_fast.utils import checks, in_place
 
 
 @overload
@@ -97,7 +97,7 @@ def group_norm(
     requires one is refused while gradients are recorded. Raises TypeError or ValueError naming the
     argument, RuntimeError where the backend cannot run.
     """
-    x = _image("x", x)
+    x = checks.images("x", x)
     if x2 is not None:
         x2 = _beside("x2", x2, x)
         if residual is not None or return_sum:
@@ -107,9 +107,7 @@ def group_norm(
     groups = checks.integer("groups", groups, 1, 1 << 31)
     if channels == 0 or channels % groups:
         raise ValueError(f"groups must divide the number of channels, {channels}; got {groups}")
-    eps = _number("eps", eps)
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative; got {eps}")
+    eps = checks.real("eps", eps, 0, math.inf, "[)")
     if residual is not None:
         residual = checks.like("residual", residual, "x", x, (x.dtype,))
     weight, bias = _affine(weight, bias, channels, x)
@@ -143,7 +141,7 @@ def group_norm(
         eps,
         bool(silu),
     )
-    checks.note_written(out)
+    in_place.mark_written(out)
     return out if total is None else (out, total)
 
 
@@ -171,7 +169,7 @@ def attention(
             f"qkv must be [N, T, 3 * heads * D] with {heads} heads; got {checks.shape_text(qkv)}"
         )
     width = qkv.shape[2] // 3
-    scale = 1 / math.sqrt(width // heads) if scale is None else _number("scale", scale)
+    scale = 1 / math.sqrt(width // heads) if scale is None else checks.real("scale", scale)
     _no_gradient("attention", qkv=qkv)
     shape = (*qkv.shape[:2], width)
     if out is None:
@@ -184,56 +182,29 @@ def attention(
     run = implementation(backend, qkv.device, qkv.dtype)
     if out.numel() > 0:
         run.attention_(out, qkv if qkv.stride(2) == 1 else qkv.contiguous(), heads, scale)
-        checks.note_written(out)
+        in_place.mark_written(out)
     return out
-
-
-def _image(name: str, value: Any) -> Tensor:
-    value = checks.batch(name, value)
-    if value.ndim != 4:
-        raise ValueError(f"{name} must be [N, C, H, W]; got {checks.shape_text(value)}")
-    return value
 
 
 def _beside(name: str, value: Any, x: Tensor) -> Tensor:
     """``value`` as an image that can be joined with x along the channels."""
-    value = checks.batch(name, value, (x.dtype,))
     n, _, height, width = x.shape
-    if value.ndim != 4 or (value.shape[0], *value.shape[2:]) != (n, height, width):
-        raise ValueError(
-            f"{name} must be [{n}, C2, {height}, {width}], as x; got {checks.shape_text(value)}"
-        )
-    return _on_device_of(name, value, x)
-
-
-def _on_device_of(name: str, value: Tensor, x: Tensor, of: str = "x") -> Tensor:
-    if value.device != x.device:
-        raise ValueError(f"{name} must be on the device of {of}, {x.device}; got {value.device}")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite; got {value}")
-    return float(value)
+    value = checks.batch(name, value, (x.dtype,), (n, "C2", height, width))
+    return checks.same_device(name, value, "x", x)
 
 
 def _affine(
     weight: Tensor | None, bias: Tensor | None, channels: int, x: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Both [C] and of one dtype; 1 and 0 where they are not given."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = checks.compute_dtype(x.dtype)
     given = {"weight": weight, "bias": bias}
     checked = {}
     for name, value in given.items():
         if value is None:
             continue
-        checks.batch(name, value, tuple(dict.fromkeys((x.dtype, wide))))
-        if tuple(value.shape) != (channels,):
-            raise ValueError(f"{name} must be [{channels}]; got {checks.shape_text(value)}")
-        checked[name] = _on_device_of(name, value, x).contiguous()
+        checks.batch(name, value, tuple(dict.fromkeys((x.dtype, wide))), (channels,))
+        checked[name] = checks.same_device(name, value, "x", x).contiguous()
     dtype = next((value.dtype for value in checked.values()), x.dtype)
     ones, zeros = (
         checked[name] if name in checked else x.new_full((channels,), fill, dtype=dtype)
@@ -251,13 +222,13 @@ def _table(name: str, value: Any, columns: int, x: Tensor) -> Tensor | None:
     """``value`` as a table [R, columns] in the dtype of the arithmetic, its rows dense."""
     if value is None:
         return None
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = checks.compute_dtype(x.dtype)
     value = checks.batch(name, value, (wide,))
     if value.ndim != 2 or value.shape[1] != columns or value.shape[0] == 0:
         raise ValueError(
             f"{name} must be [R, {columns}] with at least one row; got {checks.shape_text(value)}"
         )
-    value = _on_device_of(name, value, x)
+    value = checks.same_device(name, value, "x", x)
     return value if value.stride(1) == 1 else value.contiguous()
 
 
@@ -294,10 +265,8 @@ def _channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 def _target(out: Any, shape: tuple[int, ...], x: Tensor, of: str = "x") -> Tensor:
     """``out`` as a tensor of this shape to write to."""
-    out = checks.written("out", checks.batch("out", out, (x.dtype,)))
-    if tuple(out.shape) != shape:
-        raise ValueError(f"out must be {list(shape)}; got {checks.shape_text(out)}")
-    return _on_device_of("out", out, x, of)
+    out = in_place.writable("out", checks.batch("out", out, (x.dtype,), shape))
+    return checks.same_device("out", out, of, x)
 
 
 @overload
@@ -314,4 +283,4 @@ def _away(value: Tensor | None, out: Tensor) -> Tensor | None:
         return value
     if value.device.type != "meta" and value.data_ptr() == out.data_ptr():
         return value.clone()
-    return checks.apart(value, out)
+    return in_place.without_overlap(value, out)

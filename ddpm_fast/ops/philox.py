@@ -43,16 +43,6 @@ def philox_rng(
     return words.to(checks.device("device", device), non_blocking=True)
 
 
-def empty_samples(
-    num: int, sample_shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None
-) -> Tensor:
-    """An uninitialised batch [num, *sample_shape], channels-last in memory where it has images."""
-    shape = (num, *sample_shape)
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}
-    memory_format = channels_last.get(len(shape), torch.contiguous_format)
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
-
-
 def philox_normal(
     num: int,
     sample_shape: Sequence[int],
@@ -72,7 +62,7 @@ def philox_normal(
     """
     num = checks.integer("num", num, 0, checks.SAMPLE_END)
     shape = checks.sample_shape("sample_shape", sample_shape)
-    out = empty_samples(num, shape, torch.float32, checks.device("device", device))
+    out = checks.empty_samples(num, shape, torch.float32, checks.device("device", device))
     rng = philox_rng(seed, stream, first_sample, out.device)
     implementation(backend, out.device, out.dtype).philox_normal_(out, rng)
     return out

@@ -116,9 +116,9 @@ def flags_for(rows: Tensor, thresholds: bool = False) -> RowFlag:
     """
     if not isinstance(rows, Tensor) or not rows.is_floating_point():
         got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"rows must be a floating-point tensor, got {got}")
+        raise TypeError(f"rows must be a floating-point tensor; got {got}")
     if rows.ndim != 2 or rows.shape[1] != ROW_WIDTH:
-        raise ValueError(f"rows must have shape [steps, {ROW_WIDTH}], got {list(rows.shape)}")
+        raise ValueError(f"rows must have shape [steps, {ROW_WIDTH}]; got {list(rows.shape)}")
     for name, index in _COLUMNS.items():
         if name != "clip" and not rows[:, index].isfinite().all():
             raise ValueError(f"rows: column {name} must be finite")

@@ -13,7 +13,6 @@ from ddpm_fast.diffusion.forward import q_sample_philox
 from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip
-from ddpm_fast.diffusion.timesteps import as_list, check_int, check_name, check_real
 from ddpm_fast.ops.philox import STREAM_PARTNER, STREAM_X_T
 from ddpm_fast.sampling.sampler import Sampler
 from ddpm_fast.sampling.solvers.ddpm import Variance
@@ -35,7 +34,7 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     """
     a = checks.batch("a", a)
     b = checks.like("b", b, "a", a, checks.FLOATS)
-    weight = check_real("weight", weight, -math.inf, math.inf, "()")
+    weight = checks.real("weight", weight, -math.inf, math.inf, "()")
     flat_a, flat_b = a.double().flatten(1), b.double().flatten(1)
     lengths = flat_a.norm(dim=1) * flat_b.norm(dim=1)
     cosine = ((flat_a * flat_b).sum(1) / lengths).clamp(-1, 1)
@@ -107,7 +106,7 @@ class Codec:
         **options: Any,
     ) -> None:
         self.schedule = schedule
-        listed = as_list(spacing)
+        listed = checks.as_list(spacing)
         self.steps = None if isinstance(listed, list) else steps
         self._chain: dict[str, Any] = {"prediction": prediction, "clip": clip}
         self._spacing, self._variance, self._guidance = listed, variance, guidance
@@ -161,13 +160,13 @@ class Codec:
 
         Raises TypeError or ValueError naming the argument.
         """
-        check_name("mode", mode, MODES)
+        checks.choice("mode", mode, MODES)
         dtypes = (torch.float32, torch.float64)
         x_a = checks.batch("x_a", x_a, dtypes)
         x_b = checks.like("x_b", x_b, "x_a", x_a, dtypes)
-        listed = as_list(weights)
+        listed = checks.as_list(weights)
         chosen = [
-            check_real(f"weights[{i}]", w, -math.inf, math.inf, "()")
+            checks.real(f"weights[{i}]", w, -math.inf, math.inf, "()")
             for i, w in enumerate(listed if isinstance(listed, list) else [listed])
         ]
         if not chosen:
@@ -191,7 +190,7 @@ class Codec:
         labels: Tensor | int | None,
         progress: bool,
     ) -> Tensor:
-        t = self.schedule.T // 2 if t is None else check_int("t", t, 0, self.schedule.T - 1)
+        t = self.schedule.T // 2 if t is None else checks.integer("t", t, 0, self.schedule.T)
         steps = t + 1 if self.steps is None else min(self.steps, t + 1)
         options: dict[str, Any] = {
             "variance": self._variance,
@@ -214,7 +213,7 @@ class Codec:
 
     def _table(self, way: str, t: int | None) -> StepTable:
         T, steps, spacing = self.schedule.T, self.steps, self._spacing
-        start = None if t is None else check_int("t", t, 0, T - 1) + 1
+        start = None if t is None else checks.integer("t", t, 0, T) + 1
         if start is not None and isinstance(spacing, list):
             spacing = [kept for kept in spacing if kept < start]
             if t not in spacing:

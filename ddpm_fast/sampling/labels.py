@@ -8,20 +8,6 @@ from torch import Tensor
 from ddpm_fast.utils import checks
 
 
-def sample_labels(labels: Tensor | int | None, num: int, device: torch.device) -> Tensor | None:
-    """The label of each of num samples [num, ...] on a device; None for none."""
-    if labels is None:
-        return None
-    if not isinstance(labels, Tensor):
-        label = checks.integer("labels", labels, 0, 1 << 62)
-        return torch.full((num,), label, dtype=torch.int64, device=device)
-    if labels.ndim == 0 or labels.shape[0] != num:
-        raise ValueError(
-            f"labels must be an int or a tensor [{num}, ...]; got {checks.shape_text(labels)}"
-        )
-    return labels.to(device)
-
-
 def slot_labels(labels: Tensor, first: int, slots: int) -> Tensor:
     """The labels [slots, ...] of a micro-batch that holds the samples from slot first on.
 

@@ -18,7 +18,7 @@ from ddpm_fast.ops import implementation
 from ddpm_fast.ops.reference.diffusion import predicted_x0
 from ddpm_fast.ops.row import RowFlag
 from ddpm_fast.sampling.step_table import StepMemory, StepTable
-from ddpm_fast.utils import checks
+from ddpm_fast.utils import checks, in_place
 
 
 def reverse_step_(
@@ -53,7 +53,7 @@ def reverse_step_(
     RuntimeError where the backend cannot run.
     """
     wide = (torch.float64,)
-    x = checks.written("x", checks.batch("x", x, (torch.float32, torch.float64)))
+    x = in_place.writable("x", checks.batch("x", x, (torch.float32, torch.float64)))
     outputs = wide if x.dtype == torch.float64 else checks.FLOATS[:3]
     checks.instance("table", table, StepTable)
     out, v, out2 = _outputs(x, model_output, model_output2, table, outputs)
@@ -70,24 +70,25 @@ def reverse_step_(
     if rng is not None:
         rng = _rng(rng, x)
     if model_input is not None:
-        checks.written("model_input", checks.like("model_input", model_input, "x", x, outputs))
+        in_place.writable("model_input", checks.like("model_input", model_input, "x", x, outputs))
     if pred_x0 is not None:
-        checks.written("pred_x0", checks.like("pred_x0", pred_x0, "x", x, (x.dtype,)))
+        in_place.writable("pred_x0", checks.like("pred_x0", pred_x0, "x", x, (x.dtype,)))
     step = checks.index("step", step, x, None)
     run = implementation(backend, x.device, x.dtype)
     rows, _ = table.to(x.device, x.dtype)
-    checks.distinct(x=x, model_input=model_input, pred_x0=pred_x0, second=second, history=history)
+    in_place.distinct(x=x, model_input=model_input, pred_x0=pred_x0, second=second, history=history)
     written = (x, model_input, pred_x0, second, history)
-    out = checks.apart(out.detach(), *written)
+    out = in_place.without_overlap(out.detach(), *written)
     v, out2, noise = (
-        read if read is None else checks.apart(read.detach(), *written) for read in (v, out2, noise)
+        read if read is None else in_place.without_overlap(read.detach(), *written)
+        for read in (v, out2, noise)
     )
     s = None
     if table.threshold is not None:
         s = thresholds(table.threshold, x, out, out2, rows, step)
     plain = (x, out, rows, step, noise, rng, model_input, pred_x0, int(table.flags))
     run.reverse_step_(*plain, out2, v, s, second, history)
-    checks.note_written(*written)
+    in_place.mark_written(*written)
     return x
 
 

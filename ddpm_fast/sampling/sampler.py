@@ -12,9 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_fast.ops import implementation
-from ddpm_fast.ops.philox import STREAM_START, empty_samples, philox_rng
+from ddpm_fast.ops.philox import STREAM_START, philox_rng
 from ddpm_fast.ops.reference.diffusion import philox4x32_10
-from ddpm_fast.sampling.labels import as_null_label, sample_labels, slot_labels
+from ddpm_fast.sampling.labels import as_null_label, slot_labels
 from ddpm_fast.sampling.loop_cache import Graph, KeptLoop, LoopCache
 from ddpm_fast.sampling.noise_source import GeneratorNoise, as_noise, source_of
 from ddpm_fast.sampling.step_loop import Model, StepLoop
@@ -100,7 +100,7 @@ class Sampler:
         self.sample_shape = checks.sample_shape("sample_shape", sample_shape)
         self.micro_batch = checks.integer("micro_batch", micro_batch, 1, 1 << 31)
         self.device, self.dtype = _placement(model, device, dtype)
-        self.state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.state_dtype = checks.compute_dtype(self.dtype)
         self.backend = implementation(backend, self.device, self.state_dtype).backend
         if graph is True and self.device.type != "cuda":
             raise ValueError(f"graph=True needs a CUDA device; the sampler is on {self.device}")
@@ -216,7 +216,7 @@ class Sampler:
             _check_given("noise", self.noise, (self.table.steps, *shape))
         if isinstance(self.noise, GeneratorNoise) and not self.noise.serves(num):
             raise ValueError(f"noise must have one generator, or one for each of {num} samples")
-        result = empty_samples(num, self.sample_shape, self.state_dtype, self.device)
+        result = checks.empty_samples(num, self.sample_shape, self.state_dtype, self.device)
         states = result.new_empty((len(return_steps), *shape)) if return_steps is not None else None
         chunks = list(self._chunks(num, first_sample))
         with self._loops.lock, _bar(progress, len(chunks) * self.table.steps) as bar:
@@ -321,7 +321,7 @@ class Sampler:
         if self.table.guided and (labels is None or self._null_label is None):
             missing = "labels" if labels is None else "null_label"
             raise ValueError(f"{missing} must be given for a table with guidance; got None")
-        classes = sample_labels(labels, num, self.device)
+        classes = checks.sample_labels(labels, num, self.device)
         if classes is None or not self.table.guided:
             return classes, None
         return classes, as_null_label(self._null_label, classes)

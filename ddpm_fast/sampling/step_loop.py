@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ddpm_fast.diffusion.model_output import halves, tensor_of
 from ddpm_fast.ops import Implementation
-from ddpm_fast.ops.philox import STREAM_STEPS, STREAM_X_T, empty_samples, philox_rng
+from ddpm_fast.ops.philox import STREAM_STEPS, STREAM_X_T, philox_rng
 from ddpm_fast.ops.row import RowFlag
 from ddpm_fast.sampling.reverse_step import thresholds
 from ddpm_fast.sampling.step_table import StepTable
-from ddpm_fast.utils import checks
+from ddpm_fast.utils import checks, in_place
 
 Model = Callable[..., Any]
 
@@ -45,15 +45,15 @@ class StepLoop:
         labels: Tensor | None = None,
     ) -> None:
         self._model, self._run, self._flags = model, run, int(table.flags)
-        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        state_dtype = checks.compute_dtype(dtype)
         times = 2 if table.guided else 1
-        self._input = empty_samples(times * batch, sample_shape, dtype, device).zero_()
+        self._input = checks.empty_samples(times * batch, sample_shape, dtype, device).zero_()
         scaled = table.flags & RowFlag.SCALE_IN or table.init_scale != 1
         shared = dtype == state_dtype and not scaled
         if shared:
             self.x = self._input[:batch]
         else:
-            self.x = empty_samples(batch, sample_shape, state_dtype, device).zero_()
+            self.x = checks.empty_samples(batch, sample_shape, state_dtype, device).zero_()
         self._target = None if shared else self._input[:batch]
         self._memory = table.memory(self.x)
         self.step_index = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -183,4 +183,4 @@ class StepLoop:
         return self._apart(both[:batch]), None if v is None else self._apart(v[:batch]), out2
 
     def _apart(self, out: Tensor) -> Tensor:
-        return checks.apart(out, self.x, self._target)
+        return in_place.without_overlap(out, self.x, self._target)

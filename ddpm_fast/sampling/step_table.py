@@ -12,13 +12,13 @@ from torch import Tensor
 from ddpm_fast.diffusion.noise_levels import checked_start
 from ddpm_fast.diffusion.parameterization import PREDICTIONS, Prediction
 from ddpm_fast.diffusion.thresholding import DynamicThreshold
-from ddpm_fast.diffusion.timesteps import as_list, check_int, check_name, check_real
 from ddpm_fast.ops.row import ROW_FIELDS, RowFlag, column, complete, flags_for, history_depth
 from ddpm_fast.sampling.solvers.ddim import ddim, ddim_inverse, ve_ode
 from ddpm_fast.sampling.solvers.ddpm import ddpm
 from ddpm_fast.sampling.solvers.dpm_solver import dpmpp_2m, dpmpp_2m_sde
 from ddpm_fast.sampling.solvers.plms import plms
 from ddpm_fast.sampling.solvers.unipc import unipc
+from ddpm_fast.utils import checks
 from ddpm_fast.utils.immutable import Frozen
 
 
@@ -91,7 +91,7 @@ class StepTable(Frozen):
         init_scale: float = 1.0,
     ) -> None:
         if not isinstance(threshold, DynamicThreshold | None):
-            raise TypeError(f"threshold must be a DynamicThreshold or None, got {threshold!r}")
+            raise TypeError(f"threshold must be a DynamicThreshold or None; got {threshold!r}")
         flags = flags_for(rows, threshold is not None)
         depth = history_depth(flags)
         rows = complete(rows.detach().to("cpu", torch.float64), depth)
@@ -102,10 +102,10 @@ class StepTable(Frozen):
                 f"rows: {ROW_FIELDS[index]} is {float(rows[row, index]):.3g} in row {row}, beyond "
                 "float32; where alphas_cumprod is that small, prediction must be 'x0' or 'v'"
             )
-        visited = [check_int(f"timesteps[{i}]", t, 0) for i, t in enumerate(timesteps)]
+        visited = [checks.integer(f"timesteps[{i}]", t, 0) for i, t in enumerate(timesteps)]
         if len(visited) != len(rows) or not visited:
-            raise ValueError(f"timesteps must be one per row, got {len(visited)} for {len(rows)}")
-        check_name("prediction", prediction, PREDICTIONS)
+            raise ValueError(f"timesteps must be one per row; got {len(visited)} for {len(rows)}")
+        checks.choice("prediction", prediction, PREDICTIONS)
         start = "data" if start == "data" else checked_start(start)
         if start == "random" and (depth or flags & RowFlag.SECOND):
             raise ValueError("start must not be 'random' for rows that read earlier steps")
@@ -118,7 +118,7 @@ class StepTable(Frozen):
             name=name,
             draws_always=bool(draws_always),
             threshold=threshold,
-            init_scale=check_real("init_scale", init_scale, 0, math.inf, "()"),
+            init_scale=checks.real("init_scale", init_scale, 0, math.inf, "()"),
             flags=flags,
             uses_noise=bool(rows[:, column("S")].any()),
             depth=depth,
@@ -136,13 +136,13 @@ class StepTable(Frozen):
 
         Raises TypeError, ValueError for another scale.
         """
-        given = as_list(scale)
+        given = checks.as_list(scale)
         given = given if isinstance(given, list) else [given] * self.steps
         if len(given) != self.steps:
             raise ValueError(
-                f"scale must be a number or one for each of {self.steps} rows, got {len(given)}"
+                f"scale must be a number or one for each of {self.steps} rows; got {len(given)}"
             )
-        scales = [check_real("scale", w, -math.inf, math.inf, "()") for w in given]
+        scales = [checks.real("scale", w, -math.inf, math.inf, "()") for w in given]
         rows = self.rows
         rows[:, column("G0")] = torch.tensor(scales, dtype=rows.dtype)
         rows[:, column("G1")] = 1 - rows[:, column("G0")]
@@ -173,7 +173,7 @@ class StepTable(Frozen):
         Where t > 0, or in every row where draws_always is set; never for a table without noise.
         Raises TypeError, ValueError for a row that is no integer or out of range.
         """
-        row = check_int("row", row, 0, self.steps - 1)
+        row = checks.integer("row", row, 0, self.steps)
         later = self.draws_always or bool(self._tables["timesteps"][row] > 0)
         return self.uses_noise and later
 

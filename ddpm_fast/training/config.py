@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from ddpm_fast.diffusion.parameterization import PREDICTIONS
-from ddpm_fast.diffusion.timesteps import check_int, check_name, check_real
 from ddpm_fast.diffusion.variance import LEARNED, VARIANCES
 from ddpm_fast.training.losses import OBJECTIVES
 from ddpm_fast.utils import checks
@@ -66,10 +65,10 @@ class TrainOptions:
             ("variance", VARIANCES),
             ("precision", PRECISIONS),
         ):
-            check_name(name, getattr(self, name), accepted)
+            checks.choice(name, getattr(self, name), accepted)
         ends = {"epochs": (1, 1 << 31), "batch": (1, 1 << 31), "warmup": (0, 1 << 31)}
         for name, (least, most) in (ends | {"seed": (0, (1 << 64) - 1)}).items():
-            self._set(name, check_int(name, getattr(self, name), least, most))
+            self._set(name, checks.integer(name, getattr(self, name), least, most + 1))
         for name, low, high, closed in (
             ("lr", 0, math.inf, "()"),
             ("weight_decay", 0, math.inf, "[)"),
@@ -80,15 +79,15 @@ class TrainOptions:
             ("label_dropout", 0, 1, "[)"),
             ("test_share", 0, 1, "[)"),
         ):
-            self._set(name, check_real(name, getattr(self, name), low, high, closed))
+            self._set(name, checks.real(name, getattr(self, name), low, high, closed))
         if self.clip_norm is not None:
-            self._set("clip_norm", check_real("clip_norm", self.clip_norm, 0, math.inf, "()"))
+            self._set("clip_norm", checks.real("clip_norm", self.clip_norm, 0, math.inf, "()"))
         if self.weighting is not None:
-            check_name("weighting", self.weighting, ("min_snr",))
+            checks.choice("weighting", self.weighting, ("min_snr",))
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1); got {self.betas}")
         names = [f"betas[{i}]" for i in range(2)]
-        betas = [check_real(n, b, 0, 1, "[)") for n, b in zip(names, self.betas, strict=True)]
+        betas = [checks.real(n, b, 0, 1, "[)") for n, b in zip(names, self.betas, strict=True)]
         self._set("betas", tuple(betas))
         checks.instance("compile", self.compile, bool)
         if self.objective == "full" and self.weighting is not None:

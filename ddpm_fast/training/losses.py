@@ -13,10 +13,8 @@ from ddpm_fast.diffusion.bound_terms import DECODERS, BoundTerms, Decoder
 from ddpm_fast.diffusion.model_output import prediction_of
 from ddpm_fast.diffusion.parameterization import Prediction, check_prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.diffusion.timesteps import check_name, check_real
 from ddpm_fast.diffusion.variance import LEARNED, VARIANCES, Variance
 from ddpm_fast.ops.philox import STREAM_TRAINING
-from ddpm_fast.sampling.labels import sample_labels
 from ddpm_fast.training.noising import noised
 from ddpm_fast.training.weights import Weighting, error_weight, target
 from ddpm_fast.utils import checks
@@ -120,10 +118,10 @@ def training_losses(
         raise TypeError(f"model must be callable as model(x, t); got {type(model).__name__}")
     checks.instance("schedule", schedule, NoiseSchedule)
     check_prediction(prediction, schedule)
-    check_name("objective", objective, OBJECTIVES)
-    check_name("variance", variance, VARIANCES)
-    check_name("decoder", decoder, DECODERS)
-    vb_weight = check_real("vb_weight", vb_weight, 0, math.inf, "[)")
+    checks.choice("objective", objective, OBJECTIVES)
+    checks.choice("variance", variance, VARIANCES)
+    checks.choice("decoder", decoder, DECODERS)
+    vb_weight = checks.real("vb_weight", vb_weight, 0, math.inf, "[)")
     learned = variance in LEARNED
     if objective == "hybrid" and not learned:
         raise ValueError(
@@ -136,7 +134,7 @@ def training_losses(
     if x0.ndim < 2:
         raise ValueError(f"x0 must be [N, C, ...]; got {checks.shape_text(x0)}")
     t = checks.index("t", t, x0, schedule.T)
-    told = sample_labels(labels, len(x0), x0.device)
+    told = checks.sample_labels(labels, len(x0), x0.device)
     inside = t.clamp(0, schedule.T - 1)
     weight = error_weight(objective, weighting, gamma, prediction, inside, schedule, x0.dtype)
     x_t, noise = noised(x0, t, schedule, noise, seed, stream, first_sample, offset_noise, backend)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ddpm_fast.diffusion.forward import q_sample, q_sample_philox
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.diffusion.timesteps import check_real
 from ddpm_fast.ops.philox import STREAM_OFFSET, STREAM_TRAINING, philox_normal
 from ddpm_fast.utils import checks
 
@@ -26,7 +25,7 @@ def noised(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """x_t and the noise in it, its offset included; the arguments are those of training_losses."""
-    strength = check_real("offset_noise", offset_noise, 0, inf, "[)")
+    strength = checks.real("offset_noise", offset_noise, 0, inf, "[)")
     place = (x0.device, backend)
     if noise is None:
         if seed is None:

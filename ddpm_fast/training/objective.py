@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ddpm_fast.diffusion.parameterization import PREDICTIONS
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.utils import checks
 
 
@@ -35,9 +34,9 @@ def objective_weights(
     or score on a schedule of zero terminal SNR, where no weight is finite in the full objective.
     """
     checks.instance("schedule", schedule, NoiseSchedule)
-    check_name("variance", variance, ("posterior", "beta"))
-    check_name("target", target, PREDICTIONS)
-    check_name("objective", objective, ("full", "simple"))
+    checks.choice("variance", variance, ("posterior", "beta"))
+    checks.choice("target", target, PREDICTIONS)
+    checks.choice("objective", objective, ("full", "simple"))
     abar, rest = schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod
     if objective == "simple":
         return {"epsilon": abar.new_ones(len(abar)), "x0": schedule.snr, "v": abar, "score": rest}[

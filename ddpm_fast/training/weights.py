@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ddpm_fast.diffusion.parameterization import Prediction, epsilon_factors
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.diffusion.timesteps import check_real
 from ddpm_fast.utils import checks
 
 Weighting = Literal["min_snr"] | Tensor | None
@@ -42,7 +41,7 @@ def error_weight(
 
     t: int64 [N], in [0, T).
     """
-    gamma = check_real("gamma", gamma, 0, inf, "()")
+    gamma = checks.real("gamma", gamma, 0, inf, "()")
     own = _own(weighting, t, schedule) if isinstance(weighting, Tensor) else None
     if own is None and weighting is not None and weighting != "min_snr":
         raise ValueError(f"weighting must be None, 'min_snr' or a tensor [T]; got {weighting!r}")

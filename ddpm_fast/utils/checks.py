@@ -1,15 +1,18 @@
-"""Checks of arguments, with messages that name the argument, what came and what is accepted.
+"""Argument checks. Every message has the form `NAME must be X; got Y`.
 
-Nothing here waits for a GPU: values on a device are not looked at, because the kernels clamp what
-they read there.
+No check synchronises with a GPU: values in device memory are not read, because the kernels clamp
+the indices that they read there.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 import operator
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,172 +26,111 @@ Kind = TypeVar("Kind")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` -> ``float32``."""
+    """Return `float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
 
 
 def shape_text(tensor: Tensor) -> str:
-    """A shape as people write it: ``[2, 3, 32, 32]``."""
+    """Return the shape of a tensor as text, such as `[2, 3, 32, 32]`."""
     return str(list(tensor.shape))
 
 
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that tensors of ``dtype`` are computed in: float64 for float64, else float32."""
+def describe(value: object) -> str:
+    """Return dtype, shape and device of a tensor, or the type of anything else, for a message."""
+    if isinstance(value, Tensor):
+        return f"{dtype_name(value.dtype)} {shape_text(value)} on {value.device}"
+    return type(value).__name__
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the arithmetic: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def instance(name: str, value: Any, kind: type[Kind]) -> Kind:
-    """``value``, which must be a ``kind``."""
+    """Return `value` if it is an instance of `kind`.
+
+    Raises:
+        TypeError: it is not.
+    """
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
     return value
 
 
-def batch(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
-    """``value`` as a batch of samples [N, ...] of one of ``dtypes``."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a strided tensor; got layout {value.layout}")
-    if value.dtype not in dtypes:
-        accepted = ", ".join(dtype_name(d) for d in dtypes)
-        raise TypeError(f"{name} must be {accepted}; got {dtype_name(value.dtype)}")
-    if value.ndim == 0:
-        raise ValueError(f"{name} must have a batch dimension, [N, ...]; got a 0-d tensor")
-    return value
+def integer(name: str, value: Any, low: int, end: int | None = None) -> int:
+    """Return `value` as an int.
 
+    Args:
+        name: Name of the argument in messages.
+        value: An integer of any type with `__index__`; no bool.
+        low: Smallest accepted value.
+        end: One more than the largest accepted value. None: no limit.
 
-def floating(name: str, value: Any) -> Tensor:
-    """``value`` as a floating-point tensor of any shape."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = dtype_name(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a floating-point tensor; got {got}")
-    return value
-
-
-def like(
-    name: str, value: Any, other_name: str, other: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> Tensor:
-    """``value`` as a batch of the shape and device of ``other``."""
-    value = batch(name, value, dtypes)
-    if value.shape != other.shape:
-        raise ValueError(
-            f"{name} must have the shape of {other_name}, {shape_text(other)};"
-            f" got {shape_text(value)}"
-        )
-    return same_device(name, value, other_name, other)
-
-
-def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
-    """``value``, if it is on the device of ``other``."""
-    if value.device != other.device:
-        raise ValueError(
-            f"{name} must be on the device of {other_name}, {other.device}; got {value.device}"
-        )
-    return value
-
-
-def written(name: str, value: Tensor) -> Tensor:
-    """``value`` as a tensor that is written in place: no two elements share memory."""
-    if any(
-        size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)
-    ):
-        raise ValueError(f"{name} is written in place and must not be expanded; .clone() it first")
-    if value.requires_grad:
-        raise ValueError(f"{name} is written in place and must not require grad; .detach() it")
-    return value
-
-
-def apart(value: Tensor, *targets: Tensor | None) -> Tensor:
-    """``value``, or a copy where it is another view of memory that is about to be written.
-
-    The very same view is fine: an update reads each element before it writes it. A compiled graph
-    sees to aliases itself.
+    Raises:
+        TypeError: `value` is not an integer.
+        ValueError: `value` is out of range.
     """
-    if torch.compiler.is_compiling():
-        return value
-    for target in targets:
-        if target is not None and _overlaps(value, target):
-            return value.clone()
-    return value
+    accepted = f"an integer >= {low}" if end is None else f"an integer in [{low}, {end - 1}]"
+    try:
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be {accepted}; got {_with_type(value)}")
+    if number < low or (end is not None and number >= end):
+        raise ValueError(f"{name} must be {accepted}; got {number}")
+    return number
 
 
-def _overlaps(value: Tensor, target: Tensor) -> bool:
-    """Whether two views share memory other than element for element."""
-    first, last = _extent(value)
-    target_first, target_last = _extent(target)
-    if last <= target_first or target_last <= first:
-        return False
-    same = first == target_first and value.stride() == target.stride()
-    return not same or value.dtype != target.dtype
+def real(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    closed: str = "()",
+) -> float:
+    """Return `value` as a float.
 
+    Args:
+        name: Name of the argument in messages.
+        value: A real number; no bool. NaN is in no interval.
+        low: Lower end of the accepted interval.
+        high: Upper end of the accepted interval.
+        closed: Which ends belong to the interval: `[]`, `(]`, `[)` or `()`.
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of its first byte and of the one past its last; equal where it is empty."""
-    if tensor.numel() == 0 or tensor.device.type == "meta":
-        return 0, 0
-    reach = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    start = tensor.data_ptr()
-    return start, start + (reach + 1) * tensor.element_size()
-
-
-def distinct(**tensors: Tensor | None) -> None:
-    """That no two of the tensors that a call writes begin at the same place."""
-    seen: dict[int, str] = {}
-    for name, tensor in tensors.items():
-        if tensor is None or torch.compiler.is_compiling() or _extent(tensor) == (0, 0):
-            continue
-        other = seen.setdefault(tensor.data_ptr(), name)
-        if other != name:
-            raise ValueError(f"{name} must not share its memory with {other}; both are written")
-
-
-def note_written(*tensors: Tensor | None) -> None:
-    """Tell autograd that an operator wrote to these, so that a stale graph is noticed."""
-    if not torch.compiler.is_compiling():
-        for tensor in tensors:
-            if tensor is not None and not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
-
-
-def index(name: str, value: Any, like: Tensor, end: int | None) -> Tensor:
-    """``value``, an int or integers [N], as int64 [N] on the device of ``like``.
-
-    Values on the CPU are checked against [0, ``end``); on a GPU they are clamped by the kernels.
+    Raises:
+        TypeError: `value` is not a real number.
+        ValueError: `value` is outside the interval.
     """
-    samples = like.shape[0]
-    accepted = f"{name} must be an int or an int64 or int32 tensor [{samples}]"
-    if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{accepted}; got {type(value).__name__}")
-        value = operator.index(value)
-        if end is not None and not 0 <= value < end:
-            raise ValueError(f"{name} must lie in [0, {end}); got {value}")
-        return torch.full((), value, dtype=torch.int64, device=like.device).expand(samples)
-    if value.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{accepted}; got {dtype_name(value.dtype)}")
-    if value.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, as the samples; got {value.device}")
-    if value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, samples)):
-        raise ValueError(
-            f"{name} must have one value for each of {samples} samples; got {shape_text(value)}"
-        )
-    if (
-        end is not None
-        and value.device.type == "cpu"
-        and value.numel() > 0
-        and not torch.compiler.is_compiling()
-    ):
-        low, high = (int(v) for v in value.aminmax())
-        if low < 0 or high >= end:
-            raise ValueError(f"{name} must lie in [0, {end}); got {low if low < 0 else high}")
-    return value.to(torch.int64).expand(samples)
+    accepted = f"a number in {closed[0]}{low:g}, {high:g}{closed[1]}"
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {accepted}; got {_with_type(value)}")
+    number = float(value)
+    above = number >= low if closed[0] == "[" else number > low
+    below = number <= high if closed[1] == "]" else number < high
+    if not (above and below):
+        raise ValueError(f"{name} must be {accepted}; got {number}")
+    return number
+
+
+def choice(name: str, value: Any, accepted: Collection[str]) -> str:
+    """Return `value` if it is one of the accepted names.
+
+    Raises:
+        ValueError: it is not; the message lists them.
+    """
+    if not isinstance(value, str) or value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
+    return value
 
 
 def device(name: str, value: Any) -> torch.device:
-    """``value`` as a device; None is torch's default."""
+    """Return `value` as a device; None is torch's default device.
+
+    Raises:
+        ValueError: it is no device.
+    """
     try:
         return torch.get_default_device() if value is None else torch.device(value)
     except (RuntimeError, TypeError) as error:
@@ -197,21 +139,13 @@ def device(name: str, value: Any) -> torch.device:
         ) from error
 
 
-def integer(name: str, value: Any, low: int, end: int) -> int:
-    """``value`` as an int in [low, end)."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-    if not low <= number < end:
-        raise ValueError(f"{name} must lie in [{low}, {end}); got {number}")
-    return number
-
-
 def sample_shape(name: str, value: Any) -> tuple[int, ...]:
-    """``value`` as the shape of one sample, such as (3, 32, 32)."""
+    """Return `value` as the shape of one sample, such as (3, 32, 32).
+
+    Raises:
+        TypeError: `value` is no sequence of ints.
+        ValueError: a size is negative, or there are more than 2^34 elements.
+    """
     try:
         shape = tuple(operator.index(size) for size in value)
     except TypeError:
@@ -223,3 +157,179 @@ def sample_shape(name: str, value: Any) -> tuple[int, ...]:
     if math.prod(shape) > ELEMENTS_END:
         raise ValueError(f"{name} must have at most 2^34 elements; got {shape}")
     return shape
+
+
+def as_list(value: Any) -> Any:
+    """Return sequences, arrays and tensors as a list; numbers, strings and others unchanged."""
+    if isinstance(value, np.ndarray | np.generic | Tensor):
+        return value.tolist()
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def batch(
+    name: str,
+    value: Any,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    shape: Sequence[int | str] | None = None,
+) -> Tensor:
+    """Return `value` if it is a batch of samples [N, ...].
+
+    Args:
+        name: Name of the argument in messages.
+        value: A strided tensor with at least one dimension.
+        dtypes: Accepted dtypes.
+        shape: Accepted shape. Letters stand for any size. None: any shape.
+
+    Raises:
+        TypeError: `value` is no strided tensor, or of another dtype.
+        ValueError: `value` has another shape.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor; got layout {value.layout}")
+    if value.dtype not in dtypes:
+        accepted = ", ".join(dtype_name(d) for d in dtypes)
+        raise TypeError(f"{name} must be {accepted}; got {dtype_name(value.dtype)}")
+    if value.ndim == 0:
+        raise ValueError(f"{name} must have a batch dimension, [N, ...]; got a 0-d tensor")
+    if shape is not None and not _fits(value, shape):
+        accepted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must be [{accepted}]; got {shape_text(value)}")
+    return value
+
+
+def _fits(value: Tensor, shape: Sequence[int | str]) -> bool:
+    return value.ndim == len(shape) and all(
+        isinstance(wanted, str) or size == wanted
+        for size, wanted in zip(value.shape, shape, strict=True)
+    )
+
+
+def images(name: str, value: Any) -> Tensor:
+    """Return `value` if it is a floating-point tensor [N, C, H, W]; raise as `batch` does."""
+    return batch(name, value, shape=("N", "C", "H", "W"))
+
+
+def floating(name: str, value: Any) -> Tensor:
+    """Return `value` if it is a floating-point tensor, of any shape.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = dtype_name(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor; got {got}")
+    return value
+
+
+def like(
+    name: str, value: Any, other_name: str, other: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> Tensor:
+    """Return `value` if it is a batch of one of `dtypes` with the shape and device of `other`.
+
+    Raises:
+        TypeError: `value` is no strided tensor, or of another dtype.
+        ValueError: `value` has another shape, or is on another device.
+    """
+    value = batch(name, value, dtypes)
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {shape_text(other)};"
+            f" got {shape_text(value)}"
+        )
+    return same_device(name, value, other_name, other)
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
+    """Return `value` if it is on the device of `other`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}; got {value.device}"
+        )
+    return value
+
+
+def index(name: str, value: Any, like: Tensor, end: int | None) -> Tensor:
+    """Return indices of samples, such as timesteps, as int64 [N] on the device of `like`.
+
+    Args:
+        name: Name of the argument in messages.
+        value: An int, or an int64 or int32 tensor, 0-d, [1] or [N].
+        like: The samples [N, ...].
+        end: One more than the largest accepted value. Values in CPU memory are checked; the
+            kernels clamp those on a GPU. None: not checked.
+
+    Raises:
+        TypeError: `value` is neither an int nor a tensor of integers.
+        ValueError: a value is out of range, or the tensor has another shape or device.
+    """
+    samples = like.shape[0]
+    accepted = f"{name} must be an integer or an int64 or int32 tensor [{samples}]"
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{accepted}; got {type(value).__name__}")
+        value = integer(name, value, 0, end) if end is not None else operator.index(value)
+        return torch.full((), value, dtype=torch.int64, device=like.device).expand(samples)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{accepted}; got {dtype_name(value.dtype)}")
+    if value.device != like.device:
+        raise ValueError(
+            f"{name} must be on the device of the samples, {like.device}; got {value.device}"
+        )
+    if value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, samples)):
+        raise ValueError(
+            f"{name} must have one value for each of {samples} samples; got {shape_text(value)}"
+        )
+    if (
+        end is not None
+        and value.device.type == "cpu"
+        and value.numel() > 0
+        and not torch.compiler.is_compiling()
+    ):
+        low, high = (int(v) for v in value.aminmax())
+        integer(name, low if low < 0 else high, 0, end)
+    return value.to(torch.int64).expand(samples)
+
+
+def sample_labels(labels: Tensor | int | None, num: int, device: torch.device) -> Tensor | None:
+    """Return the label of each sample, [num, ...] on a device; None for None.
+
+    Args:
+        labels: One int >= 0 for all samples, or a tensor [num, ...].
+        num: Number of samples.
+        device: Device of the result.
+
+    Raises:
+        TypeError: `labels` is neither an int nor a tensor.
+        ValueError: an int is negative, or the tensor has another number of labels.
+    """
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor):
+        label = integer("labels", labels, 0, 1 << 62)
+        return torch.full((num,), label, dtype=torch.int64, device=device)
+    if labels.ndim == 0 or labels.shape[0] != num:
+        raise ValueError(
+            f"labels must be an integer or a tensor [{num}, ...]; got {shape_text(labels)}"
+        )
+    return labels.to(device)
+
+
+def empty_samples(
+    num: int, sample_shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None
+) -> Tensor:
+    """Return an uninitialised batch [num, *sample_shape], channels-last for 4-D and 5-D batches."""
+    shape = (num, *sample_shape)
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}
+    memory_format = channels_last.get(len(shape), torch.contiguous_format)
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+
+
+def _with_type(value: object) -> str:
+    kind = type(value).__name__
+    return f"{value!r} ({kind})" if isinstance(value, bool | int | float | str) else kind

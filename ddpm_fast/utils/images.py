@@ -40,9 +40,7 @@ def to_uint8(images: Tensor) -> Tensor:
     a RuntimeWarning that counts it. Raises TypeError for what is no floating-point tensor,
     ValueError for another number of dimensions.
     """
-    values = checks.batch("images", images).detach()
-    if values.ndim != 4:
-        raise ValueError(f"images must be [N, C, H, W]; got {checks.shape_text(values)}")
+    values = checks.images("images", images).detach()
     nan = values.isnan()
     if nan.any():
         affected = int(nan.flatten(1).any(1).sum())

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_fast.utils import checks
+
 
 class Frozen:
     """Base of immutable holders of CPU tables: equality by content, copies cached per device.
@@ -29,11 +31,8 @@ class Frozen:
         """Copy of a table on a device, made once and then shared."""
         source = self._tables[table]
         if source.is_floating_point() and dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
-        try:
-            device = torch.device(device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f"device must be a torch device or its name, got {device!r}") from None
+            raise ValueError(f"dtype must be torch.float32 or torch.float64; got {dtype!r}")
+        device = checks.device("device", device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         key = (table, device, dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.ops import Implementation
+from ddpm_fast.utils import checks
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded", "odd", "empty")
 # What an operator is run and judged by: (outputs, float64 oracles, sums of absolute terms).
@@ -26,7 +27,7 @@ class Case:
     @property
     def arithmetic(self) -> torch.dtype:
         """float64 for float64, else float32."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return checks.compute_dtype(self.dtype)
 
     def tensor(self, seed: int, dtype: torch.dtype | None = None, written: bool = False) -> Tensor:
         """Normal numbers of the case's layout; a tensor that is written is never expanded."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpm_fast.ops import Implementation, reference
 from ddpm_fast.ops.reference.network import doubling_weight
+from ddpm_fast.utils import checks
 
 NETWORK_LAYOUTS = ("channels_last", "odd", "sliced", "empty")
 TIMES_TORCH = 2
@@ -74,7 +75,7 @@ def _group_norm(options: str) -> Callable[[_Case], _Results]:
         more = {"sources": 18 if case.layout == "odd" else 30}.get(options, 0)
         x2 = case.image(1, more) if more else None
         total = channels + more
-        wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+        wide = checks.compute_dtype(case.dtype)
         weight, bias = case.parameter(2, total), case.parameter(3, total)
         vector = modulation = row = residual = None
         if options != "plain":
@@ -189,7 +190,7 @@ def network_checks(
                 continue
             miss = (out.double().cpu() - oracle).abs()
             torch_miss = (peer.double().cpu() - oracle).abs()
-            arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+            arithmetic = checks.compute_dtype(dtype)
             floor = ROUNDINGS * torch.finfo(arithmetic).eps * _rms(oracle)
             ratio = _rms(miss) / (TIMES_TORCH * _rms(torch_miss) + floor)
             yield NetworkCheck(op, layout, _finite(miss.max()), _finite(ratio))

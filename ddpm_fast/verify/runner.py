@@ -18,6 +18,7 @@ from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.ops import BACKENDS, Implementation, implementation, reference, why_not
 from ddpm_fast.ops.dispatch import DTYPES
 from ddpm_fast.ops.philox import STREAM_STEPS, STREAM_TRAINING, philox_rng
+from ddpm_fast.utils import checks
 from ddpm_fast.verify.cases import LAYOUTS, Case, Results
 from ddpm_fast.verify.network import NETWORK_LAYOUTS, network_checks
 from ddpm_fast.verify.reverse_step import Operate, step_operators
@@ -172,7 +173,7 @@ def _check(
     twins: list[Tensor] | None,
 ) -> Check:
     error = ratio = 0.0
-    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    arithmetic = checks.compute_dtype(dtype)
     for output, oracle, total in zip(outputs, oracles, sums, strict=True):
         if output.numel() == 0:
             continue

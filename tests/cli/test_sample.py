@@ -215,7 +215,7 @@ def test_the_shipped_model_is_the_default() -> None:
         pytest.param(
             ("--out", "a.png", "--trajectory", "./a.png"), "must differ", id="strip-is-out"
         ),
-        pytest.param(("--seed", 1 << 64), "seed must lie in", id="seed"),
+        pytest.param(("--seed", 1 << 64), "seed must be an integer in", id="seed"),
         pytest.param(("--model", "nowhere"), "nowhere: no such checkpoint folder", id="model"),
     ],
 )

@@ -109,8 +109,8 @@ def test_what_cannot_be_accelerated_is_refused_by_name(case, error, words):
         ),
         ({"output_type": "jpeg"}, "output_type must be one of pil, np"),
         ({"num_inference_steps": 1001}, "num_inference_steps cannot be larger"),
-        ({"num_inference_steps": 0}, "num_inference_steps must lie"),
-        ({"num_inference_steps": -1}, "num_inference_steps must lie"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer"),
+        ({"num_inference_steps": -1}, "num_inference_steps must be an integer"),
     ],
 )
 def test_bad_arguments_of_a_call(call, words):

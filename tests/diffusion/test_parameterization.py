@@ -133,7 +133,7 @@ X = torch.zeros(2, 3)
         pytest.param(
             ValueError, "target.*'score'", (X, X, 1, ZERO_SNR, "v", "score"), id="to-score"
         ),
-        pytest.param(ValueError, "t must lie", (X, X, 1000, LINEAR, "v", "x0"), id="t"),
+        pytest.param(ValueError, "t must be an integer", (X, X, 1000, LINEAR, "v", "x0"), id="t"),
         pytest.param(
             ValueError, r"out must have.*\[2, 3\]", (X[:, :1], X, 1, LINEAR, "v", "x0"), id="shape"
         ),

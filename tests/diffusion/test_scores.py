@@ -80,7 +80,7 @@ def test_an_int_is_every_samples_timestep_and_gradients_pass() -> None:
         ("score", torch.zeros(2, 4), ValueError, "[2, 3]", "[2, 4]"),
         ("score", torch.zeros(2, 3, dtype=F64), TypeError, "float32", "float64"),
         ("x_t", torch.zeros(2, 3, dtype=torch.int64), TypeError, "int64"),
-        ("t", 1000, ValueError, "[0, 1000)", "1000"),
+        ("t", 1000, ValueError, "[0, 999]", "1000"),
         ("t", 1.0, TypeError, "int64", "float"),
         ("schedule", 1000, TypeError, "NoiseSchedule", "int"),
     ],

@@ -75,7 +75,7 @@ def test_a_learned_variance_is_differentiable_in_the_raw_output() -> None:
     [
         ("kind", "small", ValueError, "posterior, beta, learned", "small"),
         ("raw", torch.zeros(2, 3), ValueError, "left out", "posterior"),
-        ("t", 1000, ValueError, "[0, 1000)"),
+        ("t", 1000, ValueError, "[0, 999]"),
         ("schedule", None, TypeError, "NoiseSchedule", "NoneType"),
         ("log_variance", "drop", ValueError, "repeat", "drop"),
         ("x_t", torch.zeros(2, dtype=torch.int64), TypeError, "int64"),
@@ -162,9 +162,9 @@ def test_a_schedule_of_all_its_steps_is_itself() -> None:
 
 
 def test_what_cannot_be_respaced_is_named() -> None:
-    with pytest.raises(TypeError, match="schedule must be a NoiseSchedule, got list"):
+    with pytest.raises(TypeError, match="schedule must be a NoiseSchedule; got list"):
         respace([0.1, 0.2], 1)
-    with pytest.raises(ValueError, match=r"steps must be an integer in \[1, 1000\], got 1001"):
+    with pytest.raises(ValueError, match=r"steps must be an integer in \[1, 1000\]; got 1001"):
         respace(SCHEDULE, 1001)
 
 

@@ -14,18 +14,18 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("x", "t", "labels", "match"),
         [
-            pytest.param(X.numpy(), T, None, "x: expected a floating.*ndarray", id="no-tensor"),
-            pytest.param(X.int(), T, None, "x: expected a floating.*int32", id="integers"),
-            pytest.param(X[0], T, None, r"x: expected \[N, 1, H, W\].*\[1, 8, 8\]", id="3-d"),
-            pytest.param(X.expand(2, 3, 8, 8), T, None, r"x: expected \[N, 1, H", id="channels"),
-            pytest.param(X[..., :7], T, None, "x: .*multiples of 2.*8, 7", id="odd-width"),
-            pytest.param(X[:, :, :0], T, None, "x: .*multiples of 2.*0, 8", id="no-pixels"),
-            pytest.param(X.to("meta"), T, None, "x: expected a tensor on cpu", id="x-device"),
-            pytest.param(X, torch.arange(3), None, r"t: expected one .* 2.*\[3\]", id="t-length"),
-            pytest.param(X, T.float(), None, "t: expected int64.*float32", id="t-float"),
-            pytest.param(X, T.to("meta"), None, "t: expected int64.*on cpu", id="t-device"),
-            pytest.param(X, -1, None, "t: expected .*-1", id="t-negative"),
-            pytest.param(X, T, T, "class_labels: given", id="labels-unasked"),
+            pytest.param(X.numpy(), T, None, "x must be a floating.*ndarray", id="no-tensor"),
+            pytest.param(X.int(), T, None, "x must be a floating.*int32", id="integers"),
+            pytest.param(X[0], T, None, r"x must be \[N, 1, H, W\].*\[1, 8, 8\]", id="3-d"),
+            pytest.param(X.expand(2, 3, 8, 8), T, None, r"x must be \[N, 1, H", id="channels"),
+            pytest.param(X[..., :7], T, None, "x must .*multiples of 2.*8, 7", id="odd-width"),
+            pytest.param(X[:, :, :0], T, None, "x must .*multiples of 2.*0, 8", id="no-pixels"),
+            pytest.param(X.to("meta"), T, None, "x must be a tensor on cpu", id="x-device"),
+            pytest.param(X, torch.arange(3), None, r"t must be one .* 2.*\[3\]", id="t-length"),
+            pytest.param(X, T.float(), None, "t must be int64.*float32", id="t-float"),
+            pytest.param(X, T.to("meta"), None, "t must be int64.*on cpu", id="t-device"),
+            pytest.param(X, -1, None, "t must be .*-1", id="t-negative"),
+            pytest.param(X, T, T, "class_labels must be None", id="labels-unasked"),
         ],
     )
     def test_forward(self, x, t, labels, match):
@@ -35,18 +35,18 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("labels", "match"),
         [
-            pytest.param(None, "missing", id="missing"),
+            pytest.param(None, "be given", id="missing"),
             pytest.param(3, r"int64 \[2\].*got int", id="no-tensor"),
             pytest.param(T.float(), r"int64 \[2\].*float32", id="float"),
             pytest.param(T.int(), r"int64 \[2\].*int32", id="int32"),
             pytest.param(T[:1], r"int64 \[2\].*\[1\]", id="length"),
-            pytest.param(T.to("meta"), r"on cpu, got .* on meta", id="device"),
-            pytest.param(T + 3, r"0\.\.4, got 5", id="too-large"),
-            pytest.param(-T, r"0\.\.4, got -1", id="negative"),
+            pytest.param(T.to("meta"), r"on cpu; got .* on meta", id="device"),
+            pytest.param(T + 3, r"\[0, 4\]; got 5", id="too-large"),
+            pytest.param(-T, r"\[0, 4\]; got -1", id="negative"),
         ],
     )
     def test_class_labels(self, labels, match):
-        with pytest.raises(ValueError, match=f"class_labels: .*{match}"):
+        with pytest.raises(ValueError, match=f"class_labels must .*{match}"):
             ThesisUNet(**TINY, num_classes=5)(self.X, self.T, labels)
 
 
@@ -91,7 +91,7 @@ class TestConfig:
             ThesisUNet(labels=True)
 
     def test_config_and_options_at_once(self):
-        with pytest.raises(ValueError, match="ThesisUNet takes a config or options, got both"):
+        with pytest.raises(ValueError, match="ThesisUNet must get a config or options; got both"):
             ThesisUNet(ThesisUNetConfig(), img_channels=1)
 
     def test_takes_json_and_gives_it_back(self):

@@ -181,7 +181,7 @@ BAD = {
         r"null_label must be a label.*got int64 \[2\]",
     ),
     "nan": (lambda: DDPM.with_guidance(float("nan")), "scale must be a number in"),
-    "scales": (lambda: DDPM.with_guidance([1.0, 2.0]), "one for each of 6 rows, got 2"),
+    "scales": (lambda: DDPM.with_guidance([1.0, 2.0]), "one for each of 6 rows; got 2"),
     "one-output": (
         step(DDPM.with_guidance(2.0), noise=X),
         "model_output2: a table with guidance needs it; got nothing",

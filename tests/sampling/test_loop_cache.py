@@ -94,7 +94,7 @@ def test_samplers_of_one_cache_take_turns():
 def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="table must be a StepTable; got int"):
         sampler().with_table(5)
-    with pytest.raises(ValueError, match=r"loops_kept must lie in \[1, .*got 0"):
+    with pytest.raises(ValueError, match=r"loops_kept must be an integer in \[1, .*got 0"):
         sampler(loops_kept=0)
 
 

@@ -152,15 +152,15 @@ MADE = [
 SAMPLED = [
     ("num", -1, ValueError, "[0, ", "-1"),
     ("num", 1.0, TypeError, "int", "float"),
-    ("seed", -1, ValueError, "[0, 18446744073709551616)", "-1"),
+    ("seed", -1, ValueError, "[0, 18446744073709551615]", "-1"),
     ("seed", None, TypeError, "int", "NoneType"),
     ("first_sample", -1, ValueError, "[0, ", "-1"),
     ("first_sample", (1 << 63) - 1, ValueError, "[0, ", "9223372036854775807"),
     ("x_T", [0.0], TypeError, "tensor", "list"),
     ("x_T", torch.zeros(2, *SHAPE, dtype=torch.int64), TypeError, "floating-point", "int64"),
     ("x_T", torch.zeros(1, *SHAPE), ValueError, "[2, 3, 6, 5]", "[1, 3, 6, 5]"),
-    ("return_steps", [6], ValueError, "[0, 6)", "6"),
-    ("return_steps", [-1], ValueError, "[0, 6)", "-1"),
+    ("return_steps", [6], ValueError, "[0, 5]", "6"),
+    ("return_steps", [-1], ValueError, "[0, 5]", "-1"),
     ("return_steps", [0.5], TypeError, "int", "float"),
     ("return_steps", 3, TypeError, "sequence", "int"),
 ]

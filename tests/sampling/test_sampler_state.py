@@ -128,5 +128,5 @@ def test_a_generator_is_drawn_from_in_the_order_of_diffusers(table, draws):
 
 def test_two_tensors_that_are_written_must_be_two():
     x = normals((2, 3, 4, 4), "contiguous", torch.float32, 1, "cpu")
-    with pytest.raises(ValueError, match="pred_x0 must not share its memory with x"):
+    with pytest.raises(ValueError, match="pred_x0 must not share memory with x"):
         reverse_step_(x, x.clone(), DDPM, 0, rng=philox_rng(1), pred_x0=x)

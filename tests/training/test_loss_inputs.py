@@ -264,7 +264,7 @@ GOOD = {
         ("x0", torch.zeros(4, 2, dtype=torch.uint8), TypeError, "float32, float64", "uint8"),
         ("x0", torch.zeros(4, dtype=F32), ValueError, "[N, C, ...]", "[4]"),
         ("t", torch.zeros(3, dtype=torch.int64), ValueError, "4 samples", "[3]"),
-        ("t", 8, ValueError, "[0, 8)", "8"),
+        ("t", 8, ValueError, "[0, 7]", "8"),
         ("t", torch.tensor([0.0] * 4), TypeError, "int64", "float32"),
         ("schedule", [0.1], TypeError, "NoiseSchedule", "list"),
         ("prediction", "noise", ValueError, "epsilon, x0", "noise"),

@@ -133,9 +133,9 @@ def test_names_leave_the_grid_as_it_is(channels: int) -> None:
     [
         pytest.param((0, 1, 4, 4), {}, r"images must be .* got \[0, 1, 4, 4\]", id="none"),
         pytest.param((1, 2, 4, 4), {}, r"C 1 or 3; got \[1, 2, 4, 4\]", id="two-channels"),
-        pytest.param((4, 1, 4, 4), {"columns": 0}, "columns must lie in", id="columns"),
-        pytest.param((4, 1, 4, 4), {"padding": -1}, "padding must lie in", id="padding"),
-        pytest.param((4, 1, 4, 4), {"scale": 0}, "scale must lie in", id="scale"),
+        pytest.param((4, 1, 4, 4), {"columns": 0}, "columns must be an integer in", id="columns"),
+        pytest.param((4, 1, 4, 4), {"padding": -1}, "padding must be an integer in", id="padding"),
+        pytest.param((4, 1, 4, 4), {"scale": 0}, "scale must be an integer in", id="scale"),
         pytest.param(
             (4, 1, 4, 4), {"row_names": ["a"]}, "row_names must be 2 or none; got 1", id="rows"
         ),

@@ -26,6 +26,7 @@ from ddpm_fast.engine.plan.operations import (
 from ddpm_fast.models.unet_blocks import upsample_nearest
 from ddpm_fast.ops import implementation, why_not
 from ddpm_fast.ops.aten import SDPA, pixels, sdpa
+from ddpm_fast.utils import checks
 
 Slots = list[Any]  # the tensors of a call, by number
 
@@ -129,7 +130,7 @@ class Binder:
 
     def _normalization(self, op: Normalization) -> Step:
         spec = op.spec
-        wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
+        wide = checks.compute_dtype(spec.dtype)
         weight, bias = op.weight.to(wide, copy=True), op.bias.to(wide, copy=True)
         constant = None if op.constant is None else op.constant.to(wide, copy=True)[None]
         vector, modulation = op.vector, op.modulation

@@ -32,6 +32,7 @@ from ddpm_fast.models.unet_blocks import (
     UpBlock,
     Upsample,
 )
+from ddpm_fast.utils import checks
 
 _SAME: Padding = (1, 1, 1, 1)
 _NONE: Padding = (0, 0, 0, 0)
@@ -85,7 +86,7 @@ class _Lowering:
         unet, cfg = self._unet, self._unet.config
         x = self._value("x", cfg.in_channels, height, width, given=True)
         if unet.class_embedding is not None:
-            wide = torch.float64 if self._dtype == torch.float64 else torch.float32
+            wide = checks.compute_dtype(self._dtype)
             self._embeddings = TensorValue("embeddings", (self._batch, 0, 1, 1), wide)
             self._operations.append(Embed("class_embedding", self._embeddings))
         h: Source = x

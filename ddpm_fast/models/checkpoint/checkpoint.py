@@ -106,11 +106,11 @@ def load(
     """
     check_variant(variant)
     if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {dtype}")
     try:
         device = torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: expected a torch device, got {device!r}") from error
+        raise ValueError(f"device must be a torch device; got {device!r}") from error
     repository = _repository(folder, revision)
     folder = fetch(repository, revision, _DOCUMENTS) if repository else Path(folder)
     if folder.is_file():
@@ -154,10 +154,12 @@ def _repository(folder: str | os.PathLike[str], revision: str | None) -> str | N
     if isinstance(folder, str) and is_repository_id(folder) and not os.path.lexists(folder):
         if revision is None or (isinstance(revision, str) and revision):
             return folder
-        raise ValueError(f"revision: expected a branch, tag or commit, got {revision!r}")
+        raise ValueError(f"revision must be a branch, tag or commit; got {revision!r}")
     if revision is not None:
         reason = f"{os.fspath(folder)} is a folder, which has none"
-        raise ValueError(f"revision: is for a repository of the Hub, got {revision!r}; {reason}")
+        raise ValueError(
+            f"revision must be None but for a repository of the Hub; got {revision!r}; {reason}"
+        )
     return None
 
 

@@ -235,7 +235,7 @@ def describe_schedule(
         ValueError: an option is none that `parse_scheduler` gives.
     """
     if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule: expected a NoiseSchedule, got {type(schedule).__name__}")
+        raise TypeError(f"schedule must be a NoiseSchedule; got {type(schedule).__name__}")
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     variances = {
         "posterior": "fixed_small",
@@ -251,13 +251,13 @@ def describe_schedule(
         ("spacing", spacing, SPACINGS),
     ):
         if value not in accepted:
-            raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
     threshold = clip if isinstance(clip, DynamicThreshold) else None
     bound = clip if isinstance(clip, float | int) else None
     if clip is not threshold and (bound is None or not _is_number(bound) or bound <= 0):
-        raise ValueError(f"clip: expected None, a finite number > 0 or a threshold, got {clip!r}")
+        raise ValueError(f"clip must be None, a finite number > 0 or a threshold; got {clip!r}")
     if threshold and math.isinf(threshold.cap):
-        raise ValueError(f"clip: expected a threshold with a finite cap, got {clip!r}")
+        raise ValueError(f"clip must be a threshold with a finite cap; got {clip!r}")
     return {
         "_class_name": "DDPMScheduler",
         **_DEFAULTS,

@@ -46,7 +46,7 @@ def check_variant(variant: str | None) -> None:
     plain = isinstance(variant, str) and re.fullmatch("[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*", variant)
     if not plain or variant in _WORDS:
         accepted = "None or a plain name such as 'fp16' (letters, digits, _ and - between them)"
-        raise ValueError(f"variant: expected {accepted}, got {variant!r}")
+        raise ValueError(f"variant must be {accepted}; got {variant!r}")
 
 
 def single_name(variant: str | None, kind: str = "safetensors") -> str:

@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from ddpm_fast.utils import checks
 
 
 def _rows(table: Tensor, row: Tensor | None, batch: int) -> Tensor:
@@ -49,7 +47,7 @@ def group_norm_(
     float64), row int64 [N] (None: row 0); a sample whose row lies outside is NaN. residual and
     total have x's shape and go with one source. out [N, C, H, W]. weight, bias [C].
     """
-    wide = _wide(x.dtype)
+    wide = checks.compute_dtype(x.dtype)
     h = (x if x2 is None else torch.cat([x, x2], 1)).to(wide)
     batch = h.shape[0]
     if h.numel() == 0:
@@ -79,7 +77,7 @@ def attention_(out: Tensor, qkv: Tensor, heads: int, scale: float) -> None:
     """
     q, k, v = (
         part.unflatten(2, (heads, -1)).transpose(1, 2)
-        for part in qkv.to(_wide(qkv.dtype)).chunk(3, 2)
+        for part in qkv.to(checks.compute_dtype(qkv.dtype)).chunk(3, 2)
     )
     scores = torch.softmax(scale * (q @ k.transpose(2, 3)), dim=3)
     out.copy_((scores @ v).transpose(1, 2).flatten(2))
@@ -104,7 +102,7 @@ def conv_(
     four convolutions of summed weights (`doubling_weight`), one for each parity 2a + b of the
     output's row and column: out [N, O, 2H, 2W].
     """
-    wide = _wide(x.dtype)
+    wide = checks.compute_dtype(x.dtype)
     h = (x if x2 is None else torch.cat([x, x2], 1)).to(wide)
     weight = weight.to(wide)
     if weight.dim() == 5:

@@ -14,7 +14,7 @@ from ddpm_fast.diffusion.noise_levels import Chain, Start, refuse_no_signal, ref
 from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
-from ddpm_fast.diffusion.timesteps import check_name, check_real
+from ddpm_fast.utils import checks
 
 if TYPE_CHECKING:
     from ddpm_fast.sampling.step_table import StepTable
@@ -39,14 +39,14 @@ def ddim(
     use_clipped_model_output), otherwise the network's own (diffusers' default). The other arguments
     and errors are those of ddpm.
     """
-    eta = check_real("eta", eta, 0, inf, "[)")
+    eta = checks.real("eta", eta, 0, inf, "[)")
     _check_bool("rederive_epsilon", rederive_epsilon)
     c = Chain.of(schedule, steps, spacing, start, prediction)
     sigma = eta * c.posterior_variance.sqrt()
     # 1 - abar_prev - sigma^2, with rest - beta written as alpha * rest_prev.
     squared = c.rest_prev / c.rest * (c.alpha * c.rest_prev + (1 - eta**2) * c.beta)
     if (squared < 0).any():
-        raise ValueError(f"eta must leave sigma^2 <= 1 - alphas_cumprod_prev, got {eta}")
+        raise ValueError(f"eta must leave sigma^2 <= 1 - alphas_cumprod_prev; got {eta}")
     direction = squared.sqrt()
     if rederive_epsilon:
         Xx, Xo = direction / c.rest.sqrt(), torch.zeros_like(direction)
@@ -92,7 +92,7 @@ def ddim_inverse(
     that every prediction makes the same chain. The table begins at data (its start is "data"): a
     `Sampler` is given them as x_T. The other arguments and the errors are those of ddpm.
     """
-    check_name("evaluate_at", evaluate_at, ("current", "next"))
+    checks.choice("evaluate_at", evaluate_at, ("current", "next"))
     _check_bool("rederive_epsilon", rederive_epsilon)
     rederived = rederive_epsilon and clip is not None
     if start == "random":
@@ -182,4 +182,4 @@ def ve_ode(
 
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {value!r}")
+        raise TypeError(f"{name} must be a bool; got {value!r}")

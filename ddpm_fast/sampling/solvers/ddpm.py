@@ -12,7 +12,7 @@ from ddpm_fast.diffusion.noise_levels import Chain, Start
 from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
-from ddpm_fast.diffusion.timesteps import check_name
+from ddpm_fast.utils import checks
 
 if TYPE_CHECKING:
     from ddpm_fast.sampling.step_table import StepTable
@@ -51,7 +51,7 @@ def ddpm(
     Raises TypeError, ValueError for other arguments, and for epsilon or score prediction where
     alphas_cumprod is 0.
     """
-    check_name("variance", variance, VARIANCES)
+    checks.choice("variance", variance, VARIANCES)
     c = Chain.of(schedule, steps, spacing, start, prediction)
     rows = c.rows(
         clip,

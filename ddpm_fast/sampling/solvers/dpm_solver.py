@@ -12,7 +12,7 @@ from ddpm_fast.diffusion.noise_levels import Chain, refuse_random
 from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
-from ddpm_fast.diffusion.timesteps import check_name
+from ddpm_fast.utils import checks
 
 if TYPE_CHECKING:
     from ddpm_fast.sampling.step_table import StepTable
@@ -108,7 +108,7 @@ def of_second_order(rise: Tensor, h: Tensor, second: list[bool]) -> Tensor:
 
 def dpmpp_2m_rows(c: Chain, h: Tensor, second: list[bool], clip: Clip, solver_type: str) -> Tensor:
     """The rows of dpmpp_2m for the steps of a chain."""
-    check_name("solver_type", solver_type, ("midpoint", "heun"))
+    checks.choice("solver_type", solver_type, ("midpoint", "heun"))
     gain = c.abar_prev.sqrt() * -torch.expm1(-h)
     rise = gain / 2
     if solver_type == "heun":
@@ -120,7 +120,7 @@ def dpmpp_2m_sde_rows(
     c: Chain, h: Tensor, second: list[bool], clip: Clip, solver_type: str
 ) -> Tensor:
     """The rows of dpmpp_2m_sde for the steps of a chain."""
-    check_name("solver_type", solver_type, ("midpoint", "heun"))
+    checks.choice("solver_type", solver_type, ("midpoint", "heun"))
     share = -torch.expm1(-2 * h)
     gain = c.abar_prev.sqrt() * share
     rise = gain / 2

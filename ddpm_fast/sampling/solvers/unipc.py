@@ -12,8 +12,8 @@ from ddpm_fast.diffusion.noise_levels import Chain
 from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
-from ddpm_fast.diffusion.timesteps import check_name
 from ddpm_fast.sampling.solvers.dpm_solver import multistep_chain, of_second_order
+from ddpm_fast.utils import checks
 
 if TYPE_CHECKING:
     from ddpm_fast.sampling.step_table import StepTable
@@ -56,7 +56,7 @@ def unipc_rows(
     second: the steps whose predictor is of second order; a corrector has the order of the predictor
     that led to it. uncorrected: steps after which nothing is corrected.
     """
-    check_name("solver_type", solver_type, ("bh1", "bh2"))
+    checks.choice("solver_type", solver_type, ("bh1", "bh2"))
     if solver_type == "bh1" and c.abar[0] == 0:
         raise ValueError(
             "solver_type must be 'bh2' for a schedule of zero terminal SNR, where the first step in"

@@ -220,11 +220,11 @@ class TestRefusedOnLoad:
             load(tmp_path / name)
 
     def test_dtype(self, folder):
-        with pytest.raises(ValueError, match=r"dtype: .*torch.bfloat16.*torch.int8"):
+        with pytest.raises(ValueError, match=r"dtype must .*torch.bfloat16.*torch.int8"):
             load(folder, dtype=torch.int8)
 
     def test_device(self, folder):
-        with pytest.raises(ValueError, match=r"device: .*'gpu'"):
+        with pytest.raises(ValueError, match=r"device must .*'gpu'"):
             load(folder, device="gpu")
 
     def test_weights_beyond_the_dtype(self, tmp_path, unet):
@@ -360,13 +360,15 @@ except OSError as error:
     @pytest.mark.parametrize(
         ("arguments", "error", "match"),
         [
-            pytest.param({"schedule": [0.1]}, TypeError, "schedule: .*list", id="schedule"),
-            pytest.param({"prediction": "flow"}, ValueError, "prediction: .*'flow'", id="predict"),
+            pytest.param({"schedule": [0.1]}, TypeError, "schedule must .*list", id="schedule"),
             pytest.param(
-                {"variance": "fixed_small"}, ValueError, "variance: .*fixed", id="variance"
+                {"prediction": "flow"}, ValueError, "prediction must .*'flow'", id="predict"
             ),
-            pytest.param({"spacing": "quad"}, ValueError, "spacing: .*'quad'", id="spacing"),
-            pytest.param({"clip": -1.0}, ValueError, "clip: .*-1.0", id="clip"),
+            pytest.param(
+                {"variance": "fixed_small"}, ValueError, "variance must .*fixed", id="variance"
+            ),
+            pytest.param({"spacing": "quad"}, ValueError, "spacing must .*'quad'", id="spacing"),
+            pytest.param({"clip": -1.0}, ValueError, "clip must .*-1.0", id="clip"),
             pytest.param({"scheduler_config": {}}, ValueError, "either", id="both"),
             pytest.param(
                 {"schedule": None, "scheduler_config": {"beta_schedule": "?"}},
@@ -389,7 +391,7 @@ except OSError as error:
         assert list(tmp_path.iterdir()) == []
 
     def test_module_of_another_kind(self, tmp_path):
-        with pytest.raises(TypeError, match="unet: expected a UNet or ThesisUNet, got Linear"):
+        with pytest.raises(TypeError, match="unet must be a UNet or ThesisUNet; got Linear"):
             save(tmp_path / "model", torch.nn.Linear(1, 1))
 
     def test_weights_that_are_not_finite(self, tmp_path, unet):

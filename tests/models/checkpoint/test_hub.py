@@ -189,7 +189,7 @@ class TestWhatIsFetched:
             {"revision": ""},
             {"revision": 3},
         ):
-            with pytest.raises(ValueError, match=f"{next(iter(wrong))}: "):
+            with pytest.raises(ValueError, match=f"{next(iter(wrong))} must"):
                 load(NAME, **wrong)
         assert downloads == []
 
@@ -290,5 +290,5 @@ def test_a_file_and_a_broken_link_are_no_repository(cached):
 
 def test_revision_of_a_folder(tmp_path, unets):
     folder = save(tmp_path / "model", unets["main"])
-    with pytest.raises(ValueError, match=r"revision: is for a repository .*'main'.*model is a f"):
+    with pytest.raises(ValueError, match=r"revision must be None .*'main'.*model is a f"):
         load(folder, revision="main")

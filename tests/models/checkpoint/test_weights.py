@@ -163,7 +163,7 @@ class TestMissing:
 
     @pytest.mark.parametrize("name", ["", "a.b", "../fp16", "fp16/", "-", "bin", "ä", 16])
     def test_variant_that_is_no_name(self, tmp_path, unet, name):
-        match = rf"variant: expected None or a plain name.*got {re.escape(repr(name))}"
+        match = rf"variant must be None or a plain name.*got {re.escape(repr(name))}"
         for attempt in (
             lambda: load(tmp_path, variant=name),
             lambda: save(tmp_path / "model", unet, variant=name),

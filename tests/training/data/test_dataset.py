@@ -208,7 +208,7 @@ def test_fingerprint_is_stable() -> None:
         pytest.param(ramps(), {"labels": [0], "class_names": ["a"]}, ValueError,
                      r"each of 24 images; got shape \[1\]", id="few-labels"),
         pytest.param(ramps(2), {"labels": [0, 1], "class_names": ["a"]}, ValueError,
-                     r"labels must lie in \[0, 1\); got 1", id="label-beyond"),
+                     r"labels must be an integer in \[0, 0\]; got 1", id="label-beyond"),
         pytest.param(ramps(), {"flip": 1}, TypeError, "flip must be a bool", id="flip"),
         pytest.param(ramps(), {"seed": -1}, ValueError, "seed must", id="seed"),
     ],
@@ -235,5 +235,5 @@ def test_a_split_that_leaves_nothing_is_refused(test: float, message: str) -> No
 
 
 def test_an_epoch_is_an_int_from_0() -> None:
-    with pytest.raises(ValueError, match="epoch must lie in"):
+    with pytest.raises(ValueError, match="epoch must be an integer in"):
         data().set_epoch(-1)
