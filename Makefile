@@ -41,13 +41,13 @@ lint: $(VENV)/.package $(VENV)/.lint
 bench: $(VENV)/.package $(VENV)/.test
 	$(BIN)/python benchmarks/reverse_step.py --device cpu
 	$(BIN)/ddpm-fast bench kernels --device cpu --network triangles --batch 64 --rounds 9 \
-		--out $(RESULTS)/kernels_triangles_cpu.csv --plot docs/roofline_triangles_cpu.png
+		--out $(RESULTS)/kernels_triangles_cpu.csv --plot docs/images/roofline_triangles_cpu.png
 	$(BIN)/ddpm-fast bench network --device cpu --network triangles --batch 1 --batch 64 --rounds 9 \
-		--out $(RESULTS)/network_triangles_cpu.csv --plot docs/network_triangles_cpu.png
+		--out $(RESULTS)/network_triangles_cpu.csv --plot docs/images/network_triangles_cpu.png
 	$(BIN)/ddpm-fast bench network --device cpu --network cifar32 --batch 1 --batch 8 --rounds 9 \
-		--out $(RESULTS)/network_cifar32_cpu.csv --plot docs/network_cifar32_cpu.png
+		--out $(RESULTS)/network_cifar32_cpu.csv --plot docs/images/network_cifar32_cpu.png
 	$(BIN)/ddpm-fast bench sampling --device cpu --network triangles --batch 16 --steps 50 \
-		--out $(RESULTS)/sampling_triangles_cpu.csv --plot docs/sampling_triangles_cpu.png
+		--out $(RESULTS)/sampling_triangles_cpu.csv --plot docs/images/sampling_triangles_cpu.png
 	$(BIN)/python benchmarks/training_step.py --device cpu --network small tiny --batch 32
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-columns=median,iqr
 
