@@ -24,12 +24,12 @@ class Levels:
     abar_prev: Tensor
 
     @property
-    def rest(self) -> Tensor:
+    def one_minus_abar(self) -> Tensor:
         """1 - abar."""
         return 1 - self.abar
 
     @property
-    def rest_prev(self) -> Tensor:
+    def one_minus_abar_prev(self) -> Tensor:
         """1 - abar_prev."""
         return 1 - self.abar_prev
 
@@ -41,7 +41,7 @@ class Levels:
     @property
     def posterior_variance(self) -> Tensor:
         """Eq. 7, Ho et al. 2020."""
-        return self.rest_prev / self.rest * self.beta
+        return self.one_minus_abar_prev / self.one_minus_abar * self.beta
 
 
 def ddpm_rows(
@@ -55,8 +55,8 @@ def ddpm_rows(
     """
     alpha = levels.abar / levels.abar_prev
     columns = {
-        "Xx0": levels.abar_prev.sqrt() * levels.beta / levels.rest,
-        "Xx": alpha.sqrt() * levels.rest_prev / levels.rest,
+        "Xx0": levels.abar_prev.sqrt() * levels.beta / levels.one_minus_abar,
+        "Xx": alpha.sqrt() * levels.one_minus_abar_prev / levels.one_minus_abar,
         **_noise(levels, variance, corrected),
     }
     for name in ("S", "Lmax"):
@@ -91,19 +91,19 @@ def ddim_rows(
     """
     sigma = eta * levels.posterior_variance.sqrt()
     direction = (1 - levels.abar_prev - sigma.square()).sqrt().double()
-    signal, noise = levels.abar.sqrt().double(), levels.rest.sqrt().double()
+    signal, noise = levels.abar.sqrt().double(), levels.one_minus_abar.sqrt().double()
     none = torch.zeros_like(direction)
-    of_x, of_x0, of_out = {
+    x_coef, x0_coef, out_coef = {
         "epsilon": (none, none, none + 1),
         "x0": (1 / noise, none, -signal / noise),
         "v": (noise, none, signal),
     }[prediction]
     if rederive_epsilon:
-        of_x, of_x0, of_out = 1 / noise, -signal / noise, none
+        x_coef, x0_coef, out_coef = 1 / noise, -signal / noise, none
     columns = {
-        "Xx": direction * of_x,
-        "Xx0": levels.abar_prev.sqrt().double() + direction * of_x0,
-        "Xo": direction * of_out,
+        "Xx": direction * x_coef,
+        "Xx0": levels.abar_prev.sqrt().double() + direction * x0_coef,
+        "Xo": direction * out_coef,
         "S": sigma,
     }
     return _rows(levels, prediction, clip, columns)
@@ -115,7 +115,7 @@ def _rows(levels: Levels, prediction: str, clip: Clip, columns: dict[str, Tensor
     Where abar is 0 the x0 of an epsilon is infinite, as the library's, with the sign of x - epsilon
     that a clip leaves.
     """
-    signal, noise = levels.abar.sqrt().double(), levels.rest.sqrt().double()
+    signal, noise = levels.abar.sqrt().double(), levels.one_minus_abar.sqrt().double()
     one, none = torch.ones_like(signal), torch.zeros_like(signal)
     P, Q, ratio = {
         "epsilon": (1 / signal, -noise / signal, -noise),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ddpm_fast.diffusion.model_output import halves
+from ddpm_fast.diffusion.model_output import split_learned_variance
 from ddpm_fast.diffusion.thresholding import Clip, DynamicThreshold, threshold_from_clip
 from ddpm_fast.ops import implementation
 from ddpm_fast.ops.row import RowFlag, column
@@ -130,5 +130,5 @@ def step_tensors(
             f"model_output must have the shape of sample, {checks.shape_text(x)}, where no variance"
             f" is learned; got {checks.shape_text(out)}"
         )
-    out, v = halves("model_output", out, x, learned)
+    out, v = split_learned_variance("model_output", out, x, learned)
     return x.to(torch.promote_types(x.dtype, out.dtype)), out, v

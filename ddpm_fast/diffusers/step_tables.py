@@ -20,7 +20,7 @@ from ddpm_fast.diffusers.scheduler_options import (
     prediction_of,
     refuse_subclass,
 )
-from ddpm_fast.diffusion.noise_levels import Chain
+from ddpm_fast.diffusion.noise_levels import NoiseLevels
 from ddpm_fast.diffusion.thresholding import threshold_from_clip
 from ddpm_fast.sampling.solvers.dpm_solver import (
     dpmpp_2m_rows,
@@ -175,13 +175,13 @@ def _multistep(scheduler: Any, kind: type, corrected: bool) -> tuple[Tensor, lis
         for name in ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")
     )
     if corrected and not own_sigmas:
-        c = Chain.of(exact_schedule(scheduler), None, timesteps, None, prediction)
+        c = NoiseLevels.from_schedule(exact_schedule(scheduler), None, timesteps, None, prediction)
         if config.final_sigmas_type == "sigma_min":
             c.abar_prev[-1] = alphas_cumprod(scheduler, corrected)[0]
-            c = replace(c, rest_prev=1 - c.abar_prev)
+            c = replace(c, one_minus_abar_prev=1 - c.abar_prev)
     else:
         timesteps = visited(scheduler, False)
-        c = Chain.of_sigmas(timesteps, scheduler.sigmas.double(), prediction)
+        c = NoiseLevels.from_sigmas(timesteps, scheduler.sigmas.double(), prediction)
     h = half_logsnr_steps(c)
     if kind is UniPCMultistepScheduler:
         if not corrected and config.solver_type == "bh1" and config.final_sigmas_type == "zero":

@@ -32,21 +32,21 @@ DECODERS = ("discretised", "gaussian")
 class BoundRow(NamedTuple):
     """What a timestep's term takes: numbers, or one for each sample, [N, 1, ...]."""
 
-    of_x: Tensor  # x_0 = of_x x_t + of_out out
-    of_out: Tensor
+    x_coef: Tensor  # x_0 = x_coef x_t + out_coef out
+    out_coef: Tensor
     low: Tensor  # the log-variances of p lie between
     high: Tensor
-    of_x0: Tensor  # factor of x_0 in the mean of q(x_{t-1} | x_t, x_0)
+    x0_coef: Tensor  # factor of x_0 in the mean of q(x_{t-1} | x_t, x_0)
     log_q: Tensor  # its log-variance
 
     def x0(self, x_t: Tensor, out: Tensor) -> Tensor:
         """The x_0 that the model's prediction stands for."""
-        return self.of_x * x_t + self.of_out * out
+        return self.x_coef * x_t + self.out_coef * out
 
     def divergence(self, x0: Tensor, pred_x0: Tensor, log_p: Tensor) -> Tensor:
         """L_{t-1}: D_KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each element, in nats."""
         # The means' shares of x_t are equal, and left out so that their digits are not lost.
-        return gaussian_kl(self.of_x0 * x0, self.log_q, self.of_x0 * pred_x0, log_p)
+        return gaussian_kl(self.x0_coef * x0, self.log_q, self.x0_coef * pred_x0, log_p)
 
 
 class BoundTerms:
@@ -86,9 +86,9 @@ class BoundTerms:
         chosen = self._rows.index_select(0, t)
         return BoundRow(*(column.view(-1, *[1] * (ndim - 1)) for column in chosen.unbind(1)))
 
-    def log_variance(self, row: BoundRow, raw: Tensor | None) -> Tensor:
-        """That of p(x_{t-1} | x_t); raw: what a learned one is made from, None for the others."""
-        return chosen_log_variance(self._variance, row.low, row.high, raw)
+    def log_variance(self, row: BoundRow, learned_output: Tensor | None) -> Tensor:
+        """Log-variance of p(x_{t-1} | x_t); learned_output is None for the fixed variances."""
+        return chosen_log_variance(self._variance, row.low, row.high, learned_output)
 
     def decode(self, x0: Tensor, pred_x0: Tensor, log_p: Tensor) -> Tensor:
         """L_0: -log p(x_0 | x_1) of each element, in nats."""

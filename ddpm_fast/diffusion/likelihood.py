@@ -178,12 +178,12 @@ def prior_kl(x0: Tensor, schedule: NoiseSchedule) -> Tensor:
     """
     checks.instance("schedule", schedule, NoiseSchedule)
     values = checks.floating("x0", x0).double()
-    abar, rest = (
+    abar, one_minus_abar = (
         float(table[-1]) for table in (schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod)
     )
     # The logarithm of 1 - abar keeps its digits where abar is small, as it is at a chain's end.
-    log_rest = math.log1p(-abar) if abar < 0.5 else math.log(rest)
-    return gaussian_kl(math.sqrt(abar) * values, log_rest, 0.0, 0.0)
+    log_one_minus_abar = math.log1p(-abar) if abar < 0.5 else math.log(one_minus_abar)
+    return gaussian_kl(math.sqrt(abar) * values, log_one_minus_abar, 0.0, 0.0)
 
 
 class _Terms:
@@ -196,7 +196,7 @@ class _Terms:
     def at(self, index: int, x0: Tensor, x_t: Tensor, output: Any) -> tuple[Tensor, Tensor]:
         """L_{t-1} in bits per dimension and the mean squared error of x_0, float64 [B]."""
         row = self._terms.row(index)
-        out, raw = outputs.prediction_of(output, x0, self._learned)
+        out, learned_output = outputs.prediction_of(output, x0, self._learned)
         pred_x0 = row.x0(x_t, out)
         if self._threshold is not None:
             bound = dynamic_threshold(self._threshold, pred_x0)
@@ -204,7 +204,7 @@ class _Terms:
             pred_x0 = pred_x0.clamp(-bound, bound) / bound
         else:
             pred_x0 = pred_x0.clamp(-self._clip, self._clip)
-        log_p = self._terms.log_variance(row, raw)
+        log_p = self._terms.log_variance(row, learned_output)
         if index > 0:
             term = row.divergence(x0, pred_x0, log_p)
         else:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ddpm_fast.utils import checks
 
 
-def tensor_of(out: Any) -> Tensor:
+def model_tensor(out: Any) -> Tensor:
     """What a model returned: a floating-point tensor, or an object whose ``.sample`` is one.
 
     Raises TypeError for anything else.
@@ -24,7 +24,7 @@ def tensor_of(out: Any) -> Tensor:
     return tensor
 
 
-def halves(
+def split_learned_variance(
     name: str, out: Tensor, x: Tensor, learned: bool, samples: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The prediction and, where it is learned, v: views of an output [N, C or 2C, ...].
@@ -55,13 +55,14 @@ def halves(
 def prediction_of(output: Any, x: Tensor, learned: bool) -> tuple[Tensor, Tensor | None]:
     """The prediction and, where it is learned, v, of what a model returned for x, in x's dtype.
 
-    Raises as `tensor_of` and `halves`, and ValueError for a tensor on another device.
+    Raises as `model_tensor` and `split_learned_variance`, and ValueError for a tensor on another
+    device.
     """
-    out = tensor_of(output)
+    out = model_tensor(output)
     if out.device != x.device:
         raise ValueError(
             f"model must return a tensor on {x.device}, the device of x0; it returned one on"
             f" {out.device}"
         )
-    mean, raw = halves("the model's output", out, x, learned)
-    return mean.to(x.dtype), None if raw is None else raw.to(x.dtype)
+    mean, learned_output = split_learned_variance("the model's output", out, x, learned)
+    return mean.to(x.dtype), None if learned_output is None else learned_output.to(x.dtype)

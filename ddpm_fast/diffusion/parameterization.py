@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.model_output import tensor_of
+from ddpm_fast.diffusion.model_output import model_tensor
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.cuda_graphs import state_of
@@ -66,12 +66,12 @@ class ConvertedModel:
 
     def __call__(self, x: Tensor, t: Tensor, *labels: Any, **options: Any) -> Tensor:
         """The converted prediction, of the shape of the model's output."""
-        out = tensor_of(self.model(x, t, *labels, **options))
+        out = model_tensor(self.model(x, t, *labels, **options))
         channels = x.shape[1] if x.ndim > 1 else 0
         if channels and out.shape[1] == 2 * channels:
-            mean, rest = out.split(channels, dim=1)
+            mean, learned = out.split(channels, dim=1)
             mean = self._convert(mean, x, t)
-            return torch.cat([mean, rest.to(mean.dtype)], dim=1)
+            return torch.cat([mean, learned.to(mean.dtype)], dim=1)
         return self._convert(out, x, t)
 
     def captured_state(self) -> object:
@@ -93,17 +93,17 @@ class _Conversion(Frozen):
                     f" alphas_cumprod ends at 0; got {kind!r}"
                 )
         signal, noise = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
-        of_x, of_out = torch.zeros_like(signal), torch.ones_like(signal)
+        x_coef, out_coef = torch.zeros_like(signal), torch.ones_like(signal)
         if source != target:
             levels = schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod
             x0, epsilon = x0_factors(source, *levels), epsilon_factors(source, *levels)
-            of_x, of_out = {
+            x_coef, out_coef = {
                 "x0": x0,
                 "epsilon": epsilon,
                 "score": [-factor / noise for factor in epsilon],
                 "v": [signal * e - noise * x for x, e in zip(x0, epsilon, strict=True)],
             }[target]
-        factors = torch.stack([of_out, of_x], dim=1)
+        factors = torch.stack([out_coef, x_coef], dim=1)
         self._freeze({"factors": factors}, ("factors",), source=source, target=target)
 
     def __call__(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -111,8 +111,8 @@ class _Conversion(Frozen):
         arithmetic = torch.float64 if wide else torch.float32
         factors = self._on("factors", out.device, arithmetic)
         chosen = factors.index_select(0, t.clamp(0, len(factors) - 1))
-        of_out, of_x = (chosen[:, i].view(-1, *[1] * (out.ndim - 1)) for i in (0, 1))
-        return of_out * out.to(arithmetic) + of_x * x_t.to(arithmetic)
+        out_coef, x_coef = (chosen[:, i].view(-1, *[1] * (out.ndim - 1)) for i in (0, 1))
+        return out_coef * out.to(arithmetic) + x_coef * x_t.to(arithmetic)
 
 
 def tweedie(x_t: Tensor, score: Tensor, t: Tensor | int, schedule: NoiseSchedule) -> Tensor:
@@ -188,19 +188,19 @@ def check_prediction(prediction: str, schedule: NoiseSchedule) -> None:
         )
 
 
-def x0_factors(prediction: str, abar: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """P and Q of x0 = P x_t + Q out, from abar and rest = 1 - abar, all of one shape."""
-    signal, noise, none = abar.sqrt(), rest.sqrt(), torch.zeros_like(abar)
+def x0_factors(prediction: str, abar: Tensor, one_minus_abar: Tensor) -> tuple[Tensor, Tensor]:
+    """P and Q of x0 = P x_t + Q out, from abar and one_minus_abar = 1 - abar, all of one shape."""
+    signal, noise, none = abar.sqrt(), one_minus_abar.sqrt(), torch.zeros_like(abar)
     if prediction == "epsilon":
         return 1 / signal, -noise / signal
     if prediction == "score":
-        return 1 / signal, rest / signal
+        return 1 / signal, one_minus_abar / signal
     return (none, none + 1) if prediction == "x0" else (signal, -noise)
 
 
-def epsilon_factors(prediction: str, abar: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+def epsilon_factors(prediction: str, abar: Tensor, one_minus_abar: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of x_t and out in the epsilon that out stands for; arguments as of x0_factors."""
-    signal, noise, none = abar.sqrt(), rest.sqrt(), torch.zeros_like(abar)
+    signal, noise, none = abar.sqrt(), one_minus_abar.sqrt(), torch.zeros_like(abar)
     if prediction == "epsilon":
         return none, none + 1
     if prediction == "score":

@@ -77,30 +77,34 @@ class NoiseSchedule(Frozen):
     posterior_mean_coef2 = _Table("Factor of x_t in that mean (Eq. 7).")
 
     def __init__(
-        self, betas: Tensor, alphas: Tensor, abar: Tensor, rest: Tensor, name: str
+        self, betas: Tensor, alphas: Tensor, abar: Tensor, one_minus_abar: Tensor, name: str
     ) -> None:
         abar_prev = torch.cat([abar.new_ones(1), abar[:-1]])
-        rest_prev = torch.cat([rest.new_zeros(1), rest[:-1]])
-        variance = rest_prev / rest * betas
+        one_minus_abar_prev = torch.cat([one_minus_abar.new_zeros(1), one_minus_abar[:-1]])
+        variance = one_minus_abar_prev / one_minus_abar * betas
         log_variance = variance.clamp(min=1e-20).log()
-        posterior = [abar_prev.sqrt() * betas / rest, alphas.sqrt() * rest_prev / rest, variance]
+        posterior = [
+            abar_prev.sqrt() * betas / one_minus_abar,
+            alphas.sqrt() * one_minus_abar_prev / one_minus_abar,
+            variance,
+        ]
         repeated = torch.cat([log_variance[1:2], log_variance[1:]])
         tables = {
             "betas": betas,
             "alphas": alphas,
             "alphas_cumprod": abar,
             "alphas_cumprod_prev": abar_prev,
-            "one_minus_alphas_cumprod": rest,
+            "one_minus_alphas_cumprod": one_minus_abar,
             "sqrt_alphas_cumprod": abar.sqrt(),
-            "sqrt_one_minus_alphas_cumprod": rest.sqrt(),
-            "sigmas": (rest / abar).sqrt(),
-            "snr": abar / rest,
+            "sqrt_one_minus_alphas_cumprod": one_minus_abar.sqrt(),
+            "sigmas": (one_minus_abar / abar).sqrt(),
+            "snr": abar / one_minus_abar,
             "posterior_variance": variance,
             "posterior_log_variance": log_variance,
             "posterior_mean_coef1": posterior[0],
             "posterior_mean_coef2": posterior[1],
-            "levels": torch.stack([betas, abar, rest], dim=1),
-            "q_sample": torch.stack([abar.sqrt(), rest.sqrt()], dim=1),
+            "levels": torch.stack([betas, abar, one_minus_abar], dim=1),
+            "q_sample": torch.stack([abar.sqrt(), one_minus_abar.sqrt()], dim=1),
             "q_posterior_clamp": torch.stack([*posterior, log_variance], dim=1),
         }
         if len(betas) > 1:
@@ -240,8 +244,8 @@ class NoiseSchedule(Frozen):
         _check("alphas_cumprod", abar, normal, "in float64's range (T or betas too large)")
         prev = torch.cat([abar.new_ones(1), abar[:-1]])
         # 1 - abar cancels where abar is near 1; the sum of what each step added does not.
-        rest = torch.where(abar < 0.5, 1 - abar, (betas * prev).cumsum(0))
-        schedule = cls(betas, alphas, abar, rest, name)
+        one_minus_abar = torch.where(abar < 0.5, 1 - abar, (betas * prev).cumsum(0))
+        schedule = cls(betas, alphas, abar, one_minus_abar, name)
         _warn_if_far_from_normal(schedule, stacklevel=4)
         return schedule
 

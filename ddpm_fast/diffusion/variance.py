@@ -26,39 +26,42 @@ def model_variance(
     t: Tensor | int,
     schedule: NoiseSchedule,
     kind: Variance,
-    raw: Tensor | None = None,
+    learned_output: Tensor | None = None,
     log_variance: First = "repeat",
 ) -> tuple[Tensor, Tensor]:
     """Variance of p(x_{t-1} | x_t) and its natural logarithm.
 
     kind: "posterior": that of q(x_{t-1} | x_t, x_0) (Eq. 7, Ho et al. 2020). "beta": beta_t.
-    "learned": raw is the log-variance. "learned_range": exp(v log beta_t + (1 - v) log posterior
-    variance) with v = (raw + 1) / 2 (Eq. 15, Nichol & Dhariwal 2021).
-    x_t: [N, ...]. t: int64 [N] or an int, in [0, T). raw: of the shape and device of x_t, the
-    second half of what a network returns that has twice the channels; for the learned kinds alone.
+    "learned": learned_output is the log-variance. "learned_range": exp(v log beta_t + (1 - v) log
+    posterior variance) with v = (learned_output + 1) / 2 (Eq. 15, Nichol & Dhariwal 2021).
+    x_t: [N, ...]. t: int64 [N] or an int, in [0, T). learned_output: of the shape and device of
+    x_t, the second half of what a network returns that has twice the channels; for the learned
+    kinds alone.
     log_variance: the posterior variance is 0 at index 0. "repeat" takes its logarithm at index 1
     there, for "beta" too (OpenAI's convention). "clamp" takes that of 1e-20, as the samplers of
     diffusers and lucidrains do, and of beta_1 for "beta". A likelihood needs "repeat": a decoder of
     variance 1e-20 finds next to no data possible.
 
     Returns float32 (float64 for float64), [N, 1, ...] for the fixed kinds, the shape of x_t for the
-    learned ones. Differentiable in raw.
+    learned ones. Differentiable in learned_output.
 
     Raises TypeError or ValueError naming the argument; ValueError for "repeat" on a single step.
     """
     x_t = checks.batch("x_t", x_t)
     checks.instance("schedule", schedule, NoiseSchedule)
     checks.choice("kind", kind, VARIANCES)
-    if (raw is None) == (kind in LEARNED):
+    if (learned_output is None) == (kind in LEARNED):
         wanted = "given" if kind in LEARNED else "left out"
-        raise ValueError(f"raw must be {wanted} for the variance {kind!r}")
+        raise ValueError(f"learned_output must be {wanted} for the variance {kind!r}")
     index = checks.index("t", t, x_t, schedule.T).clamp(0, schedule.T - 1)
     dtype = checks.compute_dtype(x_t.dtype)
     table = log_variances(schedule, kind, log_variance, x_t.device).to(dtype)
     ends = table.index_select(0, index).view(-1, 2, *[1] * (x_t.ndim - 1))
-    if raw is not None:
-        raw = checks.like("raw", raw, "x_t", x_t, checks.FLOATS).to(dtype)
-    log = chosen_log_variance(kind, ends[:, 0], ends[:, 1], raw)
+    if learned_output is not None:
+        learned_output = checks.like(
+            "learned_output", learned_output, "x_t", x_t, checks.FLOATS
+        ).to(dtype)
+    log = chosen_log_variance(kind, ends[:, 0], ends[:, 1], learned_output)
     return log.exp(), log
 
 
@@ -84,11 +87,13 @@ def log_variances(
     return torch.stack([posterior, posterior if kind == "posterior" else beta], 1)
 
 
-def chosen_log_variance(kind: Variance, low: Tensor, high: Tensor, raw: Tensor | None) -> Tensor:
-    """The log-variance of a kind, from its ends of `log_variances` and the raw output."""
-    if raw is None:
+def chosen_log_variance(
+    kind: Variance, low: Tensor, high: Tensor, learned_output: Tensor | None
+) -> Tensor:
+    """The log-variance of a kind, from its ends of `log_variances` and the learned output."""
+    if learned_output is None:
         return low
-    return raw if kind == "learned" else torch.lerp(low, high, (raw + 1) / 2)
+    return learned_output if kind == "learned" else torch.lerp(low, high, (learned_output + 1) / 2)
 
 
 def x0_coefficients(
@@ -100,5 +105,5 @@ def x0_coefficients(
     one, and for epsilon or score on a schedule of zero terminal SNR.
     """
     check_prediction(prediction, schedule)
-    _, abar, rest = schedule.levels(device, torch.float64).unbind(1)
-    return torch.stack(x0_factors(prediction, abar, rest), 1)
+    _, abar, one_minus_abar = schedule.levels(device, torch.float64).unbind(1)
+    return torch.stack(x0_factors(prediction, abar, one_minus_abar), 1)

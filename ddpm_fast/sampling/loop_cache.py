@@ -16,7 +16,7 @@ Advance = Callable[[int], None]
 Graph = Literal["auto"] | bool
 
 
-class KeptLoop(NamedTuple):
+class CachedLoop(NamedTuple):
     """A loop, what advances it, and how many steps that does best at once."""
 
     loop: StepLoop
@@ -35,7 +35,7 @@ class LoopCache:
     def __init__(self, model: Model, device: torch.device, graph: Graph, kept: int) -> None:
         self.lock = threading.Lock()
         self._model, self._device, self._graph, self._kept = model, device, graph, kept
-        self._loops: dict[Hashable, KeptLoop] = {}
+        self._loops: dict[Hashable, CachedLoop] = {}
         self._captured_state: object = None
         self._done: torch.cuda.Event | None = None
 
@@ -45,7 +45,7 @@ class LoopCache:
     def __len__(self) -> int:
         return len(self._loops)
 
-    def take_over(self) -> None:
+    def acquire(self) -> None:
         """Wait, on the GPU, for the last turn's work; drop graphs that read what is no more."""
         if self._device.type != "cuda":
             return
@@ -56,12 +56,12 @@ class LoopCache:
             self._loops.clear()
         self._captured_state = state
 
-    def hand_over(self) -> None:
+    def release(self) -> None:
         """The end of a turn."""
         if self._device.type == "cuda":
             self._done = torch.cuda.current_stream(self._device).record_event()
 
-    def loop(self, key: Hashable, make: Callable[[], StepLoop]) -> KeptLoop:
+    def loop(self, key: Hashable, make: Callable[[], StepLoop]) -> CachedLoop:
         """The loop of a key and what advances it, made at first use; it becomes the newest."""
         found = self._loops.pop(key, None)
         if found is None:
@@ -71,13 +71,13 @@ class LoopCache:
         self._loops[key] = found
         return found
 
-    def _captured(self, loop: StepLoop) -> KeptLoop:
+    def _captured(self, loop: StepLoop) -> CachedLoop:
         if self._graph:
             try:
-                return KeptLoop(loop, GraphedStep(loop.step, loop.rewind, self._device), UNROLLED)
+                return CachedLoop(loop, GraphedStep(loop.step, loop.rewind, self._device), UNROLLED)
             except CaptureError as error:
                 if self._graph is True:
                     raise
                 warnings.warn(f"sampling without a CUDA graph: {error}", stacklevel=7)
                 self._graph = False
-        return KeptLoop(loop, loop.advance, 1)
+        return CachedLoop(loop, loop.advance, 1)

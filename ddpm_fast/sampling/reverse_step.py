@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.model_output import halves
+from ddpm_fast.diffusion.model_output import split_learned_variance
 from ddpm_fast.diffusion.thresholding import DynamicThreshold, dynamic_threshold
 from ddpm_fast.ops import implementation
 from ddpm_fast.ops.reference.diffusion import predicted_x0
@@ -102,7 +102,7 @@ def _outputs(
     """The prediction, the learned v, and the second prediction; None where there is none."""
     checks.batch("model_output", model_output, dtypes)
     checks.same_device("model_output", model_output, "x", x)
-    out, v = halves("model_output", model_output, x, table.learned)
+    out, v = split_learned_variance("model_output", model_output, x, table.learned)
     if (model_output2 is not None) != table.guided:
         needed = "a table with guidance needs it" if table.guided else "the table has no guidance"
         got = "nothing" if model_output2 is None else "a tensor"
@@ -110,7 +110,7 @@ def _outputs(
     if model_output2 is None:
         return out, v, None
     checks.like("model_output2", model_output2, "model_output", model_output, dtypes)
-    return out, v, halves("model_output2", model_output2, x, False)[0]
+    return out, v, split_learned_variance("model_output2", model_output2, x, False)[0]
 
 
 def _memory(

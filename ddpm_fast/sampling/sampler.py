@@ -15,7 +15,7 @@ from ddpm_fast.ops import implementation
 from ddpm_fast.ops.philox import STREAM_START, philox_rng
 from ddpm_fast.ops.reference.diffusion import philox4x32_10
 from ddpm_fast.sampling.labels import as_null_label, slot_labels
-from ddpm_fast.sampling.loop_cache import Graph, KeptLoop, LoopCache
+from ddpm_fast.sampling.loop_cache import CachedLoop, Graph, LoopCache
 from ddpm_fast.sampling.noise_source import GeneratorNoise, as_noise, source_of
 from ddpm_fast.sampling.step_loop import Model, StepLoop
 from ddpm_fast.sampling.step_table import StepTable
@@ -220,7 +220,7 @@ class Sampler:
         states = result.new_empty((len(return_steps), *shape)) if return_steps is not None else None
         chunks = list(self._chunks(num, first_sample))
         with self._loops.lock, _bar(progress, len(chunks) * self.table.steps) as bar:
-            self._loops.take_over()
+            self._loops.acquire()
             for chunk in chunks:
                 loop = self._loop(chunk.batch, classes)
                 if classes is not None:
@@ -229,7 +229,7 @@ class Sampler:
                 result[chunk.place] = self._run_chunk(
                     loop, chunk, seed, x_T, wanted or {}, states, bar
                 )
-            self._loops.hand_over()
+            self._loops.release()
         return result if states is None else (result, states)
 
     def _chunks(self, num: int, first_sample: int) -> Iterator[_Chunk]:
@@ -247,7 +247,7 @@ class Sampler:
 
     def _run_chunk(
         self,
-        kept: KeptLoop,
+        kept: CachedLoop,
         chunk: _Chunk,
         seed: int,
         x_T: Tensor | None,
@@ -291,7 +291,7 @@ class Sampler:
         bar.update(self.table.steps - count)
         return x
 
-    def _loop(self, batch: int, labels: Tensor | None) -> KeptLoop:
+    def _loop(self, batch: int, labels: Tensor | None) -> CachedLoop:
         """The buffers of a batch size and what advances them, set to the table of this sampler."""
         makes_noise = isinstance(self.noise, str)
 

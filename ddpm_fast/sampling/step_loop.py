@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.model_output import halves, tensor_of
+from ddpm_fast.diffusion.model_output import model_tensor, split_learned_variance
 from ddpm_fast.ops import Implementation
 from ddpm_fast.ops.philox import STREAM_STEPS, STREAM_X_T, philox_rng
 from ddpm_fast.ops.row import RowFlag
@@ -164,7 +164,7 @@ class StepLoop:
 
     def _outputs(self, out: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The prediction, the learned v and the unconditional prediction of a call, checked."""
-        out = tensor_of(out)
+        out = model_tensor(out)
         if out.device != self.x.device:
             raise ValueError(
                 f"model must return a tensor on {self.x.device}, the device of its input;"
@@ -178,7 +178,9 @@ class StepLoop:
                 f" {checks.dtype_name(out.dtype)}"
             )
         batch = len(self.x)
-        both, v = halves("the model's output", out, self.x, self._table.learned, len(self._input))
+        both, v = split_learned_variance(
+            "the model's output", out, self.x, self._table.learned, len(self._input)
+        )
         out2 = None if len(both) == batch else self._apart(both[batch:])
         return self._apart(both[:batch]), None if v is None else self._apart(v[:batch]), out2
 

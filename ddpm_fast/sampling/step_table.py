@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import checked_start
+from ddpm_fast.diffusion.noise_levels import check_start
 from ddpm_fast.diffusion.parameterization import PREDICTIONS, Prediction
 from ddpm_fast.diffusion.thresholding import DynamicThreshold
 from ddpm_fast.ops.row import ROW_FIELDS, RowFlag, column, complete, flags_for, history_depth
@@ -106,7 +106,7 @@ class StepTable(Frozen):
         if len(visited) != len(rows) or not visited:
             raise ValueError(f"timesteps must be one per row; got {len(visited)} for {len(rows)}")
         checks.choice("prediction", prediction, PREDICTIONS)
-        start = "data" if start == "data" else checked_start(start)
+        start = "data" if start == "data" else check_start(start)
         if start == "random" and (depth or flags & RowFlag.SECOND):
             raise ValueError("start must not be 'random' for rows that read earlier steps")
         self._freeze(

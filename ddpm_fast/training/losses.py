@@ -139,23 +139,28 @@ def training_losses(
     weight = error_weight(objective, weighting, gamma, prediction, inside, schedule, x0.dtype)
     x_t, noise = noised(x0, t, schedule, noise, seed, stream, first_sample, offset_noise, backend)
     output = model(x_t, t) if told is None else model(x_t, t, told)
-    pred, raw = prediction_of(output, x0, learned)
+    pred, learned_output = prediction_of(output, x0, learned)
     mse = _mean((pred - target(prediction, x0, noise, inside, schedule)).square())
     loss, vb = mse if weight is None else weight * mse, None
     if objective in ("full", "hybrid"):
         terms = BoundTerms(schedule, prediction, variance, decoder, "repeat", x0.device, x0.dtype)
         mean = pred if objective == "full" else pred.detach()
-        vb = _mean(_bound_term(terms, inside, x0, x_t, mean, raw)) / math.log(2)
+        vb = _mean(_bound_term(terms, inside, x0, x_t, mean, learned_output)) / math.log(2)
         loss = vb if objective == "full" else loss + vb_weight * schedule.T * vb
     return TrainingLosses(loss, mse, vb, x_t, noise, pred)
 
 
 def _bound_term(
-    terms: BoundTerms, t: Tensor, x0: Tensor, x_t: Tensor, pred: Tensor, raw: Tensor | None
+    terms: BoundTerms,
+    t: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    pred: Tensor,
+    learned_output: Tensor | None,
 ) -> Tensor:
     """L_{t-1}, where t is 0 L_0, of each element in nats."""
     row = terms.rows(t, x0.ndim)
-    pred_x0, log_p = row.x0(x_t, pred), terms.log_variance(row, raw)
+    pred_x0, log_p = row.x0(x_t, pred), terms.log_variance(row, learned_output)
     first = (t == 0).view(-1, *[1] * (x0.ndim - 1))
     divergence = row.divergence(x0, pred_x0, log_p)
     looked_at = t.device.type == "cpu" and not torch.compiler.is_compiling()

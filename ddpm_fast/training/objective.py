@@ -37,11 +37,14 @@ def objective_weights(
     checks.choice("variance", variance, ("posterior", "beta"))
     checks.choice("target", target, PREDICTIONS)
     checks.choice("objective", objective, ("full", "simple"))
-    abar, rest = schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod
+    abar, one_minus_abar = schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod
     if objective == "simple":
-        return {"epsilon": abar.new_ones(len(abar)), "x0": schedule.snr, "v": abar, "score": rest}[
-            target
-        ]
+        return {
+            "epsilon": abar.new_ones(len(abar)),
+            "x0": schedule.snr,
+            "v": abar,
+            "score": one_minus_abar,
+        }[target]
     if abar[-1] == 0 and target in ("epsilon", "score"):
         raise ValueError(
             "target must be 'x0' or 'v' for a schedule of zero terminal SNR, where alphas_cumprod"
@@ -50,10 +53,10 @@ def objective_weights(
     sigma2 = schedule.posterior_variance if variance == "posterior" else schedule.betas
     sigma2[0] = schedule.betas[0]
     # The means of q and p differ by their x_0 alone (Eq. 7), and its error is a multiple of theirs.
-    of_x0 = schedule.posterior_mean_coef1.square() / (2 * sigma2)
+    x0_coef = schedule.posterior_mean_coef1.square() / (2 * sigma2)
     return {
-        "x0": of_x0,
-        "v": of_x0 * rest,
-        "epsilon": of_x0 * rest / abar,
-        "score": of_x0 * rest.square() / abar,
+        "x0": x0_coef,
+        "v": x0_coef * one_minus_abar,
+        "epsilon": x0_coef * one_minus_abar / abar,
+        "score": x0_coef * one_minus_abar.square() / abar,
     }[target]

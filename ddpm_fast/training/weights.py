@@ -47,16 +47,16 @@ def error_weight(
         raise ValueError(f"weighting must be None, 'min_snr' or a tensor [T]; got {weighting!r}")
     if objective != "score" and weighting is None:
         return None
-    _, abar, rest = schedule.levels(t.device, dtype).index_select(0, t).unbind(1)
+    _, abar, one_minus_abar = schedule.levels(t.device, dtype).index_select(0, t).unbind(1)
     # Errors of all kinds are multiples of each other: this takes the weight of epsilon's.
-    of_epsilon = epsilon_factors(prediction, abar, rest)[1].square()
+    of_epsilon = epsilon_factors(prediction, abar, one_minus_abar)[1].square()
     if own is not None:
         own = own.to(dtype)
         return of_epsilon * own if objective == "score" else own
     if weighting is None:
         return of_epsilon
     # min(SNR, gamma) / SNR of epsilon, which is min(SNR, gamma) of x_0.
-    return of_epsilon * (gamma * rest / abar).clamp(max=1)
+    return of_epsilon * (gamma * one_minus_abar / abar).clamp(max=1)
 
 
 def _own(weighting: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:

@@ -39,8 +39,8 @@ ON = pytest.mark.parametrize("on", backends(), ids=str)
 def exact_q_sample(x0, t, noise):
     """Eq. 4, Ho et al. 2020, in float64, and the sum of the absolute values of its terms."""
     signal = per_sample(SCHEDULE.alphas_cumprod[t.cpu()].sqrt(), x0) * x0.cpu().double()
-    rest = SCHEDULE.one_minus_alphas_cumprod[t.cpu()]
-    added = per_sample(rest.sqrt(), x0) * noise.cpu().double()
+    one_minus_abar = SCHEDULE.one_minus_alphas_cumprod[t.cpu()]
+    added = per_sample(one_minus_abar.sqrt(), x0) * noise.cpu().double()
     return signal + added, signal.abs() + added.abs()
 
 
@@ -48,12 +48,19 @@ def exact_q_posterior(x0, x_t, t):
     """Eq. 6 and 7, Ho et al. 2020, in float64: the mean, its magnitude, the variance."""
     t = t.cpu()
     beta, abar = SCHEDULE.betas[t], SCHEDULE.alphas_cumprod[t]
-    prev, rest = SCHEDULE.alphas_cumprod_prev[t], SCHEDULE.one_minus_alphas_cumprod[t]
-    rest_prev = (rest - beta) / (1 - beta)
-    rest_prev[t == 0] = 0
-    of_x0 = per_sample(prev.sqrt() * beta / rest, x0) * x0.cpu().double()
-    of_x_t = per_sample((abar / prev).sqrt() * rest_prev / rest, x0) * x_t.cpu().double()
-    return of_x0 + of_x_t, of_x0.abs() + of_x_t.abs(), per_sample(rest_prev / rest * beta, x0)
+    prev, one_minus_abar = SCHEDULE.alphas_cumprod_prev[t], SCHEDULE.one_minus_alphas_cumprod[t]
+    one_minus_abar_prev = (one_minus_abar - beta) / (1 - beta)
+    one_minus_abar_prev[t == 0] = 0
+    x0_coef = per_sample(prev.sqrt() * beta / one_minus_abar, x0) * x0.cpu().double()
+    x_t_coef = (
+        per_sample((abar / prev).sqrt() * one_minus_abar_prev / one_minus_abar, x0)
+        * x_t.cpu().double()
+    )
+    return (
+        x0_coef + x_t_coef,
+        x0_coef.abs() + x_t_coef.abs(),
+        per_sample(one_minus_abar_prev / one_minus_abar * beta, x0),
+    )
 
 
 def dense_strides(x):

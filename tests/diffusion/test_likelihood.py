@@ -104,15 +104,15 @@ def test_the_prior_is_its_integral() -> None:
 def test_l0_is_the_integral_over_the_bin_or_the_density(decoder: str) -> None:
     x0 = pixels(6, 1)
     found = bound(best_epsilon(SHORT), SHORT, x0, clip=None, decoder=decoder).decoder_bpd
-    rest = float(SHORT.betas[0])
-    x_1 = (1 - rest) ** 0.5 * x0 + rest**0.5 * noise_at(x0, 0)
+    one_minus_abar = float(SHORT.betas[0])
+    x_1 = (1 - one_minus_abar) ** 0.5 * x0 + one_minus_abar**0.5 * noise_at(x0, 0)
     epsilon = best_epsilon(SHORT)(x_1, torch.zeros(6, dtype=torch.int64))
-    mean = (x_1 - rest**0.5 * epsilon) / (1 - rest) ** 0.5
+    mean = (x_1 - one_minus_abar**0.5 * epsilon) / (1 - one_minus_abar) ** 0.5
     second = float(SHORT.posterior_variance[1])
     for item in range(6):
         x = float(x0[item])
         if decoder == "gaussian":
-            exact = stats.norm.logpdf(x, float(mean[item]), rest**0.5)
+            exact = stats.norm.logpdf(x, float(mean[item]), one_minus_abar**0.5)
         else:
             p = stats.norm(float(mean[item]), second**0.5)
             ends = (x - 1 / 255 if x > -1 else -np.inf, x + 1 / 255 if x < 1 else np.inf)
@@ -144,9 +144,9 @@ def test_the_expectation_of_a_term_is_its_integral_over_x_t() -> None:
         x_t = (abar**0.5 * x0 + (1 - abar) ** 0.5 * noise)[:, None]
         epsilon = best_epsilon(SHORT)(x_t, torch.full((400,), t)).flatten()
         true = float(SHORT.posterior_variance[t])
-        of_x0 = float(SHORT.posterior_mean_coef1[t])
+        x0_coef = float(SHORT.posterior_mean_coef1[t])
         pred = (x_t.flatten() - (1 - abar) ** 0.5 * epsilon) / abar**0.5
-        kl = (math.log(beta / true) + (true + (of_x0 * (x0 - pred)).square()) / beta - 1) / 2
+        kl = (math.log(beta / true) + (true + (x0_coef * (x0 - pred)).square()) / beta - 1) / 2
         assert float((weight * kl).sum()) == pytest.approx(float(expected[t]), rel=1e-9)
 
 
@@ -208,10 +208,10 @@ def openai_bound(model, betas, timestep_map, x0, noises, kind, clip):
         large = np.log(betas[i]) if i else clipped[0]
         log_p = torch.tensor(clipped[i] if kind == "posterior" else large)
         if "learned" in kind:
-            out, raw = torch.split(out, x0.shape[1], dim=1)
-            frac = (raw + 1) / 2
+            out, learned_output = torch.split(out, x0.shape[1], dim=1)
+            frac = (learned_output + 1) / 2
             learned = frac * np.log(betas[i]) + (1 - frac) * clipped[i]
-            log_p = raw if kind == "learned" else learned
+            log_p = learned_output if kind == "learned" else learned
         pred = math.sqrt(1 / abar[i]) * x_t - math.sqrt(1 / abar[i] - 1) * out
         pred = pred.clamp(-clip, clip) if clip else pred
         c1 = betas[i] * math.sqrt(prev[i]) / (1 - abar[i])
@@ -245,7 +245,7 @@ def rough(x, t):
 
 
 def learned(x, t):
-    """A model of twice the channels: an epsilon, and a raw variance in [-1, 1]."""
+    """A model of twice the channels: an epsilon, and a learned variance in [-1, 1]."""
     return torch.cat([rough(x, t), torch.sin(x + t.view(-1, 1, 1, 1) / 3)], 1)
 
 

@@ -193,10 +193,10 @@ def exact_chain(schedule, table, mean, variance, start=(0.0, 1.0)):
         beta, abar = float(betas[t]), float(abars[t])
         prev = float(abars[t - 1]) if t else 1.0
         gain = math.sqrt(abar) * variance / (abar * variance + 1 - abar)
-        of_x0 = math.sqrt(prev) * beta / (1 - abar)
-        of_x = math.sqrt(1 - beta) * (1 - prev) / (1 - abar)
-        slope = of_x + of_x0 * gain
-        m = slope * m + of_x0 * mean * (1 - gain * math.sqrt(abar))
+        x0_coef = math.sqrt(prev) * beta / (1 - abar)
+        x_coef = math.sqrt(1 - beta) * (1 - prev) / (1 - abar)
+        slope = x_coef + x0_coef * gain
+        m = slope * m + x0_coef * mean * (1 - gain * math.sqrt(abar))
         added = beta * (1 - prev) / (1 - abar) if table.name == "ddpm(posterior)" else beta
         v = slope**2 * v + (added if t else 0.0)
     return m, v

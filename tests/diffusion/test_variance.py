@@ -32,22 +32,24 @@ def posterior(schedule, first):
 def test_every_kind_is_its_formula(kind: str, dtype: torch.dtype, first: str) -> None:
     t = torch.tensor([0, 1, 500, 999])
     x_t = torch.zeros(4, 2, 3, dtype=dtype)
-    raw = torch.linspace(-1.5, 1.5, 24).view(4, 2, 3).to(dtype) if "learned" in kind else None
-    variance, log = model_variance(x_t, t, SCHEDULE, kind, raw, first)
+    learned_output = (
+        torch.linspace(-1.5, 1.5, 24).view(4, 2, 3).to(dtype) if "learned" in kind else None
+    )
+    variance, log = model_variance(x_t, t, SCHEDULE, kind, learned_output, first)
     low = torch.from_numpy(posterior(SCHEDULE, first))[t].view(4, 1, 1)
     high = SCHEDULE.betas.log()[t].view(4, 1, 1)
     large = high.clone()  # OpenAI's fixed_large takes the posterior's at index 0
     if first == "repeat":
         large[0] = low[0]
-    share = None if raw is None else (raw.double() + 1) / 2
+    share = None if learned_output is None else (learned_output.double() + 1) / 2
     exact = {
         "posterior": lambda: low,
         "beta": lambda: large,
-        "learned": lambda: raw.double(),
+        "learned": lambda: learned_output.double(),
         "learned_range": lambda: share * high + (1 - share) * low,
     }[kind]()
     assert log.dtype == variance.dtype == (F64 if dtype == F64 else F32)
-    assert log.shape == (x_t.shape if raw is not None else (4, 1, 1))
+    assert log.shape == (x_t.shape if learned_output is not None else (4, 1, 1))
     # The schedule's own 1 - abar has the digits that numpy's lacks.
     torch.testing.assert_close(log.double(), exact, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(variance, log.exp())
@@ -55,18 +57,20 @@ def test_every_kind_is_its_formula(kind: str, dtype: torch.dtype, first: str) ->
 
 def test_the_ends_of_the_learned_range_are_the_fixed_kinds() -> None:
     x_t = torch.zeros(1, 2)
-    for raw, kind in ((-1.0, "posterior"), (1.0, "beta")):
-        _, found = model_variance(x_t, 7, SCHEDULE, "learned_range", torch.full((1, 2), raw))
+    for learned_output, kind in ((-1.0, "posterior"), (1.0, "beta")):
+        _, found = model_variance(
+            x_t, 7, SCHEDULE, "learned_range", torch.full((1, 2), learned_output)
+        )
         _, fixed = model_variance(x_t, 7, SCHEDULE, kind)
         assert (found == fixed).all()
 
 
 def test_a_learned_variance_is_differentiable_in_the_raw_output() -> None:
-    raw = torch.randn(2, 3, dtype=F64, requires_grad=True)
+    learned_output = torch.randn(2, 3, dtype=F64, requires_grad=True)
     for kind in ("learned", "learned_range"):
         assert torch.autograd.gradcheck(
             lambda r, kind=kind: model_variance(torch.zeros(2, 3, dtype=F64), 5, SCHEDULE, kind, r),
-            (raw,),
+            (learned_output,),
         )
 
 
@@ -74,7 +78,7 @@ def test_a_learned_variance_is_differentiable_in_the_raw_output() -> None:
     "bad",
     [
         ("kind", "small", ValueError, "posterior, beta, learned", "small"),
-        ("raw", torch.zeros(2, 3), ValueError, "left out", "posterior"),
+        ("learned_output", torch.zeros(2, 3), ValueError, "left out", "posterior"),
         ("t", 1000, ValueError, "[0, 999]"),
         ("schedule", None, TypeError, "NoiseSchedule", "NoneType"),
         ("log_variance", "drop", ValueError, "repeat", "drop"),
@@ -92,9 +96,13 @@ def test_a_bad_argument_is_named(bad) -> None:
 
 def test_a_learned_kind_needs_the_raw_output_of_its_shape() -> None:
     x_t = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="raw must be given for the variance 'learned_range'"):
+    with pytest.raises(
+        ValueError, match="learned_output must be given for the variance 'learned_range'"
+    ):
         model_variance(x_t, 5, SCHEDULE, "learned_range")
-    with pytest.raises(ValueError, match=r"raw must have the shape of x_t, \[2, 3\]; got \[2, 6\]"):
+    with pytest.raises(
+        ValueError, match=r"learned_output must have the shape of x_t, \[2, 3\]; got \[2, 6\]"
+    ):
         model_variance(x_t, 5, SCHEDULE, "learned", torch.zeros(2, 6))
     single = NoiseSchedule.from_betas([0.999])
     with pytest.raises(ValueError, match="'repeat' needs T >= 2"):
@@ -116,8 +124,8 @@ def test_an_output_gives_back_x0(prediction: str) -> None:
         "v": signal * epsilon - noise * x0,
         "score": -epsilon / noise,
     }[prediction]
-    of_x, of_out = x0_coefficients(SCHEDULE, prediction)[t].unbind(1)
-    torch.testing.assert_close(of_x * x_t + of_out * out, x0)
+    x_coef, out_coef = x0_coefficients(SCHEDULE, prediction)[t].unbind(1)
+    torch.testing.assert_close(x_coef * x_t + out_coef * out, x0)
 
 
 def test_without_signal_an_epsilon_says_nothing_of_x0() -> None:

@@ -84,13 +84,21 @@ def config(schedule: str, prediction: str, **options: Any) -> dict[str, Any]:
     }
 
 
-def ddim_pair(schedule, prediction, spacing="leading", eta=0.0, clip=1.0, raw=True) -> Pair:
+def ddim_pair(
+    schedule, prediction, spacing="leading", eta=0.0, clip=1.0, unclipped_epsilon=True
+) -> Pair:
     options = config(schedule, prediction, timestep_spacing=spacing, clip_sample=clip is not None)
     table = StepTable.ddim(
-        SCHEDULES[schedule], 20, eta, prediction, clip, spacing, rederive_epsilon=not raw
+        SCHEDULES[schedule],
+        20,
+        eta,
+        prediction,
+        clip,
+        spacing,
+        rederive_epsilon=not unclipped_epsilon,
     )
-    step = {"eta": eta, "use_clipped_model_output": not raw}
-    name = f"ddim-{spacing}-eta{eta:g}-{'raw' if raw else 'rederived'}-clip{clip}"
+    step = {"eta": eta, "use_clipped_model_output": not unclipped_epsilon}
+    name = f"ddim-{spacing}-eta{eta:g}-{'raw' if unclipped_epsilon else 'rederived'}-clip{clip}"
     noise = "variance_noise" if eta else None
     scheduler = diffusers.DDIMScheduler(**options)
     return Pair(name, scheduler, table, schedule, prediction, step, noise)
@@ -140,9 +148,9 @@ def pairs() -> list[Pair]:
             found += [
                 ddim_pair(*of),
                 ddim_pair(*of, spacing="trailing", eta=0.5),
-                ddim_pair(*of, eta=1.0, raw=False),
+                ddim_pair(*of, eta=1.0, unclipped_epsilon=False),
                 ddim_pair(*of, eta=0.3, clip=None),
-                ddim_pair(*of, raw=False),
+                ddim_pair(*of, unclipped_epsilon=False),
                 dpm_pair(*of),
                 dpm_pair(*of, spacing="leading", solver="heun"),
                 dpm_pair(*of, spacing="trailing", steps=20),

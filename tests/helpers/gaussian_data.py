@@ -22,8 +22,8 @@ def best_epsilon(schedule):
     table = torch.stack([schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod], 1)
 
     def model(x, t):
-        abar, rest = table[t].to(x.dtype).view(-1, 2, *[1] * (x.ndim - 1)).unbind(1)
-        return rest.sqrt() * (x - M * abar.sqrt()) / (S**2 * abar + rest)
+        abar, one_minus_abar = table[t].to(x.dtype).view(-1, 2, *[1] * (x.ndim - 1)).unbind(1)
+        return one_minus_abar.sqrt() * (x - M * abar.sqrt()) / (S**2 * abar + one_minus_abar)
 
     return model
 
@@ -61,10 +61,10 @@ def model_marginal(schedule):
     model = best_epsilon(schedule)
     for i in reversed(range(schedule.T)):
         beta, alpha = float(schedule.betas[i]), float(schedule.alphas[i])
-        rest = float(schedule.one_minus_alphas_cumprod[i])
+        one_minus_abar = float(schedule.one_minus_alphas_cumprod[i])
         ends = torch.tensor([[0.0], [1.0]], dtype=F64)
         # Eq. 11, Ho et al. 2020.
-        moved = (ends - beta / rest**0.5 * model(ends, torch.tensor([i, i]))) / alpha**0.5
+        moved = (ends - beta / one_minus_abar**0.5 * model(ends, torch.tensor([i, i]))) / alpha**0.5
         offset, slope = float(moved[0]), float(moved[1] - moved[0])
         mean, variance = slope * mean + offset, slope**2 * variance + beta
     return mean, variance

@@ -54,10 +54,10 @@ class Mixture:
         z = torch.randn(num, 2, generator=generator(seed + 1), dtype=F64)
         return abar**0.5 * self.sample(num, seed) + (1 - abar) ** 0.5 * z
 
-    def outputs(self, x: Tensor, abar: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-        """E[epsilon | x_t] and E[x_0 | x_t] for x [N, 2] at one noise level, rest = 1 - abar."""
-        signal, noise = abar.sqrt(), rest.sqrt()
-        spread = abar * self.covariances + rest * torch.eye(2, dtype=F64)
+    def outputs(self, x: Tensor, abar: Tensor, one_minus_abar: Tensor) -> tuple[Tensor, Tensor]:
+        """E[epsilon | x_t] and E[x_0 | x_t] for x [N, 2] at one noise level."""
+        signal, noise = abar.sqrt(), one_minus_abar.sqrt()
+        spread = abar * self.covariances + one_minus_abar * torch.eye(2, dtype=F64)
         off = x - signal * self.means[:, None]
         pull = off @ torch.linalg.inv(spread)
         scale = self.weights.log() - spread.logdet() / 2
@@ -67,10 +67,10 @@ class Mixture:
 
     def model(self, schedule: NoiseSchedule, prediction: str = "epsilon") -> Callable[..., Tensor]:
         """The exact network of a schedule; a batch is at one timestep."""
-        abar, rest = schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod
+        abar, one_minus_abar = schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod
 
         def network(x: Tensor, t: Tensor) -> Tensor:
-            a, r = abar[t[0]], rest[t[0]]
+            a, r = abar[t[0]], one_minus_abar[t[0]]
             epsilon, x0 = self.outputs(x, a, r)
             if prediction == "v":
                 return a.sqrt() * epsilon - r.sqrt() * x0
@@ -86,9 +86,11 @@ class Mixture:
 
         def slope(log_sigma: float, u: Any) -> Any:
             variance = torch.tensor(2 * log_sigma, dtype=F64).exp()
-            abar, rest = 1 / (1 + variance), variance / (1 + variance)
+            abar, one_minus_abar = 1 / (1 + variance), variance / (1 + variance)
             state = torch.from_numpy(u).view(-1, 2) * abar.sqrt()
-            return (variance.sqrt() * self.outputs(state, abar, rest)[0]).flatten().numpy()
+            return (
+                (variance.sqrt() * self.outputs(state, abar, one_minus_abar)[0]).flatten().numpy()
+            )
 
         ends = [float(torch.tensor(s, dtype=F64).log()) for s in (sigma, sigma_end)]
         start = (x * (1 + sigma**2) ** 0.5).flatten().numpy()

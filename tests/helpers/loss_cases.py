@@ -78,16 +78,16 @@ def exact_bound(prediction, variance, decoder, output, x0, x_t, t, schedule=SHOR
     abars = (1 - schedule.betas).cumprod(0).tolist()
     true = [0.0] + [betas[i] * (1 - abars[i - 1]) / (1 - abars[i]) for i in range(1, schedule.T)]
     true[0] = true[1]
-    out, raw = output.chunk(2, 1) if "learned" in variance else (output, None)
+    out, learned_output = output.chunk(2, 1) if "learned" in variance else (output, None)
     epsilons = exact_epsilon(prediction, out, x_t, t, schedule)
     terms = []
     for n, i in enumerate(t.tolist()):
         beta, abar = betas[i], abars[i]
         mean_p = (x_t[n] - beta / (1 - abar) ** 0.5 * epsilons[n]) / (1 - beta) ** 0.5
         if variance == "learned":
-            sigma2 = raw[n].exp()
+            sigma2 = learned_output[n].exp()
         elif variance == "learned_range":
-            v = (raw[n] + 1) / 2
+            v = (learned_output[n] + 1) / 2
             sigma2 = torch.exp(v * math.log(beta) + (1 - v) * math.log(true[i]))
         else:
             first = betas[0] if decoder == "gaussian" else true[0]
@@ -96,8 +96,11 @@ def exact_bound(prediction, variance, decoder, output, x0, x_t, t, schedule=SHOR
         p = torch.distributions.Normal(mean_p, sigma2.sqrt())
         if i > 0:
             prev = abars[i - 1]
-            of_x0, of_x = prev**0.5 * beta / (1 - abar), (1 - beta) ** 0.5 * (1 - prev) / (1 - abar)
-            mean_q = of_x0 * x0[n] + of_x * x_t[n]
+            x0_coef, x_coef = (
+                prev**0.5 * beta / (1 - abar),
+                (1 - beta) ** 0.5 * (1 - prev) / (1 - abar),
+            )
+            mean_q = x0_coef * x0[n] + x_coef * x_t[n]
             q = torch.distributions.Normal(mean_q, torch.full_like(mean_q, true[i] ** 0.5))
             nats = torch.distributions.kl_divergence(q, p)
         elif decoder == "gaussian":

@@ -102,10 +102,10 @@ def _made(inputs: Inputs) -> dict[str, Tensor]:
         z = exponential(fma32(v, half * (row["Lmax"] - row["Lmin"]), half * row["Lmin"])) * z
     y = inputs["second"].numpy() if RowFlag.SECOND in flags else None
     past = _past_values(inputs)
-    of_x = {"Xo": o} if RowFlag.RAW_OUT in flags else {}
-    of_x |= {} if y is None else {"Xy": y}
-    of_x |= {f"Xh{k}": h for k, h in past.items()}
-    next_x = row.sum(Xx=x, Xx0=x0, **of_x, S=z)
+    x_coef = {"Xo": o} if RowFlag.RAW_OUT in flags else {}
+    x_coef |= {} if y is None else {"Xy": y}
+    x_coef |= {f"Xh{k}": h for k, h in past.items()}
+    next_x = row.sum(Xx=x, Xx0=x0, **x_coef, S=z)
     made = {"x": next_x, "pred_x0": x0}
     made["model_input"] = row["Cin"] * next_x if RowFlag.SCALE_IN in flags else next_x
     if y is not None:

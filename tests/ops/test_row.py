@@ -81,8 +81,8 @@ def test_a_table_fills_in_the_ratio_of_x0s_factors():
     rows = StepTable.ddpm(NoiseSchedule.cosine(), 10).rows
     P, Q, ratio = (rows[:, column(name)] for name in ("P", "Q", "ratio"))
     assert torch.equal(ratio, Q / P)
-    of_x0 = StepTable.ddpm(NoiseSchedule.cosine(), 10, prediction="x0").rows
-    assert not of_x0[:, column("ratio")].any()
+    x0_coef = StepTable.ddpm(NoiseSchedule.cosine(), 10, prediction="x0").rows
+    assert not x0_coef[:, column("ratio")].any()
 
 
 @pytest.mark.parametrize("name", ["Yo", "M"])

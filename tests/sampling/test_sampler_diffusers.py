@@ -43,15 +43,17 @@ def ddpm(steps=50, spacing="leading", variance="posterior", prediction="epsilon"
     return scheduler, table, {}, MODELS[prediction]
 
 
-def ddim(steps=50, eta=0.0, raw=True, prediction="epsilon", clip=1.0):
+def ddim(steps=50, eta=0.0, unclipped_epsilon=True, prediction="epsilon", clip=1.0):
     scheduler = diffusers.DDIMScheduler(
         **COMMON,
         timestep_spacing="leading",
         prediction_type=PREDICTION_TYPES[prediction],
         clip_sample=clip is not None,
     )
-    table = StepTable.ddim(SCHEDULE, steps, eta, prediction, clip, rederive_epsilon=not raw)
-    options = {"eta": eta, "use_clipped_model_output": not raw}
+    table = StepTable.ddim(
+        SCHEDULE, steps, eta, prediction, clip, rederive_epsilon=not unclipped_epsilon
+    )
+    options = {"eta": eta, "use_clipped_model_output": not unclipped_epsilon}
     return scheduler, table, options, MODELS[prediction]
 
 
@@ -72,9 +74,9 @@ CHAINS = [
     pytest.param(lambda: ddpm(prediction="v"), id="ddpm-v"),
     pytest.param(lambda: ddpm(prediction="x0"), id="ddpm-x0"),
     pytest.param(lambda: ddim(), id="ddim"),
-    pytest.param(lambda: ddim(raw=False), id="ddim-rederived"),
+    pytest.param(lambda: ddim(unclipped_epsilon=False), id="ddim-rederived"),
     pytest.param(lambda: ddim(eta=0.5), id="ddim-eta"),
-    pytest.param(lambda: ddim(eta=1.0, raw=False), id="ddim-eta-1-rederived"),
+    pytest.param(lambda: ddim(eta=1.0, unclipped_epsilon=False), id="ddim-eta-1-rederived"),
     pytest.param(lambda: ddim(prediction="v", clip=None), id="ddim-v-unclipped"),
     pytest.param(lambda: sde(), id="dpmpp-sde"),
 ]

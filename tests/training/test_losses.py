@@ -213,20 +213,20 @@ def test_every_target_has_one_optimum(prediction, objective, weighting, t) -> No
     )  # fmt: skip
     loss, mse = ((share * values).sum() for values in (found.loss, found.mse))
     abar = float(SHORT.alphas_cumprod[t])
-    of_x0 = S**2 * (1 - abar) / (S**2 * abar + 1 - abar)
+    x0_coef = S**2 * (1 - abar) / (S**2 * abar + 1 - abar)
     snr = abar / (1 - abar)
     of_target = {
-        "x0": of_x0,
-        "epsilon": of_x0 * snr,
-        "v": of_x0 / (1 - abar),
-        "score": of_x0 * snr / (1 - abar),
+        "x0": x0_coef,
+        "epsilon": x0_coef * snr,
+        "v": x0_coef / (1 - abar),
+        "score": x0_coef * snr / (1 - abar),
     }[prediction]
     if objective == "full":
         irreducible = float(expected_terms(SHORT, "beta")[t]) / math.log(2)
     elif weighting == "min_snr":
-        irreducible = of_x0 * min(snr, 5.0)
+        irreducible = x0_coef * min(snr, 5.0)
     else:
-        irreducible = of_target if objective == "simple" else of_x0 * snr
+        irreducible = of_target if objective == "simple" else x0_coef * snr
     assert mse.item() == pytest.approx(of_target, rel=1e-9)
     assert loss.item() == pytest.approx(irreducible, rel=1e-9)
     (slope,) = torch.autograd.grad(loss, network.by, create_graph=True)
@@ -242,18 +242,18 @@ def test_the_best_learned_variance_is_that_of_the_mixed_posterior(t: int) -> Non
     """q's own variance and that of its mean given x_t: where the bound has no gradient."""
     x0, noise, share = integrated(SHORT)
     abar = float(SHORT.alphas_cumprod[t])
-    of_x0 = S**2 * (1 - abar) / (S**2 * abar + 1 - abar)
-    best = float(SHORT.posterior_variance[t] + SHORT.posterior_mean_coef1[t].square() * of_x0)
-    raw = torch.tensor(math.log(best), dtype=F64, requires_grad=True)
+    x0_coef = S**2 * (1 - abar) / (S**2 * abar + 1 - abar)
+    best = float(SHORT.posterior_variance[t] + SHORT.posterior_mean_coef1[t].square() * x0_coef)
+    learned_output = torch.tensor(math.log(best), dtype=F64, requires_grad=True)
 
     def network(x, t):
-        return torch.cat([best_epsilon(SHORT)(x, t), raw.expand_as(x)], 1)
+        return torch.cat([best_epsilon(SHORT)(x, t), learned_output.expand_as(x)], 1)
 
     for objective in ("full", "hybrid"):
         found = training_losses(
             network, x0, t, SHORT, objective=objective, variance="learned", noise=noise
         )
-        (slope,) = torch.autograd.grad((share * found.loss).sum(), raw)
+        (slope,) = torch.autograd.grad((share * found.loss).sum(), learned_output)
         assert abs(float(slope)) < 1e-9
 
 

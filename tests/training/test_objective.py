@@ -43,20 +43,31 @@ def test_a_term_is_its_weight_times_the_squared_error(schedule, target: str, var
     weights = objective_weights(schedule, variance, target)
     for index in {0, 1, 5, schedule.T - 1}:
         abar, beta = float(schedule.alphas_cumprod[index]), float(schedule.betas[index])
-        rest = float(schedule.one_minus_alphas_cumprod[index])
+        one_minus_abar = float(schedule.one_minus_alphas_cumprod[index])
         x0, noise = torch.tensor([0.3, -0.8], dtype=F64)
-        x_t = abar**0.5 * x0 + rest**0.5 * noise
+        x_t = abar**0.5 * x0 + one_minus_abar**0.5 * noise
         sigma2 = float(schedule.posterior_variance[index])
         log_p = torch.tensor(beta if variance == "beta" or index == 0 else sigma2, dtype=F64).log()
 
-        def term(out, index=index, abar=abar, rest=rest, beta=beta, x0=x0, x_t=x_t, log_p=log_p):
+        def term(
+            out,
+            index=index,
+            abar=abar,
+            one_minus_abar=one_minus_abar,
+            beta=beta,
+            x0=x0,
+            x_t=x_t,
+            log_p=log_p,
+        ):
             epsilon = {
                 "epsilon": lambda: out,
-                "score": lambda: -(rest**0.5) * out,
-                "x0": lambda: (x_t - abar**0.5 * out) / rest**0.5,
-                "v": lambda: abar**0.5 * out + rest**0.5 * x_t,
+                "score": lambda: -(one_minus_abar**0.5) * out,
+                "x0": lambda: (x_t - abar**0.5 * out) / one_minus_abar**0.5,
+                "v": lambda: abar**0.5 * out + one_minus_abar**0.5 * x_t,
             }[target]()
-            mean = (x_t - beta / rest**0.5 * epsilon) / float(schedule.alphas[index]) ** 0.5
+            mean = (x_t - beta / one_minus_abar**0.5 * epsilon) / float(
+                schedule.alphas[index]
+            ) ** 0.5
             if index == 0:
                 return -gaussian_log_density(x0, mean, log_p)
             posterior = schedule.posterior_mean_coef1[index] * x0
@@ -65,9 +76,9 @@ def test_a_term_is_its_weight_times_the_squared_error(schedule, target: str, var
 
         truth = {
             "epsilon": noise,
-            "score": -noise / rest**0.5,
+            "score": -noise / one_minus_abar**0.5,
             "x0": x0,
-            "v": abar**0.5 * noise - rest**0.5 * x0,
+            "v": abar**0.5 * noise - one_minus_abar**0.5 * x0,
         }[target]
         slope, curvature = (
             torch.autograd.functional.jacobian(term, truth),

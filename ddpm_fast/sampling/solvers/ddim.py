@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import Chain, Start, refuse_no_signal, refuse_random
+from ddpm_fast.diffusion.noise_levels import NoiseLevels, Start, reject_random_start, require_signal
 from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
@@ -41,19 +41,23 @@ def ddim(
     """
     eta = checks.real("eta", eta, 0, inf, "[)")
     _check_bool("rederive_epsilon", rederive_epsilon)
-    c = Chain.of(schedule, steps, spacing, start, prediction)
+    c = NoiseLevels.from_schedule(schedule, steps, spacing, start, prediction)
     sigma = eta * c.posterior_variance.sqrt()
-    # 1 - abar_prev - sigma^2, with rest - beta written as alpha * rest_prev.
-    squared = c.rest_prev / c.rest * (c.alpha * c.rest_prev + (1 - eta**2) * c.beta)
+    # 1 - abar_prev - sigma^2, with one_minus_abar - beta written as alpha * one_minus_abar_prev.
+    squared = (
+        c.one_minus_abar_prev
+        / c.one_minus_abar
+        * (c.alpha * c.one_minus_abar_prev + (1 - eta**2) * c.beta)
+    )
     if (squared < 0).any():
         raise ValueError(f"eta must leave sigma^2 <= 1 - alphas_cumprod_prev; got {eta}")
     direction = squared.sqrt()
     if rederive_epsilon:
-        Xx, Xo = direction / c.rest.sqrt(), torch.zeros_like(direction)
+        Xx, Xo = direction / c.one_minus_abar.sqrt(), torch.zeros_like(direction)
         Xx0 = c.abar_prev.sqrt() - Xx * c.abar.sqrt()
     else:
-        of_x, of_out = c.epsilon()
-        Xx, Xo, Xx0 = direction * of_x, direction * of_out, c.abar_prev.sqrt()
+        x_coef, out_coef = c.epsilon()
+        Xx, Xo, Xx0 = direction * x_coef, direction * out_coef, c.abar_prev.sqrt()
     rows = c.rows(clip, Xx=Xx, Xx0=Xx0, Xo=Xo, S=sigma)
     return cls(
         rows,
@@ -97,30 +101,32 @@ def ddim_inverse(
     rederived = rederive_epsilon and clip is not None
     if start == "random":
         raise ValueError("start must be None or a step for ddim_inverse; got 'random'")
-    c = Chain.of(schedule, steps, spacing, start, prediction)
+    c = NoiseLevels.from_schedule(schedule, steps, spacing, start, prediction)
     up = c.timesteps[::-1]
     told = up if evaluate_at == "next" else [up[0], *up[:-1]]
-    abar, rest = c.abar.flip(0), c.rest.flip(0)  # where a step leads
-    here = replace(c, abar=c.abar_prev.flip(0), rest=c.rest_prev.flip(0))
-    P, Q, of_x, of_out = _told_of(here, replace(here, abar=abar, rest=rest), evaluate_at)
-    of_x0 = torch.zeros_like(of_x)
+    abar, one_minus_abar = c.abar.flip(0), c.one_minus_abar.flip(0)  # where a step leads
+    here = replace(c, abar=c.abar_prev.flip(0), one_minus_abar=c.one_minus_abar_prev.flip(0))
+    P, Q, x_coef, out_coef = _told_of(
+        here, replace(here, abar=abar, one_minus_abar=one_minus_abar), evaluate_at
+    )
+    x0_coef = torch.zeros_like(x_coef)
     if rederived:
         # Not in the first row: at x_0 itself an x0 says nothing of epsilon.
-        clipped_of_x, clipped_of_x0 = here.epsilon_of_x0()
-        of_x[1:], of_x0[1:], of_out[1:] = clipped_of_x[1:], clipped_of_x0[1:], 0
-    direction = rest.sqrt()
+        clipped_x_coef, clipped_x0_coef = here.epsilon_from_x0()
+        x_coef[1:], x0_coef[1:], out_coef[1:] = clipped_x_coef[1:], clipped_x0_coef[1:], 0
+    direction = one_minus_abar.sqrt()
     rows = c.rows(
         clip,
         P=P,
         Q=Q,
-        Xx=direction * of_x,
-        Xx0=abar.sqrt() + direction * of_x0,
-        Xo=direction * of_out,
+        Xx=direction * x_coef,
+        Xx0=abar.sqrt() + direction * x0_coef,
+        Xo=direction * out_coef,
     )
     return cls(rows, told, prediction, "data", "ddim_inverse", threshold=threshold_from_clip(clip))
 
 
-def _told_of(here: Chain, ahead: Chain, evaluate_at: str) -> tuple[Tensor, ...]:
+def _told_of(here: NoiseLevels, ahead: NoiseLevels, evaluate_at: str) -> tuple[Tensor, ...]:
     """Factors of x and out in x0, and of both in epsilon, of a state at the levels of ``here``.
 
     The output is read as an epsilon at the level that the network is told, so that every prediction
@@ -128,14 +134,14 @@ def _told_of(here: Chain, ahead: Chain, evaluate_at: str) -> tuple[Tensor, ...]:
     """
     told = ahead
     if evaluate_at == "current":
-        told = replace(here, abar=here.abar.clone(), rest=here.rest.clone())
-        told.abar[0], told.rest[0] = ahead.abar[0], ahead.rest[0]
-    of_x, of_out = told.epsilon()
-    signal, noise = here.abar.sqrt(), here.rest.sqrt()
-    same = told.rest == here.rest  # without the rounding of what cancels
-    P = torch.where(same, told.x0()[0], (1 - noise * of_x) / signal)
-    Q = torch.where(same, told.x0()[1], -noise * of_out / signal)
-    return P, Q, of_x, of_out
+        told = replace(here, abar=here.abar.clone(), one_minus_abar=here.one_minus_abar.clone())
+        told.abar[0], told.one_minus_abar[0] = ahead.abar[0], ahead.one_minus_abar[0]
+    x_coef, out_coef = told.epsilon()
+    signal, noise = here.abar.sqrt(), here.one_minus_abar.sqrt()
+    same = told.one_minus_abar == here.one_minus_abar  # without the rounding of what cancels
+    P = torch.where(same, told.x0()[0], (1 - noise * x_coef) / signal)
+    Q = torch.where(same, told.x0()[1], -noise * out_coef / signal)
+    return P, Q, x_coef, out_coef
 
 
 def ve_ode(
@@ -155,16 +161,19 @@ def ve_ode(
     sqrt(1 + sigma^2) N(0, I) and ends at x_0, and equals ddim up to rounding. The arguments and
     errors are those of ddim; alphas_cumprod must be above 0 at every timestep kept.
     """
-    refuse_random(start, "ve_ode")
-    c = Chain.of(schedule, steps, spacing, start, prediction)
-    refuse_no_signal(c, "ve_ode")
-    of_x, of_out = c.x0()
-    sigma, sigma_prev = (c.rest / c.abar).sqrt(), (c.rest_prev / c.abar_prev).sqrt()
+    reject_random_start(start, "ve_ode")
+    c = NoiseLevels.from_schedule(schedule, steps, spacing, start, prediction)
+    require_signal(c, "ve_ode")
+    x_coef, out_coef = c.x0()
+    sigma, sigma_prev = (
+        (c.one_minus_abar / c.abar).sqrt(),
+        (c.one_minus_abar_prev / c.abar_prev).sqrt(),
+    )
     ratio = sigma_prev / sigma
     rows = c.rows(
         clip,
-        P=of_x * c.abar.sqrt(),
-        Q=of_out,
+        P=x_coef * c.abar.sqrt(),
+        Q=out_coef,
         Xx=ratio,
         Xx0=1 - ratio,
         Cin=c.abar_prev.sqrt(),

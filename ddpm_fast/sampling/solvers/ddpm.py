@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import Chain, Start
+from ddpm_fast.diffusion.noise_levels import NoiseLevels, Start
 from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
@@ -52,11 +52,11 @@ def ddpm(
     alphas_cumprod is 0.
     """
     checks.choice("variance", variance, VARIANCES)
-    c = Chain.of(schedule, steps, spacing, start, prediction)
+    c = NoiseLevels.from_schedule(schedule, steps, spacing, start, prediction)
     rows = c.rows(
         clip,
-        Xx0=c.abar_prev.sqrt() * c.beta / c.rest,
-        Xx=c.alpha.sqrt() * c.rest_prev / c.rest,
+        Xx0=c.abar_prev.sqrt() * c.beta / c.one_minus_abar,
+        Xx=c.alpha.sqrt() * c.one_minus_abar_prev / c.one_minus_abar,
         **_noise(c, variance),
     )
     return cls(
@@ -69,7 +69,7 @@ def ddpm(
     )
 
 
-def _noise(c: Chain, variance: str) -> dict[str, Tensor]:
+def _noise(c: NoiseLevels, variance: str) -> dict[str, Tensor]:
     """The columns S, Lmin and Lmax; no noise in the last row."""
     small, large = c.posterior_variance, c.beta.clone()
     columns = {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import Chain, refuse_random
+from ddpm_fast.diffusion.noise_levels import NoiseLevels, reject_random_start
 from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
@@ -83,21 +83,21 @@ def multistep_chain(
     start: int | None,
     prediction: str,
     name: str,
-) -> tuple[Chain, Tensor, list[bool]]:
+) -> tuple[NoiseLevels, Tensor, list[bool]]:
     """The chain of a multistep solver, h of each step, and which steps are of second order.
 
     Not the first, and not the last, which leads to x_0 itself.
     """
-    refuse_random(start, name)
-    c = Chain.of(schedule, steps, spacing, start, prediction, to_data=True)
+    reject_random_start(start, name)
+    c = NoiseLevels.from_schedule(schedule, steps, spacing, start, prediction, to_data=True)
     last = len(c.timesteps) - 1
     return c, half_logsnr_steps(c), [0 < i < last for i in range(last + 1)]
 
 
-def half_logsnr_steps(c: Chain) -> Tensor:
+def half_logsnr_steps(c: NoiseLevels) -> Tensor:
     """h of each step in lambda = log(alpha/sigma), infinite out of noise and into x_0."""
-    half_logsnr = (c.abar.log() - c.rest.log()) / 2
-    return (c.abar_prev.log() - c.rest_prev.log()) / 2 - half_logsnr
+    half_logsnr = (c.abar.log() - c.one_minus_abar.log()) / 2
+    return (c.abar_prev.log() - c.one_minus_abar_prev.log()) / 2 - half_logsnr
 
 
 def of_second_order(rise: Tensor, h: Tensor, second: list[bool]) -> Tensor:
@@ -106,18 +106,26 @@ def of_second_order(rise: Tensor, h: Tensor, second: list[bool]) -> Tensor:
     return torch.where(chosen, rise * (h / torch.cat([h[:1], h[:-1]])), 0.0)
 
 
-def dpmpp_2m_rows(c: Chain, h: Tensor, second: list[bool], clip: Clip, solver_type: str) -> Tensor:
+def dpmpp_2m_rows(
+    c: NoiseLevels, h: Tensor, second: list[bool], clip: Clip, solver_type: str
+) -> Tensor:
     """The rows of dpmpp_2m for the steps of a chain."""
     checks.choice("solver_type", solver_type, ("midpoint", "heun"))
     gain = c.abar_prev.sqrt() * -torch.expm1(-h)
     rise = gain / 2
     if solver_type == "heun":
         rise = c.abar_prev.sqrt() * (torch.expm1(-h) / h + 1)
-    return _rows(c, clip, (c.rest_prev / c.rest).sqrt(), gain, of_second_order(rise, h, second))
+    return _rows(
+        c,
+        clip,
+        (c.one_minus_abar_prev / c.one_minus_abar).sqrt(),
+        gain,
+        of_second_order(rise, h, second),
+    )
 
 
 def dpmpp_2m_sde_rows(
-    c: Chain, h: Tensor, second: list[bool], clip: Clip, solver_type: str
+    c: NoiseLevels, h: Tensor, second: list[bool], clip: Clip, solver_type: str
 ) -> Tensor:
     """The rows of dpmpp_2m_sde for the steps of a chain."""
     checks.choice("solver_type", solver_type, ("midpoint", "heun"))
@@ -126,13 +134,13 @@ def dpmpp_2m_sde_rows(
     rise = gain / 2
     if solver_type == "heun":
         rise = c.abar_prev.sqrt() * (1 - share / (2 * h))
-    decay = (c.rest_prev / c.rest).sqrt() * (-h).exp()
-    noise = (c.rest_prev * share).sqrt()
+    decay = (c.one_minus_abar_prev / c.one_minus_abar).sqrt() * (-h).exp()
+    noise = (c.one_minus_abar_prev * share).sqrt()
     return _rows(c, clip, decay, gain, of_second_order(rise, h, second), S=noise)
 
 
 def _rows(
-    c: Chain, clip: Clip, decay: Tensor, gain: Tensor, rise: Tensor, **columns: Tensor
+    c: NoiseLevels, clip: Clip, decay: Tensor, gain: Tensor, rise: Tensor, **columns: Tensor
 ) -> Tensor:
     """x' = decay x + gain x0 + rise (x0 - h1), each x0 pushed."""
     one = torch.ones_like(gain)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ddpm_fast.diffusion.noise_levels import Chain, refuse_no_signal, refuse_random
+from ddpm_fast.diffusion.noise_levels import NoiseLevels, reject_random_start, require_signal
 from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
@@ -42,32 +42,32 @@ def plms(
     are those of the clipped x0. The other arguments and errors are those of dpmpp_2m, but for
     spacing, which is that of ddim.
     """
-    refuse_random(start, "plms")
-    c = Chain.of(schedule, steps, spacing, start, prediction)
-    refuse_no_signal(c, "plms")
+    reject_random_start(start, "plms")
+    c = NoiseLevels.from_schedule(schedule, steps, spacing, start, prediction)
+    require_signal(c, "plms")
     kept = list(range(len(c.timesteps)))
     heun = len(kept) > 1
-    c = c.at([0, 1, *kept[1:]] if heun else kept)
-    # x' = of_x x + turn epsilon, the transfer of Eq. 11; the difference of two roots would cancel.
-    of_x = (c.abar_prev / c.abar).sqrt()
+    c = c.select([0, 1, *kept[1:]] if heun else kept)
+    # Eq. 11: x' = x_coef x + turn epsilon. The difference of two roots would cancel.
+    x_coef = (c.abar_prev / c.abar).sqrt()
     turn = -(c.abar_prev - c.abar) / (
-        c.abar * c.rest_prev.sqrt() + (c.abar * c.rest * c.abar_prev).sqrt()
+        c.abar * c.one_minus_abar_prev.sqrt() + (c.abar * c.one_minus_abar * c.abar_prev).sqrt()
     )
-    push = torch.ones_like(of_x)
-    weights = of_x.new_zeros(len(of_x), 4)
-    for i in range(len(of_x)):
+    push = torch.ones_like(x_coef)
+    weights = x_coef.new_zeros(len(x_coef), 4)
+    for i in range(len(x_coef)):
         known = _WEIGHTS[min(max(i - 1, 0) if heun else i, 3)]
         weights[i, : len(known)] = turn[i] * turn.new_tensor(known)
     if heun:
         # From where the first step led: x' = x + (turn of the first step) (epsilon - h1) / 2.
-        of_x[1], push[1] = 1, 0
+        x_coef[1], push[1] = 1, 0
         weights[1] = turn[0] / 2 * turn.new_tensor([1, -1, 0, 0])
     columns = {f"Xh{k}": weights[:, k] for k in (1, 2, 3)} | {"push": push}
     if clip is None:
         by_x, by_out = c.epsilon()
         columns |= {"Ho": by_out, "Xo": weights[:, 0] * by_out}
     else:
-        by_x, by_x0 = c.epsilon_of_x0()
+        by_x, by_x0 = c.epsilon_from_x0()
         columns |= {"Hv": by_x0, "Xx0": weights[:, 0] * by_x0}
-    rows = c.rows(clip, Xx=of_x + weights[:, 0] * by_x, Hx=by_x, **columns)
+    rows = c.rows(clip, Xx=x_coef + weights[:, 0] * by_x, Hx=by_x, **columns)
     return cls(rows, c.timesteps, prediction, start, "plms", threshold=threshold_from_clip(clip))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.noise_levels import Chain
+from ddpm_fast.diffusion.noise_levels import NoiseLevels
 from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
@@ -44,7 +44,7 @@ def unipc(
 
 
 def unipc_rows(
-    c: Chain,
+    c: NoiseLevels,
     h: Tensor,
     second: list[bool],
     clip: Clip,
@@ -70,7 +70,7 @@ def unipc_rows(
         corrected = _corrector(c, h, i, second[i - 1], solver_type)
         for name, value in zip(("Yy", "Yx0", "Yh1", "Yh2"), corrected, strict=True):
             columns[name][i] = value
-    decay = (c.rest_prev / c.rest).sqrt()
+    decay = (c.one_minus_abar_prev / c.one_minus_abar).sqrt()
     gain = c.abar_prev.sqrt() * -torch.expm1(-h)
     # Half of B times the step before it over h.
     rise = (gain if solver_type == "bh2" else c.abar_prev.sqrt() * h) / 2
@@ -89,7 +89,7 @@ def unipc_rows(
 
 
 def _corrector(
-    c: Chain, h: Tensor, i: int, second_order: bool, solver_type: str
+    c: NoiseLevels, h: Tensor, i: int, second_order: bool, solver_type: str
 ) -> tuple[Tensor, ...]:
     """Factors of y, m, m_1 and m_2 in the corrected sample of step i >= 1 (UniC, Algorithm 5)."""
     step = h[i - 1]
@@ -107,4 +107,9 @@ def _corrector(
     alpha = c.abar[i].sqrt()
     of_m2 = -alpha * B * r_0 / r
     of_m = -alpha * B * r_1
-    return (c.rest[i] / c.rest[i - 1]).sqrt(), of_m, -alpha * expm1 - of_m - of_m2, of_m2
+    return (
+        (c.one_minus_abar[i] / c.one_minus_abar[i - 1]).sqrt(),
+        of_m,
+        -alpha * expm1 - of_m - of_m2,
+        of_m2,
+    )
