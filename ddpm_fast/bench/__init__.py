@@ -1,5 +1,5 @@
-"""Benchmarks: operators, one forward pass, whole sampling; peers take turns in the same run.
+"""Benchmarks of operators, of one forward pass and of whole sampling, interleaved with baselines.
 
-`ceilings` measures what the device can do, `kernels`, `network` and `sampling` measure, `results`
-writes CSV and `plots` draws it. The command is ``ddpm-fast bench``.
+`roofline` measures the limits of the device; `kernels`, `network` and `sampling` measure;
+`results` writes CSV files and `plots` draws them. The command is `ddpm-fast bench`.
 """

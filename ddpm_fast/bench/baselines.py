@@ -1,4 +1,4 @@
-"""The peers: other implementations of the same networks and chains, where they are installed."""
+"""Baselines: other implementations of the same networks and chains, if installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from ddpm_fast.models import UNet
 
-# The module of each peer and the package that has it.
+# Module of each baseline and the package that provides it.
 PACKAGES = {
     "diffusers": "diffusers",
     "denoising_diffusion_pytorch": "denoising-diffusion-pytorch",
@@ -19,11 +19,18 @@ PACKAGES = {
 
 
 class MissingError(RuntimeError):
-    """A peer cannot be imported; the message says why and what to install."""
+    """A baseline cannot be imported; the message gives the reason and the package."""
 
 
 def module(name: str) -> Any:
-    """A peer's module. Raises MissingError."""
+    """Import a baseline's module.
+
+    Args:
+        name: a key of `PACKAGES`.
+
+    Raises:
+        MissingError: the module cannot be imported.
+    """
     package = PACKAGES[name]
     try:
         return importlib.import_module(name)
@@ -35,7 +42,11 @@ def module(name: str) -> Any:
 
 
 def diffusers_unet(unet: UNet, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """diffusers' UNet2DModel with the same options and weights. Raises MissingError."""
+    """Return diffusers' UNet2DModel with the options and weights of `unet`.
+
+    Raises:
+        MissingError: diffusers cannot be imported.
+    """
     model = module("diffusers").UNet2DModel(**unet.config.to_dict())
     model.load_state_dict(unet.state_dict())
     model = model.eval().to(device)
@@ -43,7 +54,11 @@ def diffusers_unet(unet: UNet, device: torch.device, dtype: torch.dtype) -> nn.M
 
 
 def diffusers_pipeline(unet: UNet, device: torch.device, dtype: torch.dtype) -> Any:
-    """DDPMPipeline of that model with its default scheduler, silent. Raises MissingError."""
+    """Return diffusers' DDPMPipeline of that model and its default scheduler, without progress bar.
+
+    Raises:
+        MissingError: diffusers cannot be imported.
+    """
     diffusers = module("diffusers")
     model = diffusers_unet(unet, device, dtype)
     pipeline = diffusers.DDPMPipeline(model, diffusers.DDPMScheduler()).to(device)
@@ -56,9 +71,19 @@ def _silent(steps: Iterable[int], **options: Any) -> Iterable[int]:
 
 
 def lucidrains(channels: int, side: int, steps: int, device: torch.device) -> Any:
-    """GaussianDiffusion with its own U-Net of width 64, in float32, silent. Raises MissingError."""
+    """Return lucidrains' GaussianDiffusion in float32 with its own U-Net of width 64.
+
+    Args:
+        channels: channels of the images.
+        side: height and width of the images.
+        steps: timesteps of the chain.
+        device: the device.
+
+    Raises:
+        MissingError: denoising-diffusion-pytorch cannot be imported.
+    """
     package = module("denoising_diffusion_pytorch")
-    # Its loop takes no option for its progress bar.
+    # Its sampling loop has no option that turns the progress bar off.
     setattr(importlib.import_module(package.GaussianDiffusion.__module__), "tqdm", _silent)  # noqa: B010
     unet = package.Unet(dim=64, dim_mults=(1, 2, 4, 8), channels=channels)
     diffusion = package.GaussianDiffusion(unet, image_size=side, timesteps=steps)

@@ -1,4 +1,4 @@
-"""One forward pass of a network: the engine, and the peers on the same weights and images."""
+"""Benchmark of one forward pass: the engine, and the baselines with the same weights and images."""
 
 from __future__ import annotations
 
@@ -6,247 +6,189 @@ import copy
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast.bench import baselines, networks
+from ddpm_fast._accelerate import accelerate
+from ddpm_fast.bench import baselines
+from ddpm_fast.bench.cases import Benchmark, Case, Prepared, graphed, relative_rms, timing_columns
 from ddpm_fast.bench.published import counts
 from ddpm_fast.bench.roofline import RooflineLimits
-from ddpm_fast.bench.timing import interleaved, quantiles
-from ddpm_fast.engine import UNetEngine, accelerate
+from ddpm_fast.bench.timing import interleaved
+from ddpm_fast.engine import UNetEngine
 from ddpm_fast.engine.plan.lowering import lower
-from ddpm_fast.models import UNet
-from ddpm_fast.utils import checks
-from ddpm_fast.utils.cuda_graphs import GraphedStep
 
-Run = Callable[[], Tensor]
-Say = Callable[[str], None]
-TIMESTEP = 500
 _LEAST_LEFT_S = 1.0
 _MODES = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-@dataclass(frozen=True)
-class Way:
-    """A way to run the network.
-
-    prepare: builds it and returns its calls, and a note on what was built. graph: its calls are
-    replayed as a CUDA graph. wave: what takes minutes to build comes in a later one, when the waves
-    before have been measured.
-    """
-
-    name: str
-    prepare: Callable[[], tuple[Run, str]]
-    dtype: torch.dtype
-    graph: bool = False
-    baseline: bool = False
-    compiled: bool = False
-    wave: int = 0
-
-
 @dataclass
 class _Built:
-    way: Way
-    run: Run
-    seconds: float
-    peak: int | None
+    case: Case
+    prepared: Prepared
+    seconds: float  # of building
+    peak: int | None  # bytes
     error: float
-    note: str
 
 
-class NetworkBench:
-    """The ways to run one network on one batch, built one by one and timed together.
+class NetworkBench(Benchmark):
+    """The implementations of one network, built one by one and timed together.
 
-    dtype: of the engine, and on a GPU of the peers, which are float32 on a CPU. size: of the
-    images; None takes the network's own. left_out: ways that were not built, with the reasons.
+    Args:
+        with_compiled: measure the baselines compiled by torch.compile too.
+        **options: arguments of `Benchmark`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        unet: UNet,
-        batch: int,
-        dtype: torch.dtype,
-        *,
-        with_baselines: bool = True,
-        with_compiled: bool = True,
-        size: tuple[int, int] | None = None,
-        say: Say = lambda text: None,
-    ) -> None:
-        self.name, self.unet, self.batch, self.dtype = name, unet, batch, dtype
-        self.device, self._say = unet.device, say
-        self.height, self.width = size or networks.image_size(unet)
-        self.left_out: dict[str, str] = {}
-        self._with_baselines, self._with_compiled = with_baselines, with_compiled
+    def __init__(self, *args: Any, with_compiled: bool = True, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._with_compiled = with_compiled
         self._built: list[_Built] = []
         generator = torch.Generator().manual_seed(0)
-        shape = (batch, unet.config.in_channels, self.height, self.width)
+        shape = (self.batch, self.unet.config.in_channels, *self.size)
         self._x = torch.randn(shape, generator=generator).to(self.device)
-        self._t = torch.full((batch,), TIMESTEP, device=self.device)
-        self._expected = self._exact()
-        program = lower(unet, batch, self.height, self.width, dtype, norms_add=False)[0]
-        self._flops = program.flops
+        with torch.no_grad():
+            exact = copy.deepcopy(self.unet).double()
+            self._expected = exact(self._x[:1].double(), self._t[:1])
+        self._flops = lower(self.unet, self.batch, *self.size, self.dtype, norms_add=False)[0].flops
         torch.compiler.reset()
 
-    @torch.no_grad()
-    def _exact(self) -> Tensor:
-        """The first image's prediction by the plain network in float64."""
-        exact = copy.deepcopy(self.unet).double()
-        return exact(self._x[:1].double(), self._t[:1])
-
-    def ways(self) -> list[Way]:
-        """All ways that fit the device and the options, ours first."""
-        graph = self.device.type == "cuda"
-        dtype = self.dtype
-        found = [Way("engine", self._engine, dtype)]
+    def cases(self) -> list[Case]:
+        """List the cases for this device and these options, this package's first."""
+        graph, dtype = self.on_gpu, self.dtype
+        found = [Case("engine", self._engine, dtype)]
         if graph:
-            found.append(Way("engine, CUDA graph", self._engine, dtype, graph=True))
-        found.append(Way("accelerate", self._accelerated, dtype))
+            found.append(Case("engine, CUDA graph", self._engine, dtype, graph=True))
+        found.append(Case("accelerate", self._accelerated, dtype))
         if not self._with_baselines:
             return found
-        baseline_dtype = dtype if graph else torch.float32
 
-        def way(who: str, mode: str | None, layout: str, **flags: Any) -> Way:
-            text = (
-                f"{who}, {mode or 'eager'}, {layout}{', CUDA graph' if flags.get('graph') else ''}"
-            )
+        def baseline(network: str, mode: str | None, layout: str, **flags: Any) -> Case:
+            name = f"{network}, {mode or 'eager'}, {layout}"
+            name += ", CUDA graph" if flags.get("graph") else ""
             last = layout == "channels_last"
-            return Way(
-                text,
-                lambda: self._baseline(who, baseline_dtype, mode, last),
-                baseline_dtype,
+            return Case(
+                name,
+                lambda: self._baseline(network, mode, last),
+                self.baseline_dtype,
                 baseline=True,
                 **flags,
             )
 
-        found.append(way("UNet", None, "channels_last"))
-        who, layout = "diffusers", "NCHW"
+        found.append(baseline("UNet", None, "channels_last"))
+        network, layout = "diffusers", "NCHW"
         try:
-            _ = baselines.module(
-                "diffusers"
-            ).UNet2DModel  # imported now, not while memory is watched
+            _ = baselines.module("diffusers").UNet2DModel  # imported before memory is measured
         except baselines.MissingError as error:
             self.left_out["diffusers"] = f"{error}; ddpm_fast's plain UNet is compiled instead"
-            who, layout = "UNet", "channels_last"
+            network, layout = "UNet", "channels_last"
         else:
-            found.append(way(who, None, layout))
+            found.append(baseline(network, None, layout))
         if graph:
-            found.append(way(who, None, layout, graph=True))
+            found.append(baseline(network, None, layout, graph=True))
         if self._with_compiled:
-            found.append(way(who, "compile", "channels_last", graph=graph, compiled=True, wave=1))
-        if self._with_compiled and graph:
-            flags = {"graph": True, "compiled": True, "wave": 2}
-            found.append(way(who, "max-autotune", "channels_last", **flags))
+            flags = {"graph": graph, "compiled": True}
+            found.append(baseline(network, "compile", "channels_last", **flags, wave=1))
+            if graph:
+                found.append(baseline(network, "max-autotune", "channels_last", **flags, wave=2))
         return found
 
     def measure(
-        self, roofline: RooflineLimits, rounds: int, limit: float, gpu: str
+        self, rounds: int, limit: float, roofline: RooflineLimits
     ) -> Iterator[list[dict[str, Any]]]:
-        """Rows of everything that is built, once after each wave of building.
+        """Build the cases wave by wave, and time everything built after each wave.
 
-        peak_MB: on a GPU, what a way adds to the memory in use, its weights included, at the worst
-        moment of a call. error: as in `kernels.measure`, of the first image. speedup: over the
-        fastest peer. Nothing further is built after ``limit`` seconds. Raises what the engine
-        raises; a peer that fails is left out.
+        Args:
+            rounds: measurements of each case.
+            limit: seconds after which no further baseline is built.
+            roofline: the device's limits, measured in the same run.
+
+        Yields:
+            The rows of all cases built so far. `peak_MB` is, on a GPU, the peak memory that a case
+            adds, weights included. `error` is that of `KernelBench.measure`, for the first image.
+            `speedup` is relative to the fastest baseline.
+
+        Raises:
+            Exception: raised by the engine. A baseline that fails is left out.
         """
-        begin = time.perf_counter()
-        ways = self.ways()
-        for wave in sorted({way.wave for way in ways}):
+        end = time.perf_counter() + limit
+        cases = self.cases()
+        for wave in sorted({case.wave for case in cases}):
             before = len(self._built)
-            for way in (way for way in ways if way.wave == wave):
-                left = limit - (time.perf_counter() - begin)
-                if way.baseline and left < _LEAST_LEFT_S:
-                    self.left_out[way.name] = "no time left"
-                    continue
-                self._add(way)
+            for case in (case for case in cases if case.wave == wave):
+                late = case.baseline and end - time.perf_counter() < _LEAST_LEFT_S
+                if built := self.attempt(case, lambda case=case: self._build(case), late):  # type: ignore[misc]
+                    self._built.append(built)
             if len(self._built) > before:
-                left = limit - (time.perf_counter() - begin)
-                yield self._rows(roofline, rounds, max(left, _LEAST_LEFT_S), gpu)
+                yield self._rows(roofline, rounds, max(end - time.perf_counter(), _LEAST_LEFT_S))
 
-    def _add(self, way: Way) -> None:
-        self._say(f"building {way.name}")
+    @torch.no_grad()
+    def _build(self, case: Case) -> _Built:
         begin = time.perf_counter()
-        memory = _Memory(self.device)
-        try:
-            with torch.no_grad():
-                run, note = way.prepare()
-                run()
-                memory.restart()
-                got = run()[:1].double()
-                peak = memory.read()
-                if way.graph:
-                    run = graphed(run, self.device)
-                    got = run()[:1].double()
-        except Exception as error:
-            if not way.baseline:
-                raise
-            self.left_out[way.name] = _first_line(error)
-            return
-        wrong = (got - self._expected).square().mean() / self._expected.square().mean()
-        seconds = time.perf_counter() - begin
-        self._built.append(_Built(way, run, seconds, peak, float(wrong.sqrt()), note))
+        memory = _PeakMemory(self.device)
+        prepared = case.prepare()
+        prepared.run()
+        memory.reset()
+        result = prepared.run()
+        peak = memory.read()
+        if case.graph:
+            prepared = Prepared(graphed(prepared.run, self.device), prepared.note)
+            result = prepared.run()
+        error = relative_rms(result, self._expected)
+        return _Built(case, prepared, time.perf_counter() - begin, peak, error)
 
-    def _rows(
-        self, roofline: RooflineLimits, rounds: int, limit: float, gpu: str
-    ) -> list[dict[str, Any]]:
+    def _rows(self, roofline: RooflineLimits, rounds: int, limit: float) -> list[dict[str, Any]]:
         self._say("timing")
         with torch.no_grad():
-            cases = {built.way.name: built.run for built in self._built}
-            times = interleaved(cases, self.device, rounds, limit=limit)
+            calls = {built.case.name: built.prepared.run for built in self._built}
+            times = interleaved(calls, self.device, rounds, limit=limit)
         median = {name: statistics.median(seconds) for name, seconds in times.items()}
-        best = min((median[b.way.name] for b in self._built if b.way.baseline), default=None)
-        compiled = min((median[b.way.name] for b in self._built if b.way.compiled), default=None)
-        verdict = counts(
-            gpu, self.name, self.batch, self.dtype, None if compiled is None else compiled * 1e3
-        )
+        known = [built.case for built in self._built]
+        best = min((median[case.name] for case in known if case.baseline), default=None)
+        compiled = min((median[case.name] * 1e3 for case in known if case.compiled), default=None)
+        verdict = counts(self.gpu, self.name, self.batch, self.dtype, compiled)
         rows: list[dict[str, Any]] = []
         for built in self._built:
-            name, way = built.way.name, built.way
-            rate = self._flops / median[name]
+            case, seconds = built.case, median[built.case.name]
+            rate = self._flops / seconds
             rows.append(
                 {
-                    "network": self.name,
-                    "batch": self.batch,
-                    "device": self.device.type,
-                    "dtype": checks.dtype_name(way.dtype),
-                    "case": name,
-                    "role": "peer" if way.baseline else "ours",
-                    "rounds": len(times[name]),
-                    **{k: round(us, 2) for k, us in quantiles(times[name]).items()},
-                    "speedup": "" if best is None else round(best / median[name], 3),
+                    **self.subject(case.dtype),
+                    "case": case.name,
+                    "role": case.role,
+                    **timing_columns(times[case.name], 2),
+                    "speedup": "" if best is None else round(best / seconds, 3),
                     "TFLOP_per_s": round(rate / 1e12, 4),
                     "of_matmul": round(rate / roofline.matmul, 4),
                     "peak_MB": "" if built.peak is None else round(built.peak / 1e6, 1),
                     "error": f"{built.error:.2e}",
                     "build_s": round(built.seconds, 1),
-                    "note": built.note,
+                    "note": built.prepared.note,
                     "counts": verdict,
                     **roofline.columns,
                 }
             )
         return rows
 
-    def _engine(self) -> tuple[Run, str]:
-        engine = UNetEngine(self.unet, self.batch, (self.height, self.width), self.dtype)
+    def _engine(self) -> Prepared:
+        engine = UNetEngine(self.unet, self.batch, self.size, self.dtype)
         x = self._images(self.dtype, last=True)
-        return lambda: engine(x, self._t), f"{len(engine.plan().operations)} operations"
+        return Prepared(lambda: engine(x, self._t), f"{len(engine.plan().operations)} operations")
 
-    def _accelerated(self) -> tuple[Run, str]:
+    def _accelerated(self) -> Prepared:
         model = accelerate(self.unet, dtype=self.dtype)
         x = self._images(self.dtype, last=True)
         model(x, self._t)
-        chosen = next(reversed(model.chosen.values()))
-        return lambda: model(x, self._t), f"took {chosen.name}"
+        choice = next(reversed(model.chosen.values()))
+        return Prepared(lambda: model(x, self._t), f"took {choice.name}")
 
-    def _baseline(
-        self, name: str, dtype: torch.dtype, mode: str | None, last: bool
-    ) -> tuple[Run, str]:
-        """A peer's model; mode: one of `_MODES`, None for eager."""
-        if name == "UNet":
+    def _baseline(self, network: str, mode: str | None, last: bool) -> Prepared:
+        """Prepare a network of PyTorch; `mode` is a key of `_MODES` or None for eager."""
+        dtype = self.baseline_dtype
+        if network == "UNet":
             model: nn.Module = copy.deepcopy(self.unet).to(self.device, dtype)
         else:
             model = baselines.diffusers_unet(self.unet, self.device, dtype)
@@ -256,17 +198,17 @@ class NetworkBench:
         call: Any = model
         if mode is not None:
             call = torch.compile(model, mode=_MODES[mode], dynamic=False)
-        if name == "UNet":
-            return lambda: call(x, self._t), ""
-        return lambda: call(x, self._t, return_dict=False)[0], ""
+        if network == "UNet":
+            return Prepared(lambda: call(x, self._t))
+        return Prepared(lambda: call(x, self._t, return_dict=False)[0])
 
     def _images(self, dtype: torch.dtype, last: bool) -> Tensor:
         layout = torch.channels_last if last else torch.contiguous_format
         return self._x.to(dtype, memory_format=layout)
 
 
-class _Memory:
-    """What torch's allocator has given on a GPU, beyond what it had when this was made."""
+class _PeakMemory:
+    """Peak of the GPU memory allocated by torch, beyond that allocated at construction."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._before = device, 0
@@ -274,35 +216,13 @@ class _Memory:
             gc.collect()
             self._before = torch.cuda.memory_allocated(device)
 
-    def restart(self) -> None:
-        """Forget the worst moment so far."""
+    def reset(self) -> None:
+        """Reset the peak."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def read(self) -> int | None:
-        """Bytes at the worst moment; None on a CPU, where nobody counts them."""
+        """Return the peak in bytes; None on a CPU."""
         if self._device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated(self._device) - self._before
-
-
-def graphed(run: Run, device: torch.device) -> Run:
-    """Replays of one graph; every call returns the same tensor."""
-    run()  # whatever it builds or captures by itself, it does before this capture
-    out: list[Tensor] = []
-
-    def step() -> None:
-        out[:] = [run()]
-
-    graph = GraphedStep(step, lambda: None, device, unrolled=False)
-
-    def replay() -> Tensor:
-        graph()
-        return out[0]
-
-    return replay
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

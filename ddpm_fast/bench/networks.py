@@ -1,4 +1,4 @@
-"""The networks that are measured, by name: known architectures with even random weights."""
+"""Networks that are measured: known architectures with scaled random weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ NETWORKS = ("cifar32", "ddpm256", "triangles")
 
 
 def build(name: str) -> UNet:
-    """A network in float32 on the CPU, in eval mode: the same weights in every run.
+    """Build a network, float32 on the CPU, in evaluation mode, with the same weights in every run.
 
-    cifar32 and ddpm256 get random weights (`even`), triangles is the model that is shipped. Raises
-    ValueError for another name.
+    Args:
+        name: cifar32 or ddpm256 (random weights by `even`), or triangles (the shipped model).
+
+    Raises:
+        ValueError: `name` is another name.
     """
     if name == "triangles":
         return cast(UNet, ddpm_fast.load(TRIANGLES).unet)
@@ -33,15 +36,16 @@ def build(name: str) -> UNet:
 
 
 def even(module: UNet, seed: int = 0) -> UNet:
-    """Fill a network with weights that keep activations near an rms of 1, and set it to eval mode.
+    """Fill a network with weights that keep activations near an rms of 1; set evaluation mode.
 
-    Convolutions and linear layers: normal, of variance 1 / fan-in; biases 0.1 of a normal one,
-    normalisations 1 and 0 with 0.1 of a normal one added.
+    Convolutions and linear layers have normal weights of variance 1 / fan-in and biases of
+    standard deviation 0.1; normalisations have weights around 1 and biases around 0, both with a
+    standard deviation of 0.1.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def fill(parameter: Any, mean: float, deviation: float) -> None:
-        # Made contiguous: normal_ on channels_last memory is several times slower.
+        # Contiguous: normal_ on channels_last memory is several times slower.
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation + mean)
 
     with torch.no_grad():
@@ -56,8 +60,12 @@ def even(module: UNet, seed: int = 0) -> UNet:
 
 
 def image_size(unet: UNet) -> tuple[int, int]:
-    """Height and width of the images that a network is made for."""
+    """Return the height and width of the images that a network was made for.
+
+    Raises:
+        ValueError: the network's config has no sample_size.
+    """
     size = unet.config.sample_size
     if size is None:
-        raise ValueError("the network must have a sample_size; its config has none")
+        raise ValueError("sample_size of the network must be set; got None")
     return size if isinstance(size, tuple) else (size, size)

@@ -1,4 +1,4 @@
-"""Every way to run one operation of a network's plan, as calls that can be timed and compared."""
+"""Implementations of one operation of a network's plan, to be timed and compared."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm_fast.bench.cases import Case, Prepared
 from ddpm_fast.engine.convolution.candidates import Variant, candidates, with_workspace
 from ddpm_fast.engine.plan.operations import Convolution, Normalization, SelfAttention
 from ddpm_fast.engine.specs import AttentionSpec, ConvSpec, NormSpec
@@ -17,37 +18,32 @@ from ddpm_fast.ops import implementation, reference, why_not
 from ddpm_fast.ops.aten import SDPA, sdpa
 from ddpm_fast.utils import checks
 
-_ROWS = 1000  # of the tables of embeddings
+_ROWS = 1000  # of the embedding tables
 _LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 
+Call = Callable[[], Tensor]
 Measured = Convolution | Normalization | SelfAttention
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One way: ``run()`` returns its result [N, ...]. peer: what the operation replaces."""
-
-    name: str
-    run: Callable[[], Tensor]
-    baseline: bool = False
-
-
-@dataclass(frozen=True)
 class OperatorCases:
-    """An operation with random tensors.
+    """The implementations of one operation on the same random tensors.
 
-    expected: the first sample's result, float64. arithmetic: operations, those beside the matrix
-    products included.
+    Attributes:
+        kind: group_norm, conv 3x3, conv 1x1 or attention.
+        cases: the implementations; `prepare().run()` returns the result [N, ...].
+        expected: result of the first sample in float64.
+        arithmetic: floating-point operations, including those outside matrix products.
     """
 
     kind: str
-    candidates: list[Candidate]
+    cases: list[Case]
     expected: Tensor
     arithmetic: int
 
 
 def operator_cases(operation: Measured) -> OperatorCases:
-    """The candidates of an operation on its device; some may raise when they are run."""
+    """Create the implementations of an operation on its device; some may raise when they run."""
     if isinstance(operation, Normalization):
         return _normalization(operation)
     if isinstance(operation, SelfAttention):
@@ -56,25 +52,28 @@ def operator_cases(operation: Measured) -> OperatorCases:
 
 
 def norm_arithmetic(spec: NormSpec) -> int:
-    """Operations that a normalisation takes as it is written.
+    """Count the floating-point operations of a normalisation.
 
-    For each element 4 for mean and variance (x - m, its square, two sums), 4 for the result
-    (x - m, times 1 / s, times w, plus b), 4 for SiLU, 1 for each term that is added, 2 for the
-    modulation.
+    For each element: 4 for mean and variance (x - m, its square, two sums), 4 for the result
+    (x - m, times 1 / s, times w, plus b), 4 for SiLU, 1 for each added term, 2 for the modulation.
     """
     each = 8 + 4 * spec.silu + spec.vector + spec.residual + 2 * spec.modulation
     channels = spec.in_channels + spec.in_channels2
     return each * spec.batch * channels * spec.height * spec.width
 
 
+def _case(name: str, spec: Any, run: Call, baseline: bool = False) -> Case:
+    return Case(name, lambda: Prepared(run), spec.dtype, baseline=baseline)
+
+
 def _backends(device: torch.device) -> list[str]:
-    """Backends whose kernels are worth timing; interpreted ones are not."""
+    """List the available backends with compiled kernels."""
     names = ["cpu"] if device.type == "cpu" else ["cuda", "triton"]
     return [name for name in names if why_not(name, device) is None]
 
 
 def _normal(spec: Any, channels: int, seed: int, size: tuple[int, int] | None = None) -> Tensor:
-    """Random [batch, channels, height, width] of a spec, channels_last."""
+    """Return normal random numbers [batch, channels, height, width], channels_last."""
     generator = torch.Generator(spec.device).manual_seed(seed)
     height, width = size or (spec.height, spec.width)
     shape = (spec.batch, height, width, channels)
@@ -83,17 +82,17 @@ def _normal(spec: Any, channels: int, seed: int, size: tuple[int, int] | None = 
 
 
 def _first(tensor: Any) -> Any:
-    """The first sample, float64; None of None."""
+    """Return the first sample in float64; None for None."""
     return None if tensor is None else tensor[:1].double()
 
 
 def _double(tensor: Any, dtype: torch.dtype = torch.float64) -> Any:
-    """A tensor as it is after rounding to ``dtype``, float64; None of None."""
+    """Round to `dtype` and return float64; None for None."""
     return None if tensor is None else tensor.to(dtype).double()
 
 
 def _laid_out(tensor: Any, layout: torch.memory_format) -> Any:
-    """A tensor in this layout; None of None."""
+    """Return a tensor in a memory layout; None for None."""
     return None if tensor is None else tensor.contiguous(memory_format=layout)
 
 
@@ -116,7 +115,7 @@ def _normalization(operation: Normalization) -> OperatorCases:
     total = torch.empty_like(x) if spec.total else None
     tables = (vector, row)
 
-    def ours(backend: str) -> Callable[[], Tensor]:
+    def ours(backend: str) -> Call:
         operator = implementation(backend, spec.device, spec.dtype).group_norm_
         options = (weight, bias, modulation, spec.groups, spec.eps, spec.silu)
 
@@ -126,14 +125,14 @@ def _normalization(operation: Normalization) -> OperatorCases:
 
         return run
 
-    def torchs(layout: torch.memory_format) -> Callable[[], Tensor]:
-        source, second, rest = (_laid_out(t, layout) for t in (x, x2, residual))
+    def plain(layout: torch.memory_format) -> Call:
+        source, second, added = (_laid_out(t, layout) for t in (x, x2, residual))
         affine = (weight.to(spec.dtype), bias.to(spec.dtype))
         picked = [
             None if t is None else t[row][:, :, None, None].to(spec.dtype)
             for t in (vector, modulation)
         ]
-        return lambda: _norm_expression(spec, source, second, picked[0], rest, *affine, picked[1])
+        return lambda: _norm_expression(spec, source, second, picked[0], added, *affine, picked[1])
 
     exact = torch.empty(out[:1].shape, dtype=torch.float64, device=spec.device)
     reference.group_norm_(
@@ -151,8 +150,8 @@ def _normalization(operation: Normalization) -> OperatorCases:
         spec.eps,
         spec.silu,
     )
-    found = [Candidate(name, ours(name)) for name in _backends(spec.device)]
-    found += [Candidate(f"torch, {n}", torchs(f), baseline=True) for n, f in _LAYOUTS.items()]
+    found = [_case(name, spec, ours(name)) for name in _backends(spec.device)]
+    found += [_case(f"torch, {n}", spec, plain(f), True) for n, f in _LAYOUTS.items()]
     return OperatorCases("group_norm", found, exact, norm_arithmetic(spec))
 
 
@@ -166,7 +165,7 @@ def _norm_expression(
     bias: Tensor,
     modulation: Tensor | None,
 ) -> Tensor:
-    """What a network in plain PyTorch does in place of one `group_norm_`."""
+    """Compute `group_norm_` as a network in plain PyTorch does."""
     h = x if x2 is None else torch.cat((x, x2), 1)
     if vector is not None:
         h = h + vector
@@ -186,7 +185,7 @@ def _convolution(operation: Convolution) -> OperatorCases:
     residual = _normal(spec, spec.out_channels, 2, spec.out_size) if spec.residual else None
     out = _normal(spec, spec.out_channels, 3, spec.out_size)
 
-    def ours(variant: Variant) -> Callable[[], Tensor]:
+    def ours(variant: Variant) -> Call:
         call = with_workspace(variant, spec.device)
 
         def run() -> Tensor:
@@ -195,16 +194,16 @@ def _convolution(operation: Convolution) -> OperatorCases:
 
         return run
 
-    def torchs(layout: torch.memory_format) -> Callable[[], Tensor]:
-        source, second, rest = (_laid_out(t, layout) for t in (x, x2, residual))
+    def plain(layout: torch.memory_format) -> Call:
+        source, second, added = (_laid_out(t, layout) for t in (x, x2, residual))
         kernel = _laid_out(weight.to(spec.dtype), layout)
         shift = None if bias is None else bias.to(spec.dtype)
-        return lambda: _conv_expression(spec, source, second, kernel, shift, rest)
+        return lambda: _conv_expression(spec, source, second, kernel, shift, added)
 
     affine = (_double(weight, spec.dtype), _double(bias, spec.dtype))
     expected = _conv_expression(spec, _first(x), _first(x2), *affine, _first(residual))
-    found = [Candidate(v.name, ours(v)) for v in candidates(spec, weight, bias)]
-    found += [Candidate(f"torch, {n}", torchs(f), baseline=True) for n, f in _LAYOUTS.items()]
+    found = [_case(v.name, spec, ours(v)) for v in candidates(spec, weight, bias)]
+    found += [_case(f"torch, {n}", spec, plain(f), True) for n, f in _LAYOUTS.items()]
     return OperatorCases(f"conv {spec.kernel}x{spec.kernel}", found, expected, spec.flops)
 
 
@@ -216,7 +215,7 @@ def _conv_expression(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """What a network in plain PyTorch does in place of one `conv_`."""
+    """Compute `conv_` as a network in plain PyTorch does."""
     h = x if x2 is None else torch.cat((x, x2), 1)
     if spec.upsample:
         h = F.interpolate(h, scale_factor=2.0, mode="nearest")
@@ -234,7 +233,7 @@ def _attention(spec: AttentionSpec) -> OperatorCases:
     out = qkv.new_empty(spec.batch, spec.tokens, width)
     scale = spec.head_dim**-0.5
 
-    def call(operator: Callable[[Tensor, Tensor, int, float], None]) -> Callable[[], Tensor]:
+    def call(operator: Callable[[Tensor, Tensor, int, float], None]) -> Call:
         def run() -> Tensor:
             operator(out, qkv, spec.heads, scale)
             return out
@@ -244,8 +243,8 @@ def _attention(spec: AttentionSpec) -> OperatorCases:
     exact = torch.empty(out[:1].shape, dtype=torch.float64, device=spec.device)
     reference.attention_(exact, qkv[:1].double(), spec.heads, scale)
     found = [
-        Candidate(name, call(implementation(name, spec.device, spec.dtype).attention_))
+        _case(name, spec, call(implementation(name, spec.device, spec.dtype).attention_))
         for name in _backends(spec.device)
     ]
-    found += [Candidate(f"sdpa.{name}", call(sdpa(name)), baseline=True) for name in SDPA]
+    found += [_case(f"sdpa.{name}", spec, call(sdpa(name)), True) for name in SDPA]
     return OperatorCases("attention", found, exact, spec.flops)

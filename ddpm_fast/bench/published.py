@@ -1,4 +1,4 @@
-"""Figures of the compiled peer that were measured before: a run counts where it comes near them."""
+"""Reference timings of the compiled baseline, which validate a run on the same GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 SOURCE = "measured 2026-11-22, torch 2.11, H100 80GB HBM3"
 WITHIN = 0.15
-# (GPU, network, batch) -> ms a forward pass in float16 of diffusers' UNet2DModel with
+# (GPU, network, batch) -> ms of a forward pass of diffusers' UNet2DModel in float16 with
 # torch.compile, channels_last memory and a CUDA graph.
 COMPILED_MS: Mapping[tuple[str, str, int], float] = {
     ("NVIDIA H100 80GB HBM3", "cifar32", 1): 1.09,
@@ -22,10 +22,18 @@ COMPILED_MS: Mapping[tuple[str, str, int], float] = {
 def counts(
     gpu: str, network: str, batch: int, dtype: torch.dtype, compiled_ms: float | None
 ) -> str:
-    """Whether a run counts: its compiled peer within 15% of the figure for this GPU.
+    """Compare a run's compiled baseline with the reference timing for its GPU.
 
-    "unknown" where there is no figure, no compiled peer (None), or another dtype than float16;
-    otherwise "yes" or "no". A peer that is faster by more than that is another peer too: "no".
+    Args:
+        gpu: name of the GPU.
+        network: name of the network.
+        batch: images in a batch.
+        dtype: dtype of the network.
+        compiled_ms: milliseconds of the compiled baseline; None if it was not measured.
+
+    Returns:
+        "yes" within 15% of the reference timing, "no" beyond it in either direction, "unknown"
+        without a reference timing, without a compiled baseline or for a dtype other than float16.
     """
     known = COMPILED_MS.get((gpu, network, batch))
     if known is None or compiled_ms is None or dtype != torch.float16:

@@ -1,4 +1,4 @@
-"""Timing that holds on a shared machine: cases in turn, round by round, and quantiles."""
+"""Interleaved timing of several cases, and quantiles."""
 
 from __future__ import annotations
 
@@ -9,59 +9,67 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-Case = Callable[[], object]
+Call = Callable[[], object]
 
 LEAST_S = 2e-3
 _WARM_CALLS = 3
 _GAUGING_CALLS = 5
-_SLOW_S = 0.2  # a call that takes longer needs no more than one to be warm
+_SLOW_S = 0.2  # one warm-up call is enough above this duration
 _LEAST_ROUNDS = 3
 
 
-def _seconds(case: Case, calls: int, device: torch.device) -> float:
-    """Seconds a call, of ``calls`` calls in a row; on a GPU by its own clock."""
+def _seconds(call: Call, calls: int, device: torch.device) -> float:
+    """Measure `calls` calls in a row and return the seconds of one; CUDA events on a GPU."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(calls):
-            case()
+            call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / calls
     begin = time.perf_counter()
     for _ in range(calls):
-        case()
+        call()
     return (time.perf_counter() - begin) / calls
 
 
-def once(case: Case, device: torch.device) -> float:
-    """Seconds of a warm call, roughly."""
-    _seconds(case, 1, device)
-    second = _seconds(case, 1, device)
+def once(call: Call, device: torch.device) -> float:
+    """Return a rough estimate of the seconds of one call, after a warm-up."""
+    _seconds(call, 1, device)
+    second = _seconds(call, 1, device)
     if second > _SLOW_S:
         return second
-    _seconds(case, _WARM_CALLS, device)
-    return statistics.median(_seconds(case, 1, device) for _ in range(_GAUGING_CALLS))
+    _seconds(call, _WARM_CALLS, device)
+    return statistics.median(_seconds(call, 1, device) for _ in range(_GAUGING_CALLS))
 
 
 def interleaved(
-    cases: Mapping[str, Case],
+    cases: Mapping[str, Call],
     device: torch.device,
     rounds: int = 60,
     least: float | None = None,
     limit: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds a call of each case, ``rounds`` times, the cases taking turns.
+    """Time cases in turn, round by round; each round starts with another case.
 
-    Each measurement lasts at least about ``least`` seconds, by default LEAST_S, so that short calls
-    are timed by the dozen; each round begins with another case, so that none always follows the
-    same one. After ``limit`` seconds no further round is begun, but three are measured in any case.
+    Args:
+        cases: calls by name.
+        device: the device they run on.
+        rounds: measurements of each case.
+        least: seconds that one measurement lasts at least, by repeating short calls (up to 1000
+            times); None for `LEAST_S`.
+        limit: seconds after which no further round starts; three rounds are always measured.
+
+    Returns:
+        Seconds of one call, for each case and round.
     """
     least = LEAST_S if least is None else least
     names = list(cases)
-    calls = {}
-    for name in names:
-        calls[name] = max(1, min(1000, round(least / max(once(cases[name], device), 1e-7))))
+    calls = {
+        name: max(1, min(1000, round(least / max(once(case, device), 1e-7))))
+        for name, case in cases.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()
     for i in range(rounds):
@@ -74,7 +82,7 @@ def interleaved(
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 in microseconds; all the same where there is one measurement."""
+    """Return p20, p50 and p80 in microseconds; equal for a single measurement."""
     if len(seconds) == 1:
         return dict.fromkeys(("p20_us", "p50_us", "p80_us"), seconds[0] * 1e6)
     cuts = statistics.quantiles(seconds, n=10, method="inclusive")

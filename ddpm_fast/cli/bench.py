@@ -1,13 +1,14 @@
-"""``ddpm-fast bench``: operators, a forward pass and whole sampling, beside the peers."""
+"""`ddpm-fast bench`: operators, a forward pass and whole sampling, interleaved with baselines."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import typer
@@ -19,38 +20,72 @@ from ddpm_fast.utils.figures import require_matplotlib
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-Network = Annotated[str, typer.Option(help="cifar32, ddpm256 or triangles.")]
-Batch = Annotated[
-    list[int] | None,
-    typer.Option(min=1, help="Images at a time; may be given several times.", show_default="1"),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Of the network: {', '.join(DTYPES)}.",
-        show_default="float16 on a GPU, float32 on a CPU",
-    ),
-]
-Size = Annotated[
-    int | None, typer.Option(min=1, help="Side of the images.", show_default="the network's own")
-]
-Baselines = Annotated[
-    bool,
-    typer.Option("--peers/--no-peers", help="Also time what is replaced, where it is installed."),
-]
-Limit = Annotated[
-    float | None,
-    typer.Option(min=0, help="Seconds after which nothing further is begun.", show_default="none"),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(help="The CSV.", show_default="out/bench_<what>_<network>_<device>.csv"),
-]
-Plot = Annotated[Path | None, typer.Option(help="Also draw the results, as a .png.")]
-
 _PACKAGES = ("diffusers", "denoising-diffusion-pytorch", "nvidia-cudnn-frontend")
-# Columns of the tables: heading, width (left-aligned where negative), and what makes the text.
-_Column = tuple[str, int, Callable[[Mapping[str, Any]], str]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options that the measuring commands share."""
+
+    network: Annotated[str, typer.Option(help="cifar32, ddpm256 or triangles.")] = "cifar32"
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Images in a batch; may be given several times.", show_default="1"
+        ),
+    ] = None
+    device: DeviceOption = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of the network: {', '.join(DTYPES)}.",
+            show_default="float16 on a GPU, float32 on a CPU",
+        ),
+    ] = None
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the images.", show_default="the network's own"),
+    ] = None
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Measurements of each case.",
+            show_default="20, of whole sampling 3",
+        ),
+    ] = None
+    peers: Annotated[
+        bool, typer.Option(help="Also time what is replaced, where it is installed.")
+    ] = True
+    limit: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds after which no new case starts.", show_default="none"),
+    ] = None
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The CSV.", show_default="out/bench_<what>_<network>_<device>.csv"),
+    ] = None
+    plot: Annotated[Path | None, typer.Option(help="Also draw the results, as a .png.")] = None
+
+
+def _command(function: Callable[..., None]) -> None:
+    """Register a command `function(options, **own)` with the fields of `Options` as options."""
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    hints = get_type_hints(Options, include_extras=True)
+    shared = [
+        parameter.replace(annotation=hints[name])
+        for name, parameter in inspect.signature(Options).parameters.items()
+    ]
+
+    def command(**arguments: Any) -> None:
+        options = Options(**{name: arguments.pop(name) for name in hints})
+        function(options, **arguments)
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared, *own)]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    bench.command()(command)
 
 
 @bench.callback()
@@ -61,148 +96,83 @@ def about() -> None:
     """
 
 
-@bench.command()
-def kernels(
-    network: Network = "cifar32",
-    batch: Batch = None,
-    device: DeviceOption = None,
-    dtype: Dtype = None,
-    size: Size = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 20,
-    baselines: Baselines = True,
-    limit: Limit = None,
-    out: Out = None,
-    plot: Plot = None,
-) -> None:
+@_command
+def kernels(options: Options) -> None:
     """Time every distinct operation of a network's plan by itself.
 
     Normalisations, convolutions and attention, by every implementation that runs, against the copy
     bandwidth and the matrix products of the same run.
     """
-    from ddpm_fast.bench import kernels as benchmark
+    from ddpm_fast.bench.kernels import KernelBench
 
-    setup = _Setup.make("kernels", network, batch, device, dtype, out, plot, limit)
+    setup = _Setup.make("kernels", options)
     roofline = setup.roofline()
     rows: list[dict[str, Any]] = []
-    for number in setup.batches:
-        typer.echo(f"\n{network}, batch {number}, {_name(setup.dtype)}")
+    for made in setup.benchmarks(KernelBench):
         _heading(_KERNELS)
-        for found in benchmark.measure(
-            network,
-            setup.unet,
-            number,
-            setup.dtype,
-            roofline,
-            baselines=baselines,
-            rounds=rounds,
-            limit=setup.limit,
-            size=_size(size),
-        ):
+        for found in made.measure(options.rounds or 20, setup.limit, roofline):
             typer.echo(f"{found[0]['count']} x {found[0]['operation']}")
-            rows += found
             _lines(_KERNELS, found)
+            rows += found
             setup.write(rows)
-    setup.finish(rows, {})
+    setup.finish(rows)
 
 
-@bench.command()
+@_command
 def network(
-    network: Network = "cifar32",
-    batch: Batch = None,
-    device: DeviceOption = None,
-    dtype: Dtype = None,
-    size: Size = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 20,
-    baselines: Baselines = True,
+    options: Options,
     compile_: Annotated[
         bool,
         typer.Option(
-            "--compile/--no-compile", help="Peers by torch.compile, which takes minutes to build."
+            "--compile/--no-compile",
+            help="Baselines by torch.compile, which takes minutes to build.",
         ),
     ] = True,
-    limit: Limit = None,
-    out: Out = None,
-    plot: Plot = None,
 ) -> None:
-    """Time one forward pass: the engine, and its peers with the same weights and images.
+    """Time one forward pass: the engine, and baselines with the same weights and images.
 
-    A run counts where the compiled peer is within 15% of the published figure for the GPU.
+    A run counts if the compiled baseline is within 15% of the published figure for the GPU.
     """
     from ddpm_fast.bench.network import NetworkBench
 
-    setup = _Setup.make("network", network, batch, device, dtype, out, plot, limit)
+    setup = _Setup.make("network", options)
     roofline = setup.roofline()
     rows: list[dict[str, Any]] = []
-    left_out: dict[str, str] = {}
-    for number in setup.batches:
-        typer.echo(f"\n{network}, batch {number}, {_name(setup.dtype)}")
-        made = NetworkBench(
-            network,
-            setup.unet,
-            number,
-            setup.dtype,
-            with_baselines=baselines,
-            with_compiled=compile_,
-            size=_size(size),
-            say=_say,
-        )
+    for made in setup.benchmarks(NetworkBench, with_compiled=compile_):
         done = rows
-        for found in made.measure(roofline, rounds, setup.limit, setup.gpu):
+        for found in made.measure(options.rounds or 20, setup.limit, roofline):
             _heading(_NETWORK)
             _lines(_NETWORK, found)
             rows = done + found
             setup.write(rows)
-        left_out |= made.left_out
         typer.echo(f"counts: {rows[-1]['counts']}")
-        del made
-    setup.finish(rows, left_out)
+        del made  # its networks, before the next batch size builds its own
+    setup.finish(rows)
 
 
-@bench.command()
+@_command
 def sampling(
-    network: Network = "cifar32",
-    batch: Batch = None,
+    options: Options,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Of each chain.")] = 1000,
-    device: DeviceOption = None,
-    dtype: Dtype = None,
-    size: Size = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each job.")] = 3,
-    baselines: Baselines = True,
-    limit: Limit = None,
-    out: Out = None,
-    plot: Plot = None,
 ) -> None:
-    """Time whole jobs: a batch of images from noise to the end."""
+    """Time whole sampling: a batch of images from noise to the end."""
     from ddpm_fast.bench.sampling import SamplingBench
 
-    setup = _Setup.make("sampling", network, batch, device, dtype, out, plot, limit)
+    setup = _Setup.make("sampling", options)
     rows: list[dict[str, Any]] = []
-    left_out: dict[str, str] = {}
-    for number in setup.batches:
-        typer.echo(f"\n{network}, batch {number}, {steps} steps")
-        made = SamplingBench(
-            network,
-            setup.unet,
-            number,
-            steps,
-            setup.dtype,
-            with_baselines=baselines,
-            size=_size(size),
-            say=_say,
-        )
-        found = made.measure(rounds, setup.limit)
-        _heading(_SAMPLING)
-        _lines(_SAMPLING, found)
-        rows += found
-        left_out |= made.left_out
-        setup.write(rows)
-    setup.finish(rows, left_out)
+    for made in setup.benchmarks(SamplingBench, steps=steps):
+        for found in made.measure(options.rounds or 3, setup.limit):
+            _heading(_SAMPLING)
+            _lines(_SAMPLING, found)
+            rows += found
+            setup.write(rows)
+    setup.finish(rows)
 
 
 @bench.command()
 def plot(
-    csv: Annotated[Path, typer.Argument(help="What another bench command has written.")],
-    png: Annotated[Path, typer.Argument(help="The picture.")],
+    csv: Annotated[Path, typer.Argument(help="A CSV written by another bench command.")],
+    png: Annotated[Path, typer.Argument(help="The figure.")],
 ) -> None:
     """Draw the results in a CSV: a roofline of kernels, bars of everything else."""
     from ddpm_fast.bench import plots
@@ -216,74 +186,72 @@ def plot(
 
 @dataclass(frozen=True)
 class _Setup:
-    """What all commands check before they begin to work."""
+    """A command's checked options and its network."""
 
-    what: str
+    options: Options
     unet: Any
-    batches: list[int]
     dtype: torch.dtype
     out: Path
-    plot: Path | None
-    deadline: float
+    end: float
     facts: dict[str, Any]
+    left_out: dict[str, str]
 
     @classmethod
-    def make(
-        cls,
-        what: str,
-        network: str,
-        batch: list[int] | None,
-        device: str | None,
-        dtype: str | None,
-        out: Path | None,
-        plot: Path | None,
-        limit: float | None,
-    ) -> _Setup:
+    def make(cls, what: str, options: Options) -> _Setup:
+        """Check the options before any work; `what` names the command."""
         from ddpm_fast.bench import networks
         from ddpm_fast.bench.results import metadata
 
+        network = options.network
         if network not in networks.NETWORKS:
             raise ValueError(f"--network must be {', '.join(networks.NETWORKS)}; got {network!r}")
-        place = device_of(device)
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
-        chosen = dtype or ("float16" if place.type == "cuda" else "float32")
-        if chosen not in DTYPES:
+        device = device_of(options.device)
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)
+        dtype = options.dtype or ("float16" if on_gpu else "float32")
+        if dtype not in DTYPES:
             raise ValueError(f"--dtype must be {', '.join(DTYPES)}; got {dtype!r}")
-        if out is None:
-            out = Path(f"out/bench_{what}_{network}_{place.type}.csv")
+        out = options.out or Path(f"out/bench_{what}_{network}_{device.type}.csv")
         check_file("--out", out, ".csv")
-        if plot is not None:
-            check_file("--plot", plot, ".png")
+        if options.plot is not None:
+            check_file("--plot", options.plot, ".png")
             require_matplotlib()
         facts = metadata(*_PACKAGES) | {
-            "gpu": torch.cuda.get_device_name(place) if place.type == "cuda" else "",
+            "gpu": torch.cuda.get_device_name(device) if on_gpu else "",
             "cuda": torch.version.cuda or "",
-            "cudnn": torch.backends.cudnn.version() if place.type == "cuda" else "",
+            "cudnn": torch.backends.cudnn.version() if on_gpu else "",
             "threads": torch.get_num_threads(),
         }
-        unet = networks.build(network).to(place)
-        end = time.perf_counter() + (math.inf if limit is None else limit)
-        batches = list(dict.fromkeys(batch or [1]))
-        return cls(what, unet, batches, DTYPES[chosen], out, plot, end, facts)
+        unet = networks.build(network).to(device)
+        end = time.perf_counter() + (math.inf if options.limit is None else options.limit)
+        return cls(options, unet, DTYPES[dtype], out, end, facts, {})
 
     @property
     def limit(self) -> float:
-        """The seconds that are left."""
-        return max(0.0, self.deadline - time.perf_counter())
+        """Seconds that are left."""
+        return max(0.0, self.end - time.perf_counter())
 
-    @property
-    def gpu(self) -> str:
-        """The GPU's name; empty on a CPU."""
-        return str(self.facts["gpu"])
+    def benchmarks(self, make: Callable[..., Any], **own: Any) -> Any:
+        """Create a benchmark for each batch size; collect what it left out when it is done."""
+        options = self.options
+        for batch in dict.fromkeys(options.batch or [1]):
+            steps = f"{own['steps']} steps" if "steps" in own else _name(self.dtype)
+            typer.echo(f"\n{options.network}, batch {batch}, {steps}")
+            size = None if options.size is None else (options.size, options.size)
+            common = {"with_baselines": options.peers, "size": size, "say": _say}
+            made = make(options.network, self.unet, batch, self.dtype, **common, **own)
+            yield made
+            self.left_out.update(made.left_out)
+            del made
 
     def roofline(self) -> Any:
-        """The device's, measured now and shown."""
+        """Measure the device's limits and print them."""
         from ddpm_fast.bench.roofline import measure
 
-        _say("measuring the ceilings")
+        _say("measuring the roofline limits")
         found = measure(self.unet.device, self.dtype)
-        where = self.gpu or f"{self.facts['cpu']}, {self.facts['threads']} threads"
+        where = self.facts["gpu"] or f"{self.facts['cpu']}, {self.facts['threads']} threads"
         typer.echo(
             f"{where}: copy {found.copy / 1e9:.1f} GB/s, matrix product {_name(self.dtype)}"
             f" {found.matmul / 1e12:.3g} TFLOP/s"
@@ -291,21 +259,21 @@ class _Setup:
         return found
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The CSV with all rows so far."""
+        """Write the CSV with all rows so far."""
         from ddpm_fast.bench.results import write_csv
 
         write_csv(self.out, [{**self.facts, **row} for row in rows])
 
-    def finish(self, rows: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]) -> None:
-        """Say what was left out and what was written, and draw the picture."""
+    def finish(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print what was left out and what was written, and draw the figure."""
         from ddpm_fast.bench import plots
 
-        for name, reason in left_out.items():
+        for name, reason in self.left_out.items():
             typer.echo(f"left out: {name}: {reason}")
         typer.echo(f"wrote {self.out}")
-        if self.plot is not None:
-            plots.draw([{**self.facts, **row} for row in rows], self.plot)
-            typer.echo(f"wrote {self.plot}")
+        if self.options.plot is not None:
+            plots.draw([{**self.facts, **row} for row in rows], self.options.plot)
+            typer.echo(f"wrote {self.options.plot}")
 
 
 def _say(text: str) -> None:
@@ -316,8 +284,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _size(side: int | None) -> tuple[int, int] | None:
-    return None if side is None else (side, side)
+# Columns of the tables: heading, width (left-aligned if negative), and the text of a row.
+_Column = tuple[str, int, Callable[[Mapping[str, Any]], str]]
 
 
 def _heading(columns: Sequence[_Column]) -> None:

@@ -27,6 +27,7 @@ from ddpm_fast.bench import (
     timing,
 )
 from ddpm_fast.bench import network as network_bench
+from ddpm_fast.bench.cases import relative_rms
 from ddpm_fast.bench.sampling import SamplingBench
 from ddpm_fast.utils import figures
 from unet_cases import SMALL
@@ -36,6 +37,7 @@ FACTS |= {"diffusers", "denoising-diffusion-pytorch", "nvidia-cudnn-frontend", "
 TIMES = {"rounds", "p20_us", "p50_us", "p80_us"}
 MEASURE_ROOFLINE = roofline.measure
 TINY = {"sample_size": 8}
+LIMITS = roofline.RooflineLimits(1.0, 1.0, torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -125,10 +127,11 @@ def test_every_candidate_computes_the_same(options) -> None:
     for operation, _ in kernels.operations(unet, 2, torch.float32):
         with torch.no_grad():
             made = operators.operator_cases(operation)
-            for candidate in made.candidates:
-                if candidate.name.startswith("sdpa"):
+            for case in made.cases:
+                if case.name.startswith("sdpa"):
                     continue  # which of torch's kernels run depends on the machine
-                assert kernels._error(candidate, made) < 1e-5, (operation.spec, candidate.name)
+                error = relative_rms(case.prepare().run(), made.expected)
+                assert error < 1e-5, (operation.spec, case.name)
 
 
 def test_network_times_ours_and_the_peers(tmp_path) -> None:
@@ -193,7 +196,7 @@ def test_a_peer_that_breaks_at_import_or_in_use_is_left_out(tmp_path, monkeypatc
         "x", networks.even(UNet(**SMALL)), 1, torch.float32, with_compiled=False, size=(8, 8)
     )
     monkeypatch.setattr(made, "_baseline", lambda *args: 1 / 0)
-    (rows,) = made.measure(roofline.RooflineLimits(1.0, 1.0, torch.float32), 1, math.inf, "")
+    (rows,) = made.measure(1, math.inf, LIMITS)
     assert [row["role"] for row in rows] == ["ours", "ours"]
     assert set(made.left_out.values()) == {"ZeroDivisionError: division by zero"}
 
@@ -202,7 +205,7 @@ def test_an_engine_that_breaks_is_an_error(tiny, monkeypatch) -> None:
     made = network_bench.NetworkBench("x", tiny, 1, torch.float32, with_baselines=False)
     monkeypatch.setattr(made, "_engine", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        list(made.measure(roofline.RooflineLimits(1.0, 1.0, torch.float32), 1, math.inf, ""))
+        list(made.measure(1, math.inf, LIMITS))
 
 
 def test_after_the_limit_no_peer_is_built(tmp_path) -> None:
@@ -214,7 +217,7 @@ def test_after_the_limit_no_peer_is_built(tmp_path) -> None:
 def test_slow_peers_are_timed_with_all_others_again(tiny, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     made = network_bench.NetworkBench("x", tiny, 1, torch.float32)
-    waves = list(made.measure(roofline.RooflineLimits(1.0, 1.0, torch.float32), 1, math.inf, ""))
+    waves = list(made.measure(1, math.inf, LIMITS))
     assert [len(rows) for rows in waves] == [4, 5]
     assert waves[1][-1]["case"] == "diffusers, compile, channels_last"
 
@@ -247,10 +250,13 @@ def test_sampling_times_whole_jobs(tmp_path) -> None:
 
 
 def test_the_pipeline_is_left_out_at_another_size(tiny) -> None:
-    made = SamplingBench("x", tiny, 1, 1, torch.float32, size=(4, 4))
-    made.jobs = lambda: {"Sampler, UNet": made._plain, "pipeline": made._pipeline}
-    assert len(made.measure(1, math.inf)) == 1
-    assert "own size" in made.left_out["pipeline"]
+    made = SamplingBench("x", tiny, 1, torch.float32, steps=1, size=(4, 4))
+    (rows,) = made.measure(1, math.inf)
+    assert [row["case"] for row in rows if row["role"] == "ours"] == [
+        "Sampler, accelerate",
+        "Sampler, UNet",
+    ]
+    assert "own size" in made.left_out["diffusers' DDPMPipeline"]
 
 
 def check_picture(path: Path) -> None:
@@ -337,9 +343,8 @@ def test_a_run_counts_by_its_fastest_compiled_peer(tiny, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(network_bench, "counts", lambda *args: asked.append(args) or "yes")
     made = network_bench.NetworkBench("cifar32", tiny, 1, torch.float32)
-    *_, rows = made.measure(
-        roofline.RooflineLimits(1.0, 1.0, torch.float32), 1, math.inf, "some card"
-    )
+    made.gpu = "some card"
+    *_, rows = made.measure(1, math.inf, LIMITS)
     assert {row["counts"] for row in rows} == {"yes"}
     assert asked[0] == ("some card", "cifar32", 1, torch.float32, None)
     assert asked[1][4] == pytest.approx(float(rows[-1]["p50_us"]) / 1e3, rel=1e-3)
