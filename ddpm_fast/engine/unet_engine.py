@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm_fast.engine.autotune.tuner import Tuner
 from ddpm_fast.engine.convolution.candidates import adds_residuals
-from ddpm_fast.engine.plan import memory_check as budget
+from ddpm_fast.engine.plan import memory_check
 from ddpm_fast.engine.plan.binding import Binder, Slots
 from ddpm_fast.engine.plan.embeddings import LabelledEmbeddings, time_table
 from ddpm_fast.engine.plan.lowering import lower
@@ -92,7 +92,7 @@ class UNetEngine:
             unet, self._batch, height, width, dtype, norms_add=norms_add
         )
         table_bytes = 4 * self.num_timesteps * projections.width
-        budget.check(self._program, lowered, self.device, table_bytes)
+        memory_check.check(self._program, lowered, self.device, table_bytes)
         with torch.no_grad(), self._here():
             wide = checks.compute_dtype(dtype)
             like = torch.empty(0, dtype=wide, device=self.device)
@@ -216,7 +216,7 @@ class UNetEngine:
         for number, step in enumerate(self._steps):
             if step.scratch is not None:
                 lifetimes[id(step.scratch)] = Lifetime(step.scratch.nbytes, number, number)
-        self._values = {binder.slot(v): v for v in binder.values if not v.given}
+        self._values = {binder.slot(v): v for v in binder.values if not v.external}
         offsets, self._arena_bytes = plan_offsets(
             {slot: lifetimes[id(value)] for slot, value in self._values.items()}
         )

@@ -40,7 +40,7 @@ class Prefers(Tuner):
 
 
 @pytest.fixture
-def twin():
+def clone():
     """diffusers' network and ours, with the same weights."""
     diffusers = pytest.importorskip("diffusers")
     ours = small()
@@ -86,8 +86,8 @@ def test_what_is_slower_than_the_network_is_not_taken(monkeypatch):
 
 
 @pytest.mark.parametrize("wanted", ["module", "channels_last", "engine float32"])
-def test_diffusers_network_is_taken_as_it_is(twin, wanted):
-    theirs, ours = twin
+def test_diffusers_network_is_taken_as_it_is(clone, wanted):
+    theirs, ours = clone
     x, t = arguments(ours.config)
     model = accelerate(theirs, tuner=Prefers(wanted))
     assert relative_error(model(x, t), theirs(x, t).sample) < 1e-5
@@ -119,8 +119,8 @@ def test_it_leaves_the_network_alone():
     assert all(torch.equal(value, state[name]) for name, value in unet.state_dict().items())
 
 
-def test_new_weights_are_seen(twin):
-    theirs, ours = twin
+def test_new_weights_are_seen(clone):
+    theirs, ours = clone
     x, t = arguments(ours.config)
     model = accelerate(theirs, tuner=Prefers("engine float32"))
     before, state = model(x, t), model.captured_state()
@@ -271,8 +271,8 @@ def test_dropout_stays_off_in_every_thread():
     assert all(module.training for module in unet.modules())
 
 
-def test_choices_of_other_networks_are_other_choices(twin):
-    theirs, ours = twin
+def test_choices_of_other_networks_are_other_choices(clone):
+    theirs, ours = clone
     x, t = arguments(ours.config)
     tuner = Prefers("module")
     for network in (ours, theirs, small().bfloat16()):

@@ -25,13 +25,13 @@ class Peak(TorchDispatchMode):
         self.users = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if _is(t)}
+        external = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if _is(t)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if _is(tensor):
                 storage = tensor.untyped_storage()
                 key = storage._cdata
-                if key not in self.users and key in given:
+                if key not in self.users and key in external:
                     continue  # a view of what was there before
                 users, nbytes = self.users.get(key, (0, storage.nbytes()))
                 self.now += 0 if users else nbytes

@@ -16,7 +16,7 @@ import torch
 from cases import BF16, F16, F32, F64, SCHEDULE, same_bits
 from ddpm_fast import Sampler, StepTable, Tuner, UNet, UNetConfig, UNetEngine
 from ddpm_fast.engine.plan import binding as steps
-from ddpm_fast.engine.plan import memory_check as budget
+from ddpm_fast.engine.plan import memory_check
 from ddpm_fast.engine.plan.embeddings import LabelledEmbeddings
 from ddpm_fast.engine.plan.lowering import lower
 from engine_cases import arguments, distance, engine, even, small
@@ -43,10 +43,10 @@ def test_the_kernels_run_the_plan(options, norms_add):
     unet = small(**options)
     args = arguments(unet.config)
     got = engine(unet, args[0], norms_add=norms_add)(*args)
-    oracle = unet.double()(args[0].double(), *args[1:])
+    reference = unet.double()(args[0].double(), *args[1:])
     assert got.dtype == F32
     assert got.is_contiguous(memory_format=torch.channels_last)
-    assert relative_error(got, oracle) < 3e-5
+    assert relative_error(got, reference) < 3e-5
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
@@ -68,9 +68,9 @@ def test_half_precision_is_as_good_as_diffusers(dtype, options, batch, norms_add
     x, t = arguments(unet.config, num=batch)
     x = x.to(dtype)
     with torch.no_grad():
-        oracle = unet.double()(x.double(), t)
-        theirs = distance(peer.to(dtype).eval()(x, t).sample, oracle)
-        ours = distance(engine(unet.float(), x, dtype, norms_add=norms_add)(x, t), oracle)
+        reference = unet.double()(x.double(), t)
+        theirs = distance(peer.to(dtype).eval()(x, t).sample, reference)
+        ours = distance(engine(unet.float(), x, dtype, norms_add=norms_add)(x, t), reference)
     assert ours <= 2 * theirs
 
 
@@ -337,34 +337,36 @@ class TestErrors:
     def test_a_batch_that_does_not_fit(self, monkeypatch):
         unet = small()
         program, projections = lower(unet, 10, 8, 8, F32, norms_add=False)
-        need = budget.needed_bytes(program) + 4 * 1000 * projections.width
-        monkeypatch.setattr(budget, "free_bytes", lambda device: need)
+        need = memory_check.needed_bytes(program) + 4 * 1000 * projections.width
+        monkeypatch.setattr(memory_check, "free_bytes", lambda device: need)
         UNetEngine(unet, 10, 8, F32)
         with pytest.raises(MemoryError, match="a micro-batch of 10 would fit"):
             UNetEngine(unet, 11, 8, F32)
         with pytest.raises(MemoryError, match=r"batch 64 needs .* GB on cpu, .*-batch of 10 would"):
             UNetEngine(unet, 64, 8, F32)
-        monkeypatch.setattr(budget, "free_bytes", lambda device: 1000)
+        monkeypatch.setattr(memory_check, "free_bytes", lambda device: 1000)
         with pytest.raises(MemoryError, match="not even one image would fit"):
             UNetEngine(unet, 64, 8, F32)
 
     def test_the_embeddings_count(self, monkeypatch):
         unet = small()
         program, projections = lower(unet, 2, 8, 8, F32, norms_add=False)
-        need = budget.needed_bytes(program) + 4 * 1000 * projections.width
-        monkeypatch.setattr(budget, "free_bytes", lambda device: need)
+        need = memory_check.needed_bytes(program) + 4 * 1000 * projections.width
+        monkeypatch.setattr(memory_check, "free_bytes", lambda device: need)
         UNetEngine(unet, 2, 8, F32)
         with pytest.raises(MemoryError, match="batch 2 needs"):
             UNetEngine(unet, 2, 8, F32, num_timesteps=1001)
 
     def test_free_memory_is_within_the_machine_and_its_control_group(self, monkeypatch):
         cpu = torch.device("cpu")
-        assert 0 < budget.free_bytes(cpu) < 1 << 50
-        monkeypatch.setattr(budget, "_number", lambda path: 5000 if path.endswith("max") else 2000)
-        assert budget.free_bytes(cpu) == 3000
+        assert 0 < memory_check.free_bytes(cpu) < 1 << 50
+        monkeypatch.setattr(
+            memory_check, "_number", lambda path: 5000 if path.endswith("max") else 2000
+        )
+        assert memory_check.free_bytes(cpu) == 3000
 
     def test_where_nothing_is_known_nothing_is_refused(self, monkeypatch):
-        monkeypatch.setattr(budget, "free_bytes", lambda device: None)
+        monkeypatch.setattr(memory_check, "free_bytes", lambda device: None)
         UNetEngine(small(), 2, 8, F32)
 
 

@@ -94,7 +94,7 @@ class PlanCache:
         text = json.dumps(self.environment, sort_keys=True)
         self._file_name = f"plans-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
         self._choices: dict[str, TunerChoice] | None = None
-        self._complained = False
+        self._warned = False
 
     @classmethod
     def of_device(cls, device: torch.device) -> PlanCache:
@@ -131,7 +131,7 @@ class PlanCache:
                     self._choices = {**self._choices, **others, key: standing}
                     self._write(self._choices)
             except OSError as error:
-                self._complain(f"cannot write {self.path}: {error}; choices are not kept")
+                self._warn_once(f"cannot write {self.path}: {error}; choices are not kept")
         self._choices[key] = standing
         return standing
 
@@ -143,12 +143,12 @@ class PlanCache:
         except FileNotFoundError:
             return {}
         except (OSError, UnicodeDecodeError) as error:
-            self._complain(f"cannot read {self.path}: {error}; choices are made again")
+            self._warn_once(f"cannot read {self.path}: {error}; choices are made again")
             return {}
         try:
             return self._parse(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            self._complain(f"{self.path} is damaged: {error!r}; choices are made again")
+            self._warn_once(f"{self.path} is damaged: {error!r}; choices are made again")
             return {}
 
     def _parse(self, content: Any) -> dict[str, TunerChoice]:
@@ -194,7 +194,7 @@ class PlanCache:
             Path(name).unlink(missing_ok=True)
             raise
 
-    def _complain(self, message: str) -> None:
-        if not self._complained:
-            self._complained = True
+    def _warn_once(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
             _log.warning("plan cache: %s", message)

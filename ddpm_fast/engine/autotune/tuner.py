@@ -202,10 +202,10 @@ class Tuner:
             raise RuntimeError(f"no candidate for {key!r} runs: {_short(failure)}") from failure
         samples = {name: [timer.seconds(call)] for name, call in prepared.items()}
         limit = self.prune_ratio * min(times[0] for times in samples.values())
-        hopeful = [name for name in samples if samples[name][0] <= limit]
-        prepared = {name: prepared[name] for name in hopeful}  # the others' graphs are freed
+        remaining = [name for name in samples if samples[name][0] <= limit]
+        prepared = {name: prepared[name] for name in remaining}  # the others' graphs are freed
         for _ in range(self.rounds - 1):
-            for name in hopeful:
+            for name in remaining:
                 samples[name].append(timer.seconds(prepared[name]))
         medians = {name: statistics.median(times) for name, times in samples.items()}
         finite = {name: value for name, value in medians.items() if math.isfinite(value)}

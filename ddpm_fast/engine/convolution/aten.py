@@ -14,13 +14,13 @@ from ddpm_fast.ops.reference.network import doubling_weight
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
-def prepared(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of the weight [.., O, C, K, K] in `dtype` whose memory is [.., O, K, K, C]."""
     last = weight.detach().to(dtype).movedim(-3, -1).clone(memory_format=torch.contiguous_format)
     return last.movedim(-1, -3)
 
 
-def prepared_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def copy_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A copy of the bias in `dtype`."""
     return None if bias is None else bias.detach().to(dtype, copy=True).contiguous()
 
@@ -28,18 +28,18 @@ def prepared_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def phase_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`doubling_weight`, summed in at least float32 and then rounded, laid out as by `prepared`."""
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    return prepared(doubling_weight(wide), dtype)
+    return pack_weight(doubling_weight(wide), dtype)
 
 
-def doubled_bytes(spec: ConvSpec) -> int:
+def upsampled_bytes(spec: ConvSpec) -> int:
     """Size of the enlarged input of an upsampling convolution."""
     return 4 * spec.batch * spec.in_channels * spec.height * spec.width * spec.dtype.itemsize
 
 
-def double_into(workspace: Tensor | None, x: Tensor, spec: ConvSpec) -> Tensor:
+def upsample_into(workspace: Tensor | None, x: Tensor, spec: ConvSpec) -> Tensor:
     """x [N, C, H, W] with every pixel repeated 2 x 2, in the workspace, channels_last."""
     assert workspace is not None
-    flat = workspace.flatten()[: doubled_bytes(spec)].view(spec.dtype)
+    flat = workspace.flatten()[: upsampled_bytes(spec)].view(spec.dtype)
     shape = (spec.batch, 2 * spec.height, 2 * spec.width, spec.in_channels)
     big = flat.view(shape).permute(0, 3, 1, 2)
     pairs = big.unflatten(3, (spec.width, 2)).unflatten(2, (spec.height, 2))
@@ -60,12 +60,12 @@ class OperatorVariant:
     bias: Tensor | None
     stride: int
     padding: tuple[int, int, int, int]
-    doubled: ConvSpec | None = None
+    upsampled: ConvSpec | None = None
 
     @property
     def workspace_bytes(self) -> int:
         """That of the enlarged input."""
-        return doubled_bytes(self.doubled) if self.doubled else 0
+        return upsampled_bytes(self.upsampled) if self.upsampled else 0
 
     def __call__(
         self,
@@ -76,8 +76,8 @@ class OperatorVariant:
         workspace: Tensor | None,
     ) -> None:
         """Write the convolution to `out`."""
-        if self.doubled:
-            x = double_into(workspace, x, self.doubled)
+        if self.upsampled:
+            x = upsample_into(workspace, x, self.upsampled)
         self.operator(out, x, x2, self.weight, self.bias, residual, self.stride, self.padding)
 
 
@@ -86,7 +86,7 @@ class AtenProvider:
 
     name = "aten"
 
-    def why_not(self, spec: ConvSpec) -> str | None:
+    def unavailable_reason(self, spec: ConvSpec) -> str | None:
         """It runs everything."""
         return None
 
@@ -95,12 +95,12 @@ class AtenProvider:
     ) -> list[OperatorVariant]:
         """One, or for an upsampling convolution two: by an enlarged input and by four phases."""
         operator = torch.ops.ddpm_fast.conv_
-        common = (prepared_bias(bias, spec.dtype), spec.stride, spec.padding)
-        whole = prepared(weight, spec.dtype)
+        common = (copy_bias(bias, spec.dtype), spec.stride, spec.padding)
+        whole = pack_weight(weight, spec.dtype)
         if not spec.upsample:
             return [OperatorVariant("aten", operator, whole, *common)]
         phases = phase_weight(weight, spec.dtype)
         return [
-            OperatorVariant("aten.nearest", operator, whole, *common, doubled=spec),
+            OperatorVariant("aten.nearest", operator, whole, *common, upsampled=spec),
             OperatorVariant("aten.phases", operator, phases, *common),
         ]

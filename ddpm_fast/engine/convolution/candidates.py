@@ -76,7 +76,7 @@ class Provider(Protocol):
 
     name: str
 
-    def why_not(self, spec: ConvSpec) -> str | None:
+    def unavailable_reason(self, spec: ConvSpec) -> str | None:
         """Why it cannot run this convolution here; None where it can."""
         ...
 
@@ -107,7 +107,7 @@ def candidates(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> list[Vari
     _check(spec, weight, bias)
     found: list[Variant] = []
     for provider in PROVIDERS:
-        if (reason := provider.why_not(spec)) is None:
+        if (reason := provider.unavailable_reason(spec)) is None:
             found.extend(provider.variants(spec, weight, bias))
         else:
             _log.debug("%s: not by %s: %s", spec, provider.name, reason)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ddpm_fast.engine.convolution.aten import (
     PHASES,
-    double_into,
-    doubled_bytes,
+    copy_bias,
+    pack_weight,
     phase_weight,
-    prepared,
-    prepared_bias,
+    upsample_into,
+    upsampled_bytes,
 )
 from ddpm_fast.engine.convolution.cudnn_graph import DTYPES, Graph, Kernel, handle_of, nhwc
 from ddpm_fast.engine.specs import ConvSpec
@@ -69,7 +69,7 @@ class CudnnVariant:
     name: str
     launches: list[Launch]
     plans: list[str]
-    doubled: ConvSpec | None = None
+    upsampled: ConvSpec | None = None
     first_bytes: int = 0  # of the first one's result
 
     @property
@@ -83,7 +83,7 @@ class CudnnVariant:
 
     @property
     def _before(self) -> int:
-        nbytes = doubled_bytes(self.doubled) if self.doubled else self.first_bytes
+        nbytes = upsampled_bytes(self.upsampled) if self.upsampled else self.first_bytes
         return -(-nbytes // 256) * 256
 
     def __call__(
@@ -96,8 +96,8 @@ class CudnnVariant:
     ) -> None:
         """Write the convolution to `out`."""
         first = out
-        if self.doubled:
-            x = double_into(workspace, x, self.doubled)
+        if self.upsampled:
+            x = upsample_into(workspace, x, self.upsampled)
         elif self.first_bytes:
             assert workspace is not None
             memory = workspace.flatten()[: self.first_bytes].view(out.dtype)
@@ -192,7 +192,7 @@ class CudnnProvider:
 
     name = "cudnn"
 
-    def why_not(self, spec: ConvSpec) -> str | None:
+    def unavailable_reason(self, spec: ConvSpec) -> str | None:
         """It needs an NVIDIA GPU, the package, half precision, and an input."""
         if spec.device.type != "cuda":
             return f"it runs on NVIDIA GPUs; this is {spec.device}"
@@ -223,7 +223,7 @@ def variants(
     spec: ConvSpec, weight: Tensor, bias: Tensor | None, where: dict[str, Any]
 ) -> list[CudnnVariant | CudnnPhases]:
     """`CudnnProvider.variants` for a device said as to `Graph`; a form without plans is logged."""
-    own = prepared_bias(bias, spec.dtype)
+    own = copy_bias(bias, spec.dtype)
     zeros = torch.zeros(spec.out_channels, dtype=spec.dtype, device=weight.device)
 
     def launch(kernel: Kernel, part: Tensor, bias: Tensor | None) -> Launch:
@@ -231,19 +231,21 @@ def variants(
         return Launch(Graph(kernel, where), part, added)
 
     def whole() -> list[CudnnVariant | CudnnPhases]:
-        parts = [prepared(weight[:, : spec.in_channels], spec.dtype)]
+        parts = [pack_weight(weight[:, : spec.in_channels], spec.dtype)]
         biases = [own]
         if spec.in_channels2:
-            parts.append(prepared(weight[:, spec.in_channels :], spec.dtype))
+            parts.append(pack_weight(weight[:, spec.in_channels :], spec.dtype))
             biases = [None, own]
         launches = [launch(*each) for each in zip(kernels(spec), parts, biases, strict=True)]
-        doubled = spec if spec.upsample else None
+        upsampled = spec if spec.upsample else None
         size = spec.batch * spec.out_channels * math.prod(spec.out_size) * spec.dtype.itemsize
         first_bytes = size if spec.in_channels2 else 0
         prefix = "cudnn.nearest" if spec.upsample else "cudnn"
         pairs = zip(*(each.graph.plans for each in launches), strict=False)
         return [
-            CudnnVariant(f"{prefix}.{'+'.join(plans)}", launches, list(plans), doubled, first_bytes)
+            CudnnVariant(
+                f"{prefix}.{'+'.join(plans)}", launches, list(plans), upsampled, first_bytes
+            )
             for plans in islice(pairs, MOST_PLANS)
         ]
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ddpm_fast.engine.convolution.aten import (
     PHASES,
-    double_into,
-    doubled_bytes,
+    copy_bias,
     phase_weight,
-    prepared_bias,
+    upsample_into,
+    upsampled_bytes,
 )
 from ddpm_fast.engine.specs import ConvSpec
 from ddpm_fast.ops.aten import even_padding, window
@@ -27,7 +27,7 @@ _OPERATORS = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_con
 
 
 @dataclass
-class _Part:
+class _PackedConv:
     """A convolution of one source with an even padding, its weight packed for the input's size."""
 
     weight: Tensor
@@ -44,7 +44,7 @@ class _Part:
         stride: int,
         padding: tuple[int, int, int, int],
         input_size: list[int],
-    ) -> _Part:
+    ) -> _PackedConv:
         even, skips = even_padding(padding, stride)
         packed = torch.ops.mkldnn._reorder_convolution_weight(
             weight.contiguous(), list(even), [stride] * 2, [1, 1], 1, input_size
@@ -85,14 +85,14 @@ class OnednnVariant:
     """A convolution of one or two sources, by oneDNN."""
 
     name: str
-    first: _Part
-    second: _Part | None
-    doubled: ConvSpec | None = None
+    first: _PackedConv
+    second: _PackedConv | None
+    upsampled: ConvSpec | None = None
 
     @property
     def workspace_bytes(self) -> int:
         """That of the enlarged input of an upsampling convolution."""
-        return doubled_bytes(self.doubled) if self.doubled else 0
+        return upsampled_bytes(self.upsampled) if self.upsampled else 0
 
     def __call__(
         self,
@@ -103,8 +103,8 @@ class OnednnVariant:
         workspace: Tensor | None,
     ) -> None:
         """Write the convolution to `out`."""
-        if self.doubled:
-            x = double_into(workspace, x, self.doubled)
+        if self.upsampled:
+            x = upsample_into(workspace, x, self.upsampled)
         if residual is None:
             self.first.write_to(out, x)
         else:
@@ -120,7 +120,7 @@ class OnednnPhases:
     """A doubling with its 3x3 convolution as four 2x2 convolutions of summed weights."""
 
     name: str
-    parts: list[_Part]
+    parts: list[_PackedConv]
     workspace_bytes: int = 0
 
     def __call__(
@@ -146,7 +146,7 @@ class OnednnProvider:
 
     name = "onednn"
 
-    def why_not(self, spec: ConvSpec) -> str | None:
+    def unavailable_reason(self, spec: ConvSpec) -> str | None:
         """It needs the CPU, the operators, a dtype that the processor has, and an input."""
         if spec.device.type != "cpu":
             return f"it runs on the CPU; this is {spec.device}"
@@ -155,7 +155,7 @@ class OnednnProvider:
         for name in _OPERATORS:
             if not hasattr(torch.ops.mkldnn, name):
                 return f"this torch has no operator mkldnn.{name}"
-        if not _takes(spec.dtype):
+        if not _supports(spec.dtype):
             return f"oneDNN does not take {spec.dtype} on this processor"
         return None if spec.batch * spec.height * spec.width else "the input is empty"
 
@@ -163,21 +163,22 @@ class OnednnProvider:
         self, spec: ConvSpec, weight: Tensor, bias: Tensor | None
     ) -> list[OnednnVariant | OnednnPhases]:
         """One, or for an upsampling convolution two: by an enlarged input and by four phases."""
-        bias = prepared_bias(bias, spec.dtype)
+        bias = copy_bias(bias, spec.dtype)
         rounded = weight.detach().to(spec.dtype)
         scale = 2 if spec.upsample else 1
         height, width = scale * spec.height, scale * spec.width
 
-        def part(weight: Tensor, bias: Tensor | None, channels: int) -> _Part:
+        def part(weight: Tensor, bias: Tensor | None, channels: int) -> _PackedConv:
             size = [spec.batch, channels, height, width]
-            return _Part.of(weight, bias, spec.stride, spec.padding, size)
+            return _PackedConv.of(weight, bias, spec.stride, spec.padding, size)
 
         first = part(rounded[:, : spec.in_channels], bias, spec.in_channels)
         if spec.upsample:
             phases = phase_weight(weight, spec.dtype)
             size = [spec.batch, spec.in_channels, spec.height, spec.width]
             parts = [
-                _Part.of(phases[2 * a + b], bias, 1, (1 - b, b, 1 - a, a), size) for a, b in PHASES
+                _PackedConv.of(phases[2 * a + b], bias, 1, (1 - b, b, 1 - a, a), size)
+                for a, b in PHASES
             ]
             return [
                 OnednnVariant("onednn.nearest", first, None, spec),
@@ -189,7 +190,7 @@ class OnednnProvider:
         return [OnednnVariant("onednn", first, second)]
 
 
-def _takes(dtype: torch.dtype) -> bool:
+def _supports(dtype: torch.dtype) -> bool:
     if dtype == torch.float32:
         return True
     asks = {

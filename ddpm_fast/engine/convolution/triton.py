@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm_fast.engine.convolution.aten import phase_weight, prepared, prepared_bias
+from ddpm_fast.engine.convolution.aten import copy_bias, pack_weight, phase_weight
 from ddpm_fast.engine.specs import ConvSpec
 from ddpm_fast.ops.dispatch import DTYPES, why_not
 
@@ -58,7 +58,7 @@ class TritonProvider:
     def __init__(self, interpreted: bool = False) -> None:
         self.interpreted = interpreted
 
-    def why_not(self, spec: ConvSpec) -> str | None:
+    def unavailable_reason(self, spec: ConvSpec) -> str | None:
         """It needs an NVIDIA GPU, Triton, and a dtype that the kernel takes."""
         if spec.device.type != "cuda" and not self.interpreted:
             return f"it runs on NVIDIA GPUs; this is {spec.device}"
@@ -69,8 +69,8 @@ class TritonProvider:
     def variants(self, spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> list[TritonVariant]:
         """One for each configuration; an upsampling convolution goes by its four phases."""
         kernels = import_module("ddpm_fast.ops.triton.conv")
-        laid_out = (phase_weight if spec.upsample else prepared)(weight, spec.dtype)
-        bias = prepared_bias(bias, spec.dtype)
+        laid_out = (phase_weight if spec.upsample else pack_weight)(weight, spec.dtype)
+        bias = copy_bias(bias, spec.dtype)
         phases, taps = (4, 4) if spec.upsample else (1, spec.kernel**2)
         height, width = spec.out_size
         pixels = spec.batch * height * width // phases

@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_map_only
 from ddpm_fast.ops import implementation
 
 Kernel = Callable[..., None]
-_PAYS_FROM_ELEMENTS = 1 << 15
-_PAYS_BELOW_PIXELS = 1024
-_PAYS_BELOW_WIDTH = 16  # channels a group
+_MIN_ELEMENTS = 1 << 15
+_MAX_PIXELS = 1024
+_MAX_WIDTH = 16  # channels a group
 
 
 @cache
@@ -56,7 +56,7 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _traced() -> bool:
+def _is_traced() -> bool:
     """Whether something looks at the operations that run, and knows only torch's own."""
     return (
         torch.compiler.is_compiling()
@@ -71,7 +71,7 @@ def _as_image(x: Tensor) -> Tensor:
     return x.unsqueeze(3) if x.dim() == 3 else x.flatten(2, 3)
 
 
-def _keeps_its_layout(x: Tensor) -> bool:
+def _keeps_layout(x: Tensor) -> bool:
     """Whether torch's group_norm, too, returns the strides of ``x``."""
     if x.is_contiguous():
         return True
@@ -80,7 +80,7 @@ def _keeps_its_layout(x: Tensor) -> bool:
     return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def _pays_on_cpu(x: Tensor, groups: int) -> bool:
+def _faster_on_cpu(x: Tensor, groups: int) -> bool:
     """Whether the operator of the backend cpu was measured to be faster than torch's own.
 
     It was on one core in channels-last memory, for float32, float16 and bfloat16, for small maps
@@ -89,9 +89,9 @@ def _pays_on_cpu(x: Tensor, groups: int) -> bool:
     """
     pixels = x.numel() // (x.shape[0] * x.shape[1])
     return (
-        x.numel() >= _PAYS_FROM_ELEMENTS
-        and pixels < _PAYS_BELOW_PIXELS
-        and x.shape[1] < _PAYS_BELOW_WIDTH * groups
+        x.numel() >= _MIN_ELEMENTS
+        and pixels < _MAX_PIXELS
+        and x.shape[1] < _MAX_WIDTH * groups
         and x.dtype != torch.float64
         and not x.is_contiguous()
     )
@@ -120,7 +120,7 @@ class FusedGroupNorm(nn.GroupNorm):
 
     def _fused(self, x: Any, silu: bool) -> Tensor | None:
         """The output by the fused operator; None where torch's own is to be run."""
-        if type(x) is not Tensor or _traced():
+        if type(x) is not Tensor or _is_traced():
             return None
         if x.layout is not torch.strided or x.is_nested or not 3 <= x.dim() <= 5:
             return None
@@ -131,7 +131,7 @@ class FusedGroupNorm(nn.GroupNorm):
         if (
             self._backend == "auto"
             and device.type == "cpu"
-            and not _pays_on_cpu(x, self.num_groups)
+            and not _faster_on_cpu(x, self.num_groups)
         ):
             return None
         weight, bias = self.weight, self.bias
@@ -146,7 +146,7 @@ class FusedGroupNorm(nn.GroupNorm):
                 return None
         if (recording and x.requires_grad) or torch.is_autocast_enabled(device.type):
             return None
-        kernel = _kernel(self._backend, device, dtype) if _keeps_its_layout(x) else None
+        kernel = _kernel(self._backend, device, dtype) if _keeps_layout(x) else None
         if kernel is None:
             return None
         out = torch.empty_like(x)
@@ -205,9 +205,9 @@ def is_pair(module: nn.Module, following: nn.Module | None) -> bool:
     )
 
 
-_ABOUT = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "is_leaf")
+_METADATA = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "is_leaf")
 # Questions about a tensor that its values do not answer.
-QUESTIONS = {getattr(Tensor, name).__get__ for name in _ABOUT} | {
+METADATA_FUNCTIONS = {getattr(Tensor, name).__get__ for name in _METADATA} | {
     Tensor.size,
     Tensor.dim,
     Tensor.ndimension,
@@ -230,19 +230,19 @@ class Activated(Tensor):
     ``_source`` is the norm and its input until that has been settled.
     """
 
-    _held: Tensor
+    _activated: Tensor
     _source: tuple[FusedGroupNorm, Tensor, int | None] | None
-    _taken: bool
+    _consumed: bool
 
     @staticmethod
     def of(norm: FusedGroupNorm, x: Tensor, held: Tensor) -> Activated:
         """Stands for norm(x) and holds ``held``, its SiLU."""
         made = held.as_subclass(Activated)
         version = None if x.is_inference() else x._version
-        made._held, made._source, made._taken = held, (norm, x, version), False
+        made._activated, made._source, made._consumed = held, (norm, x, version), False
         return made
 
-    def _settle(self) -> None:
+    def _restore_norm(self) -> None:
         """Become norm(x), which nobody was expected to ask for."""
         assert self._source is not None
         norm, x, version = self._source
@@ -258,20 +258,20 @@ class Activated(Tensor):
             self.set_(plain)
         self._source = None
 
-    def _take(self, inplace: bool) -> Tensor:
+    def _apply_silu(self, inplace: bool) -> Tensor:
         """silu of what this stands for."""
-        if self._taken:
-            self._settle()
+        if self._consumed:
+            self._restore_norm()
             with torch._C.DisableTorchFunctionSubclass():
                 return F.silu(self, inplace)
-        self._taken = True
+        self._consumed = True
         if inplace:
             self._source = None  # from here on it is what it holds
-        return self._held
+        return self._activated
 
     def _as_plain(self) -> Tensor:
         if self._source is not None:
-            self._settle()
+            self._restore_norm()
         return self.as_subclass(Tensor)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -292,8 +292,8 @@ class Activated(Tensor):
         if func is F.silu:
             x, inplace = _silu_arguments(*args, **kwargs)
             if x._source is not None:
-                return x._take(inplace)
-        if func not in QUESTIONS:
+                return x._apply_silu(inplace)
+        if func not in METADATA_FUNCTIONS:
             plain = tree_map_only(cls, cls._as_plain, (args, kwargs))
             if not all(kind in (cls, Tensor, nn.Parameter) for kind in types):
                 return func(*plain[0], **plain[1])

@@ -138,7 +138,7 @@ def optimize_module(
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     _check_backend(backend, model)
     norms = _norms(model)
-    unfit: dict[nn.Module, str] = {norm: _why_left_alone(norm) for norm in norms}
+    unfit: dict[nn.Module, str] = {norm: _reason_left_alone(norm) for norm in norms}
     watched = [norm for norm in norms if not unfit[norm] and not has_hooks(norm)]
     sequentials = [
         s
@@ -152,7 +152,7 @@ def optimize_module(
         if unfit[norm]:
             rows.append(OptimizedNorm(paths, LEFT_ALONE, unfit[norm]))
             continue
-        reason = _why_not_activated(norm, norm in paired, seen)
+        reason = _reason_not_fused(norm, norm in paired, seen)
         activates = type(norm) is FusedGroupNormSiLU
         if seen is not None:
             activates = not reason and bool(seen[norm])
@@ -187,7 +187,7 @@ def _norms(model: nn.Module) -> dict[nn.GroupNorm, tuple[str, ...]]:
     return found
 
 
-def _why_left_alone(norm: nn.GroupNorm) -> str:
+def _reason_left_alone(norm: nn.GroupNorm) -> str:
     if type(norm) not in (nn.GroupNorm, *FUSED_NORMS):
         return f"its class is {type(norm).__name__}"
     return "its forward has been replaced" if "forward" in norm.__dict__ else ""
@@ -198,7 +198,7 @@ def _neighbours(sequential: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     return [(a, b) for a, b in pairwise(modules) if a is not None and b is not None]
 
 
-def _why_not_activated(
+def _reason_not_fused(
     norm: nn.GroupNorm,
     paired: bool,
     seen: Mapping[nn.Module, list[OutputUse]] | None,
@@ -212,7 +212,7 @@ def _why_not_activated(
         return "no SiLU behind it in an nn.Sequential, and no example_inputs to see what follows"
     if not seen[norm]:
         return "" if paired else "the example does not call it"
-    return next((reason for call in seen[norm] if (reason := call.why_not_silu())), "")
+    return next((reason for call in seen[norm] if (reason := call.reason_not_silu())), "")
 
 
 def _apply(changes: list[_Change]) -> None:

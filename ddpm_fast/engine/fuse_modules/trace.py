@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ddpm_fast.engine.fuse_modules.modules import QUESTIONS
+from ddpm_fast.engine.fuse_modules.modules import METADATA_FUNCTIONS
 
 
 class OutputUse:
@@ -24,7 +24,7 @@ class OutputUse:
         self.users: list[str] = []
         self.returned = False
 
-    def why_not_silu(self) -> str:
+    def reason_not_silu(self) -> str:
         """What else than SiLU uses the output; empty where nothing does."""
         if self.returned:
             return "the model returns its output"
@@ -36,7 +36,7 @@ class OutputUse:
         return "its output is kept" if self.output() is not None else ""
 
 
-class _Watch(TorchFunctionMode):
+class _UseRecorder(TorchFunctionMode):
     """Notes every function of torch that takes an output."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -64,7 +64,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in QUESTIONS:
+        if func in METADATA_FUNCTIONS:
             return result
         for value in tree_leaves((args, kwargs)):
             if (call := self.find(value)) is not None:
@@ -89,9 +89,9 @@ def observe(
     does not take it.
     """
     args, kwargs = _arguments(example_inputs)
-    watch = _Watch(modules)
+    watch = _UseRecorder(modules)
     with ExitStack() as stack:
-        stack.enter_context(_left_as_it_was(model))
+        stack.enter_context(_preserving_state(model))
         for module in watch.calls:
             stack.callback(module.register_forward_hook(watch.note).remove)
         stack.enter_context(torch.no_grad())
@@ -132,7 +132,7 @@ def _values(output: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+def _preserving_state(model: nn.Module) -> Iterator[None]:
     """Eval mode, and afterwards the modes, the buffers and the random state of before."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [

@@ -84,7 +84,7 @@ class _Lowering:
 
     def run(self, height: int, width: int) -> Program:
         unet, cfg = self._unet, self._unet.config
-        x = self._value("x", cfg.in_channels, height, width, given=True)
+        x = self._value("x", cfg.in_channels, height, width, external=True)
         if unet.class_embedding is not None:
             wide = checks.compute_dtype(self._dtype)
             self._embeddings = TensorValue("embeddings", (self._batch, 0, 1, 1), wide)
@@ -114,7 +114,7 @@ class _Lowering:
             for upsampler in up.upsamplers:
                 h = self._resampled(upsampler, h)
         normed, _, _ = self._norm(unet.conv_norm_out, h, silu=True)
-        out = self._value("out", cfg.out_channels, height, width, given=True)
+        out = self._value("out", cfg.out_channels, height, width, external=True)
         self._conv(unet.conv_out, normed, out=out)
         if self._embeddings is not None:
             self._embeddings.shape = (self._batch, self.projections.width, 1, 1)
@@ -124,9 +124,9 @@ class _Lowering:
         return self._names[id(module)]
 
     def _value(
-        self, name: str, channels: int, height: int, width: int, given: bool = False
+        self, name: str, channels: int, height: int, width: int, external: bool = False
     ) -> TensorValue:
-        return TensorValue(name, (self._batch, channels, height, width), self._dtype, given)
+        return TensorValue(name, (self._batch, channels, height, width), self._dtype, external)
 
     def _conv(
         self,

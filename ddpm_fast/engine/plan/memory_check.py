@@ -44,11 +44,11 @@ def needed_bytes(program: Program) -> int:
     """The values of a call, its input and output, and the engine's copies of the weights."""
     lifetimes = program.lifetimes()
     _, arena = plan_offsets(
-        {i: lifetimes[id(v)] for i, v in enumerate(program.values) if not v.given}
+        {i: lifetimes[id(v)] for i, v in enumerate(program.values) if not v.external}
     )
-    given = sum(value.nbytes for value in program.values if value.given)
+    external = sum(value.nbytes for value in program.values if value.external)
     weights = sum(op.weight_elements * program.dtype.itemsize for op in program.operations)
-    return arena + given + weights
+    return arena + external + weights
 
 
 def check(

@@ -23,7 +23,7 @@ class TensorValue:
     name: str
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
-    given: bool = False
+    external: bool = False
 
     @property
     def nbytes(self) -> int:

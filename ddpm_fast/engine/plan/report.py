@@ -111,7 +111,7 @@ def describe(
     return EnginePlan(
         tuple(lines),
         arena_bytes,
-        sum(value.nbytes for value in program.values if not value.given),
+        sum(value.nbytes for value in program.values if not value.external),
         sum(step.weight_bytes for step in steps),
         table_bytes,
     )

@@ -27,7 +27,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def variants_of(provider, spec):
-    if reason := PROVIDERS[provider].why_not(spec):
+    if reason := PROVIDERS[provider].unavailable_reason(spec):
         pytest.skip(reason)
     return PROVIDERS[provider].variants(spec, *conv_cases.weights(spec))
 
@@ -103,7 +103,7 @@ def test_what_was_in_the_output_does_not_matter(spec, provider):
 @pytest.mark.parametrize("spec", SPECS)
 def test_keeps_its_own_weights(spec, provider):
     weight, bias = conv_cases.weights(spec)
-    if reason := PROVIDERS[provider].why_not(spec):
+    if reason := PROVIDERS[provider].unavailable_reason(spec):
         pytest.skip(reason)
     found = PROVIDERS[provider].variants(spec, weight, bias)
     before = [run(variant, spec) for variant in found]
@@ -122,7 +122,7 @@ def test_summed_weights_are_rounded_once():
     weight = torch.zeros(1, 1, 3, 3)
     weight[0, 0, 0, 0], weight[0, 0, 0, 1], weight[0, 0, 1, 0] = 1 + 2**-11, 2**-12, 2**-12
     for provider in ("aten", "onednn"):
-        if PROVIDERS[provider].why_not(case):
+        if PROVIDERS[provider].unavailable_reason(case):
             continue
         named = {v.name: v for v in PROVIDERS[provider].variants(case, weight, None)}
         out = conv_cases.output(case)
@@ -172,11 +172,11 @@ def test_float64_and_empty_batches_are_atens():
 
 def test_what_a_provider_cannot_run_it_says(monkeypatch):
     gpu = spec(8, 8, device=torch.device("cuda"), dtype=torch.float16)
-    assert "cuda" in PROVIDERS["onednn"].why_not(gpu)
-    assert "float64" in PROVIDERS["onednn"].why_not(spec(8, 8, dtype=torch.float64))
-    assert "GPU" in TritonProvider().why_not(spec(8, 8))
+    assert "cuda" in PROVIDERS["onednn"].unavailable_reason(gpu)
+    assert "float64" in PROVIDERS["onednn"].unavailable_reason(spec(8, 8, dtype=torch.float64))
+    assert "GPU" in TritonProvider().unavailable_reason(spec(8, 8))
     monkeypatch.setattr("ddpm_fast.engine.convolution.onednn._OPERATORS", ("_no_such_operator",))
-    assert "_no_such_operator" in PROVIDERS["onednn"].why_not(spec(8, 8))
+    assert "_no_such_operator" in PROVIDERS["onednn"].unavailable_reason(spec(8, 8))
     assert len(candidates(spec(8, 8), *conv_cases.weights(spec(8, 8)))) == 1
 
 
@@ -217,7 +217,7 @@ class Wrong:
 class WrongProvider:
     name = "wrong"
 
-    def why_not(self, spec):
+    def unavailable_reason(self, spec):
         return None
 
     def variants(self, spec, weight, bias):
@@ -259,7 +259,7 @@ def test_fastest_runs_nothing_for_a_recorded_choice(monkeypatch):
 class Untried:
     """A trial that must not run."""
 
-    def __init__(self, spec, oracle):
+    def __init__(self, spec, reference):
         pass
 
     def of(self, variant):

@@ -211,17 +211,17 @@ def check(spec, weight, bias, variants):
 def test_what_it_cannot_run_it_says(monkeypatch):
     provider = CudnnProvider()
     on_gpu = spec(8, 8, dtype=HALF, device=torch.device("cuda"))
-    assert "cpu" in provider.why_not(spec(8, 8, dtype=HALF))
-    assert "float32" in provider.why_not(replace(on_gpu, dtype=torch.float32))
+    assert "cpu" in provider.unavailable_reason(spec(8, 8, dtype=HALF))
+    assert "float32" in provider.unavailable_reason(replace(on_gpu, dtype=torch.float32))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(conv_cudnn, "_installed", lambda: True)
     monkeypatch.setitem(sys.modules, "cudnn", ModuleType("cudnn"))
-    assert provider.why_not(on_gpu) is None
-    assert "empty" in provider.why_not(replace(on_gpu, batch=0))
+    assert provider.unavailable_reason(on_gpu) is None
+    assert "empty" in provider.unavailable_reason(replace(on_gpu, batch=0))
     monkeypatch.setitem(sys.modules, "cudnn", None)
-    assert "does not load" in provider.why_not(on_gpu)
+    assert "does not load" in provider.unavailable_reason(on_gpu)
     monkeypatch.setattr(conv_cudnn, "_installed", lambda: False)
-    assert "pip install nvidia-cudnn-frontend" in provider.why_not(on_gpu)
+    assert "pip install nvidia-cudnn-frontend" in provider.unavailable_reason(on_gpu)
 
 
 def test_a_form_without_plans_is_logged_and_left_out(monkeypatch, caplog):
