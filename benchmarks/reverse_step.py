@@ -21,7 +21,7 @@ from torch import Tensor
 from ddpm_fast import NoiseSchedule, Sampler, StepTable, philox_rng
 from ddpm_fast.bench.results import RESULTS, metadata, write_csv
 from ddpm_fast.bench.timing import Case, interleaved, quantiles
-from ddpm_fast.ops import Implementation, implementation
+from ddpm_fast.ops import Backend, get_backend
 from ddpm_fast.ops.row import column
 
 SHAPES = {"cpu": [(64, 3, 32, 32), (16, 3, 256, 256)], "cuda": []}
@@ -68,7 +68,7 @@ def cases_of(
     table = StepTable.ddpm(NoiseSchedule.linear(), steps=STEPS)
     rows, _ = table.to(device)
     step = torch.full((shape[0],), ROW, device=device)
-    run = implementation(backend, device, x.dtype)
+    run = get_backend(backend, device, x.dtype)
     # Contiguous, their best layout: on a CPU normal_ is several times slower in channels-last.
     plain = torch.randn(shape, device=device)
     expressions = Expressions(plain, torch.randn_like(plain), table.rows[ROW])
@@ -138,9 +138,7 @@ def solver_tables() -> dict[str, tuple[StepTable, int]]:
     }
 
 
-def solver_case(
-    run: Implementation, table: StepTable, x: Tensor, both: Tensor, noise: Tensor
-) -> Case:
+def solver_case(run: Backend, table: StepTable, x: Tensor, both: Tensor, noise: Tensor) -> Case:
     """A step of a table. both: an output of twice the channels, for a learned variance."""
     rows, _ = table.to(x.device)
     step = torch.full((x.shape[0],), ROW, device=x.device)
@@ -170,7 +168,7 @@ def sampler_cases(shape: tuple[int, ...], device: torch.device, backend: str) ->
     rows, _ = table.to(device)
     rng = philox_rng(0, device=device)
     steps = [torch.full((shape[0],), i, device=device) for i in range(STEPS)]
-    run = implementation(backend, device, x.dtype)
+    run = get_backend(backend, device, x.dtype)
 
     def bare() -> None:
         for step in steps:
@@ -251,7 +249,7 @@ def main() -> None:
     parser.add_argument("--out", default=None)
     args = parser.parse_args()
     device = torch.device(args.device)
-    backend = implementation(args.backend, device, torch.float32).backend
+    backend = get_backend(args.backend, device, torch.float32).name
     facts = metadata() | {"backend": backend, "threads": torch.get_num_threads()}
     rows = [facts | row for row in measure(device, backend, args.rounds)]
     for row in rows:

@@ -176,7 +176,8 @@ def sample_peer(folder: Path, num: int, steps: int, seed: int, device: str) -> I
 
 def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     """Sample, measure and return one row per source, the training images first."""
-    from ddpm_fast.utils.images import prepare_folder, save_npy
+    from ddpm_fast.utils.files import prepare_folder
+    from ddpm_fast.utils.images import save_npy
 
     about = metadata()
     if options.samples:

@@ -14,7 +14,7 @@ from ddpm_fast.bench.cases import Case, Prepared
 from ddpm_fast.engine.convolution.candidates import Variant, candidates, with_workspace
 from ddpm_fast.engine.plan.operations import Convolution, Normalization, SelfAttention
 from ddpm_fast.engine.specs import AttentionSpec, ConvSpec, NormSpec
-from ddpm_fast.ops import implementation, reference, why_not
+from ddpm_fast.ops import get_backend, reference, unavailable_reason
 from ddpm_fast.ops.aten import SDPA, sdpa
 from ddpm_fast.utils import checks
 
@@ -69,7 +69,7 @@ def _case(name: str, spec: Any, run: Call, baseline: bool = False) -> Case:
 def _backends(device: torch.device) -> list[str]:
     """List the available backends with compiled kernels."""
     names = ["cpu"] if device.type == "cpu" else ["cuda", "triton"]
-    return [name for name in names if why_not(name, device) is None]
+    return [name for name in names if unavailable_reason(name, device) is None]
 
 
 def _normal(spec: Any, channels: int, seed: int, size: tuple[int, int] | None = None) -> Tensor:
@@ -116,7 +116,7 @@ def _normalization(operation: Normalization) -> OperatorCases:
     tables = (vector, row)
 
     def ours(backend: str) -> Call:
-        operator = implementation(backend, spec.device, spec.dtype).group_norm_
+        operator = get_backend(backend, spec.device, spec.dtype).group_norm_
         options = (weight, bias, modulation, spec.groups, spec.eps, spec.silu)
 
         def run() -> Tensor:
@@ -243,7 +243,7 @@ def _attention(spec: AttentionSpec) -> OperatorCases:
     exact = torch.empty(out[:1].shape, dtype=torch.float64, device=spec.device)
     reference.attention_(exact, qkv[:1].double(), spec.heads, scale)
     found = [
-        _case(name, spec, call(implementation(name, spec.device, spec.dtype).attention_))
+        _case(name, spec, call(get_backend(name, spec.device, spec.dtype).attention_))
         for name in _backends(spec.device)
     ]
     found += [_case(f"sdpa.{name}", spec, call(sdpa(name)), True) for name in SDPA]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from ddpm_fast.utils.files import atomic_write
 
 # A checkout has the benchmarks beside the package; an installed package has not.
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,26 +91,18 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]
     made as needed. ValueError without rows or where keys differ, OSError from the disk.
     """
     if not rows:
-        raise ValueError("rows must hold at least one row, got none")
+        raise ValueError("rows must hold at least one row; got none")
     columns = list(rows[0])
     for number, row in enumerate(rows):
         if set(row) != set(columns):
             raise ValueError(f"rows[{number}] must have the keys {columns}; got {list(row)}")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ import torch
 import typer
 
 from ddpm_fast import __version__
-from ddpm_fast.ops.dispatch import BACKENDS, interpreting, why_not
+from ddpm_fast.ops.dispatch import BACKENDS, interpreting, unavailable_reason
 from ddpm_fast.ops.registry import NOT_LOADED
 
 # The kinds of device a backend is for.
@@ -112,7 +112,7 @@ def _backend(name: str) -> dict[str, Any]:
         if name == "reference" and kind == "cuda" and not gpus:
             continue
         for device in (gpus or ["cuda"]) if kind == "cuda" else ["cpu"]:
-            reason = why_not(name, torch.device(device))
+            reason = unavailable_reason(name, torch.device(device))
             if reason is None:
                 ready.append(device)
             else:

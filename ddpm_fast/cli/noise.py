@@ -13,7 +13,8 @@ from torch import Tensor
 from ddpm_fast.cli.schedules import SCHEDULES, schedule_of
 from ddpm_fast.diffusion.forward import q_sample
 from ddpm_fast.ops.philox import STREAM_TRAINING, philox_normal
-from ddpm_fast.utils.images import prepare_folder, save_png, sheet
+from ddpm_fast.utils.files import prepare_folder
+from ddpm_fast.utils.images import save_png, sheet
 from ddpm_fast.utils.pictures import read_picture, to_tensor
 
 T = 1000

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from torch import Tensor
 
-from ddpm_fast.utils.images import prepare_folder, save_images, save_npy, save_png, sheet
+from ddpm_fast.utils.files import prepare_folder
+from ddpm_fast.utils.images import save_images, save_npy, save_png, sheet
 
 FORMATS = ("png", "npy")
 FormOption = Annotated[

@@ -31,7 +31,8 @@ from ddpm_fast.cli.output import FormOption, Output, check_drawable, say
 from ddpm_fast.ops.row import column
 from ddpm_fast.sampling.sampler import Sampler
 from ddpm_fast.sampling.step_table import StepTable
-from ddpm_fast.utils.images import prepare_folder, save_png, sheet
+from ddpm_fast.utils.files import prepare_folder
+from ddpm_fast.utils.images import save_png, sheet
 
 STRIP_STATES = 10
 

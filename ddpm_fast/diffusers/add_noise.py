@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.diffusers.fused_step import backend_for
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 from ddpm_fast.utils import checks
-from ddpm_fast.utils.immutable import Frozen
+from ddpm_fast.utils.immutable import ImmutableTables
 
 
-class ForwardScales(Frozen):
+class ForwardScales(ImmutableTables):
     """Factors of the image and of the noise at each timestep [T, 2].
 
     alphas_cumprod: [T], in the dtype of the images where the library's are to be met: it casts them
@@ -56,7 +56,7 @@ class ForwardScales(Frozen):
         t = checks.index("timesteps", t, a, len(self._tables[table]))
         coefs = self._on(table, a.device, checks.compute_dtype(a.dtype))
         backend = backend_for(a, b, backward=True)
-        return implementation(backend, a.device, a.dtype).q_sample(a, t, b, coefs)
+        return get_backend(backend, a.device, a.dtype).q_sample(a, t, b, coefs)
 
 
 def _alike(first: str, a: Tensor, second: str, b: Tensor, samples: int) -> tuple[Tensor, Tensor]:

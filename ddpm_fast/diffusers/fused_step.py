@@ -11,14 +11,14 @@ from torch.autograd import forward_ad
 
 from ddpm_fast.diffusion.model_output import split_learned_variance
 from ddpm_fast.diffusion.thresholding import Clip, DynamicThreshold, threshold_from_clip
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 from ddpm_fast.ops.row import RowFlag, column
 from ddpm_fast.sampling.reverse_step import thresholds
 from ddpm_fast.utils import checks
-from ddpm_fast.utils.immutable import Frozen
+from ddpm_fast.utils.immutable import ImmutableTables
 
 
-class TimestepRows(Frozen):
+class TimestepRows(ImmutableTables):
     """A row for each timestep of a schedule, [T, ROW_WIDTH]; NaN where a chain does not come.
 
     rows: float64 [n, ROW_WIDTH] of these timesteps, which need not be finite. flags, learned and
@@ -93,7 +93,7 @@ def fused_step(
         rows = rows[where.known : where.known + 1]
     else:
         step = checks.instance("timestep", where.on_device, Tensor)
-    run = implementation(backend_for(x, out, log_variance, noise), x.device, x.dtype)
+    run = get_backend(backend_for(x, out, log_variance, noise), x.device, x.dtype)
     bound = None
     if table.threshold is not None:
         bound = thresholds(table.threshold, x, out, None, rows, step).to(rows.dtype)

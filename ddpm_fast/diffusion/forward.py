@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 from ddpm_fast.ops.philox import STREAM_TRAINING, philox_rng
 from ddpm_fast.utils import checks
 
@@ -24,7 +24,7 @@ def q_sample(
     x0 = checks.batch("x0", x0)
     noise = checks.like("noise", noise, "x0", x0, (x0.dtype,))
     t = checks.index("t", t, x0, checks.instance("schedule", schedule, NoiseSchedule).T)
-    run = implementation(backend, x0.device, x0.dtype)
+    run = get_backend(backend, x0.device, x0.dtype)
     coefs = schedule.q_sample_coefs(x0.device, checks.compute_dtype(x0.dtype))
     return run.q_sample(x0, t, noise, coefs)
 
@@ -48,7 +48,7 @@ def q_sample_philox(
     """
     x0 = checks.batch("x0", x0)
     t = checks.index("t", t, x0, checks.instance("schedule", schedule, NoiseSchedule).T)
-    run = implementation(backend, x0.device, x0.dtype)
+    run = get_backend(backend, x0.device, x0.dtype)
     coefs = schedule.q_sample_coefs(x0.device, checks.compute_dtype(x0.dtype))
     return run.q_sample_philox(x0, t, coefs, philox_rng(seed, stream, first_sample, x0.device))
 
@@ -68,6 +68,6 @@ def q_posterior(
     x_t = checks.batch("x_t", x_t)
     x0 = checks.like("x0", x0, "x_t", x_t, (x_t.dtype,))
     t = checks.index("t", t, x_t, checks.instance("schedule", schedule, NoiseSchedule).T)
-    run = implementation(backend, x_t.device, x_t.dtype)
+    run = get_backend(backend, x_t.device, x_t.dtype)
     coefs = schedule.q_posterior_coefs(x_t.device, checks.compute_dtype(x_t.dtype))
     return run.q_posterior(x0, x_t, t, coefs)

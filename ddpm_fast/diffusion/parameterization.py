@@ -14,8 +14,8 @@ from torch import Tensor
 from ddpm_fast.diffusion.model_output import model_tensor
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.utils import checks
-from ddpm_fast.utils.cuda_graphs import state_of
-from ddpm_fast.utils.immutable import Frozen
+from ddpm_fast.utils.cuda_graphs import capture_key
+from ddpm_fast.utils.immutable import ImmutableTables
 
 
 def convert_prediction(
@@ -76,10 +76,10 @@ class ConvertedModel:
 
     def captured_state(self) -> object:
         """What a CUDA graph of the model depends on (`Sampler`)."""
-        return state_of(self.model)
+        return capture_key(self.model)
 
 
-class _Conversion(Frozen):
+class _Conversion(ImmutableTables):
     """Factors of out and of x_t at each timestep, float64 [T, 2]."""
 
     def __init__(self, schedule: NoiseSchedule, source: str, target: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.utils import checks
-from ddpm_fast.utils.immutable import Frozen
+from ddpm_fast.utils.immutable import ImmutableTables
 
 Values = Sequence[float] | np.ndarray | Tensor
 
@@ -33,13 +33,13 @@ class _Table:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, holder: Frozen | None, owner: type | None = None) -> Tensor:
+    def __get__(self, holder: ImmutableTables | None, owner: type | None = None) -> Tensor:
         if holder is None:
             return self  # type: ignore[return-value]
         return holder._tables[self.name].clone()
 
 
-class NoiseSchedule(Frozen):
+class NoiseSchedule(ImmutableTables):
     """The forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I).
 
     Made by the classmethods: linear, scaled_linear, cosine, sigmoid, sigmoid_cumprod, power,

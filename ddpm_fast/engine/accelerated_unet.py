@@ -20,7 +20,7 @@ from ddpm_fast.engine.unet_engine import UNetEngine, chain_length
 from ddpm_fast.engine.weight_watch import WeightWatcher
 from ddpm_fast.models import UNet, UNetConfig
 from ddpm_fast.utils import checks
-from ddpm_fast.utils.cuda_graphs import ONE_CAPTURE, becomes_a_graph, keep_for_graph
+from ddpm_fast.utils.cuda_graphs import CAPTURE_LOCK, is_capturing, retain_for_graph
 
 _log = logging.getLogger("ddpm_fast")
 _RUNNERS_KEPT = 4  # shapes whose engines are kept; the one used longest ago goes first
@@ -190,8 +190,8 @@ class AcceleratedUNet:
 
     def _runner(self, shape: tuple[int, ...]) -> _Runner:
         """What runs images of this shape; made at first use, and again where weights changed."""
-        # A capture's warm-up comes with ONE_CAPTURE, and then wants this lock: so does everybody.
-        with ONE_CAPTURE if self.device.type == "cuda" else nullcontext(), self._lock:
+        # A capture's warm-up comes with CAPTURE_LOCK, and then wants this lock: so does everybody.
+        with CAPTURE_LOCK if self.device.type == "cuda" else nullcontext(), self._lock:
             if self._weights is None or self._weights.changed():
                 self._let_go(list(self._runners))
                 self._pinned.clear()
@@ -203,7 +203,7 @@ class AcceleratedUNet:
                 self._let_go(list(self._runners)[: 1 - _RUNNERS_KEPT])
             self._runners[shape] = found
             on_gpu = self.device.type == "cuda"
-            if on_gpu and becomes_a_graph() and not keep_for_graph(found):
+            if on_gpu and is_capturing() and not retain_for_graph(found):
                 self._pin(found)
         return found
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.utils.cuda_graphs import GraphedStep, becomes_a_graph
+from ddpm_fast.utils.cuda_graphs import GraphedStep, is_capturing
 
 
 class GraphedModel:
@@ -30,7 +30,7 @@ class GraphedModel:
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
         """The model's output, in memory of its own."""
-        if becomes_a_graph():
+        if is_capturing():
             return self._model(x, t, class_labels)
         if not isinstance(t, Tensor):
             t = torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)

@@ -21,7 +21,7 @@ from ddpm_fast.engine.plan.operations import Program
 from ddpm_fast.engine.plan.report import EnginePlan, describe
 from ddpm_fast.models import UNet
 from ddpm_fast.models.inputs import refuse_labels
-from ddpm_fast.ops import why_not
+from ddpm_fast.ops import unavailable_reason
 from ddpm_fast.ops.aten import no_autocast
 from ddpm_fast.ops.dispatch import BACKENDS
 from ddpm_fast.utils import checks
@@ -298,7 +298,7 @@ def _check(unet: Any, image_size: Any, dtype: Any, backend: str) -> tuple[int, i
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {backend!r}")
-        if reason := why_not(backend, unet.device):
+        if reason := unavailable_reason(backend, unet.device):
             raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
     sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     if len(sides) != 2:

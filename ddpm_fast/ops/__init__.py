@@ -1,5 +1,5 @@
 """The fused updates as operators: one schema, four backends."""
 
-from ddpm_fast.ops.dispatch import BACKENDS, Implementation, implementation, why_not
+from ddpm_fast.ops.dispatch import BACKENDS, Backend, get_backend, unavailable_reason
 
-__all__ = ["BACKENDS", "Implementation", "implementation", "why_not"]
+__all__ = ["BACKENDS", "Backend", "get_backend", "unavailable_reason"]

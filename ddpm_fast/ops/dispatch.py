@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from ddpm_fast.ops import reference
-from ddpm_fast.ops.network import NETWORK_OPS
 from ddpm_fast.ops.registry import NOT_LOADED, OPS
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -38,7 +37,7 @@ _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "referenc
 _log = logging.getLogger("ddpm_fast")
 
 
-class Implementation:
+class Backend:
     """The operators of one backend, with the signatures of ``torch.ops.ddpm_fast.*``: those of the
     updates and of the U-Net.
     """  # noqa: D205
@@ -53,16 +52,16 @@ class Implementation:
     attention_: Any
     conv_: Any
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
-        prefix = "triton_" if backend == "triton" else ""
-        source = reference if backend == "reference" else torch.ops.ddpm_fast
-        for op in (*OPS, *NETWORK_OPS):
+    def __init__(self, name: str) -> None:
+        self.name = name
+        prefix = "triton_" if name == "triton" else ""
+        source = reference if name == "reference" else torch.ops.ddpm_fast
+        for op in OPS:
             setattr(self, op, getattr(source, prefix + op))
 
 
-_IMPLEMENTATIONS = {name: Implementation(name) for name in BACKENDS}
-_CHOSEN: dict[tuple[str, torch.device, torch.dtype], Implementation] = {}
+_BACKENDS = {name: Backend(name) for name in BACKENDS}
+_CACHE: dict[tuple[str, torch.device, torch.dtype], Backend] = {}
 
 
 def interpreting() -> bool:
@@ -79,7 +78,7 @@ def compiled_architectures() -> list[str]:
     return str(_C.build_info()["cuda_architectures"]).split()
 
 
-def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
+def runs_on(architectures: list[str], capability: tuple[int, int]) -> bool:
     """Whether code for ``architectures`` runs on a GPU of this compute capability."""
     device = capability[0] * 10 + capability[1]
     for name in architectures:
@@ -94,7 +93,7 @@ def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def why_not(backend: str, device: torch.device) -> str | None:
+def unavailable_reason(backend: str, device: torch.device) -> str | None:
     """Why ``backend`` cannot run on ``device`` and what to do about it; None where it can."""
     if backend == "reference":
         return None
@@ -134,7 +133,7 @@ def _why_not_cuda(device: torch.device) -> str | None:
         return reason
     capability = torch.cuda.get_device_capability(device)
     built = compiled_architectures()
-    if not covers(built, capability):
+    if not runs_on(built, capability):
         wanted = f"{capability[0]}{capability[1]}"
         return (
             f"it was built for {' '.join(built)}, this GPU is sm_{wanted};"
@@ -143,7 +142,7 @@ def _why_not_cuda(device: torch.device) -> str | None:
     return None
 
 
-def implementation(backend: str, device: torch.device, dtype: torch.dtype) -> Implementation:
+def get_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The operators to use for tensors of ``dtype`` on ``device``.
 
     ``"auto"`` is the fastest backend that can run and is logged (logger ``ddpm_fast``, INFO).
@@ -151,9 +150,9 @@ def implementation(backend: str, device: torch.device, dtype: torch.dtype) -> Im
     RuntimeError, with what to do, for a named backend that cannot run here.
     """
     key = (backend, device, dtype)
-    found = _CHOSEN.get(key)
+    found = _CACHE.get(key)
     if found is None:
-        found = _CHOSEN[key] = _IMPLEMENTATIONS[_choose(backend, device, dtype)]
+        found = _CACHE[key] = _BACKENDS[_choose(backend, device, dtype)]
     return found
 
 
@@ -163,7 +162,7 @@ def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         raise TypeError(f"tensors must be {accepted}; got {str(dtype).removeprefix('torch.')}")
     if backend == "auto":
         for name in _PREFERENCE.get(device.type, ("reference",)):
-            if dtype in DTYPES[name] and why_not(name, device) is None:
+            if dtype in DTYPES[name] and unavailable_reason(name, device) is None:
                 if not torch.compiler.is_compiling():  # a graph cannot hold a message
                     _log.info("backend auto: %s on %s for %s", name, device, dtype)
                 return name
@@ -174,6 +173,6 @@ def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         raise TypeError(
             f"backend {backend} takes {accepted}; got {str(dtype).removeprefix('torch.')}"
         )
-    if reason := why_not(backend, device):
+    if reason := unavailable_reason(backend, device):
         raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
     return backend

@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 from ddpm_fast.utils import checks, in_place
 
 
@@ -125,7 +125,7 @@ def group_norm(
         x2, residual = _away(x2, out), _away(residual, out)
         vector, modulation = _away(vector, out), _away(modulation, out)
     total = _channels_last(shape, x) if return_sum else None
-    run = implementation(backend, x.device, x.dtype)
+    run = get_backend(backend, x.device, x.dtype)
     run.group_norm_(
         out,
         x,
@@ -179,7 +179,7 @@ def attention(
         if out.stride(2) != 1:
             raise ValueError(f"out must be dense in its last dimension; got strides {out.stride()}")
         qkv = _away(qkv, out)
-    run = implementation(backend, qkv.device, qkv.dtype)
+    run = get_backend(backend, qkv.device, qkv.dtype)
     if out.numel() > 0:
         run.attention_(out, qkv if qkv.stride(2) == 1 else qkv.contiguous(), heads, scale)
         in_place.mark_written(out)

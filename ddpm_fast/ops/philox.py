@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 from ddpm_fast.utils import checks
 
 STREAM_X_T = 0  # the chain's starting point x_T
@@ -64,5 +64,5 @@ def philox_normal(
     shape = checks.sample_shape("sample_shape", sample_shape)
     out = checks.empty_samples(num, shape, torch.float32, checks.device("device", device))
     rng = philox_rng(seed, stream, first_sample, out.device)
-    implementation(backend, out.device, out.dtype).philox_normal_(out, rng)
+    get_backend(backend, out.device, out.dtype).philox_normal_(out, rng)
     return out

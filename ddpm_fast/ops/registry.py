@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast.ops import network
-
 NAMESPACE = "ddpm_fast"
-SCHEMAS = {
+_DIFFUSION_SCHEMAS = {
     "q_sample": "(Tensor x0, Tensor t, Tensor noise, Tensor coefs) -> Tensor",
     "q_sample_philox": "(Tensor x0, Tensor t, Tensor coefs, Tensor rng) -> (Tensor, Tensor)",
     "q_posterior": "(Tensor x0, Tensor x_t, Tensor t, Tensor coefs) -> (Tensor, Tensor, Tensor)",
@@ -34,7 +32,31 @@ SCHEMAS = {
     ),
     "philox_normal_": "(Tensor(a!) out, Tensor rng) -> ()",
 }
-OPS = tuple(SCHEMAS)
+# They write into tensors that they are given, because the engine plans its memory once.
+_NETWORK_SCHEMAS = {
+    "group_norm_": (
+        "(Tensor(a!) out, Tensor x, Tensor? x2, Tensor? vector, Tensor? row, Tensor? residual,"
+        " Tensor(b!)? total, Tensor weight, Tensor bias, Tensor? modulation, int groups, float eps,"
+        " bool silu) -> ()"
+    ),
+    "attention_": "(Tensor(a!) out, Tensor qkv, int heads, float scale) -> ()",
+    "conv_": (
+        "(Tensor(a!) out, Tensor x, Tensor? x2, Tensor weight, Tensor? bias, Tensor? residual,"
+        " int stride, int[4] padding) -> ()"
+    ),
+}
+SCHEMAS = {**_DIFFUSION_SCHEMAS, **_NETWORK_SCHEMAS}
+DIFFUSION_OPS, NETWORK_OPS = tuple(_DIFFUSION_SCHEMAS), tuple(_NETWORK_SCHEMAS)
+OPS = (*DIFFUSION_OPS, *NETWORK_OPS)
+
+# The module of each operator's Triton kernel, and of those that ATen runs on the keys CPU and CUDA.
+_TRITON_MODULES = {
+    **dict.fromkeys(DIFFUSION_OPS, "ddpm_fast.ops.triton.diffusion"),
+    "group_norm_": "ddpm_fast.ops.triton.group_norm",
+    "attention_": "ddpm_fast.ops.triton.attention",
+    "conv_": "ddpm_fast.ops.triton.conv",
+}
+_ATEN_MODULES = {"attention_": "ddpm_fast.ops.aten", "conv_": "ddpm_fast.ops.aten"}
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -74,6 +96,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "reverse_step_": _fake_in_place,
     "reverse_step": _fake_reverse_step,
     "philox_normal_": _fake_in_place,
+    **dict.fromkeys(NETWORK_OPS, _fake_in_place),
 }
 
 
@@ -163,15 +186,9 @@ def _register() -> tuple[torch.library.Library, dict[str, str]]:
                     f"{NAMESPACE}::{full}", backward, setup_context=save, lib=library
                 )
         for key in ("CPU", "CUDA"):
-            library.impl(f"triton_{name}", _launcher("ddpm_fast.ops.triton.diffusion", name), key)
-    for name, schema in network.NETWORK_SCHEMAS.items():
-        for full in (name, f"triton_{name}"):
-            library.define(full + schema, tags=(torch.Tag.needs_fixed_stride_order,))
-            torch.library.register_fake(f"{NAMESPACE}::{full}", network.fake, lib=library)
-        for key in ("CPU", "CUDA"):
-            library.impl(f"triton_{name}", _launcher(network.TRITON_MODULES[name], name), key)
-            if name in network.ATEN_MODULES:
-                library.impl(name, _launcher(network.ATEN_MODULES[name], name), key)
+            library.impl(f"triton_{name}", _launcher(_TRITON_MODULES[name], name), key)
+            if name in _ATEN_MODULES:
+                library.impl(name, _launcher(_ATEN_MODULES[name], name), key)
     reasons = {"cpu": _load("_ops_cpu")}
     # The CUDA library links torch's, which a build of torch without CUDA does not have.
     reasons["cuda"] = (

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ddpm_fast.sampling.step_loop import Model, StepLoop
-from ddpm_fast.utils.cuda_graphs import UNROLLED, CaptureError, GraphedStep, state_of
+from ddpm_fast.utils.cuda_graphs import UNROLLED_STEPS, CaptureError, GraphedStep, capture_key
 
 Advance = Callable[[int], None]
 Graph = Literal["auto"] | bool
@@ -51,7 +51,7 @@ class LoopCache:
             return
         if self._done is not None:
             torch.cuda.current_stream(self._device).wait_event(self._done)
-        state = state_of(self._model)
+        state = capture_key(self._model)
         if state != self._captured_state:
             self._loops.clear()
         self._captured_state = state
@@ -74,7 +74,9 @@ class LoopCache:
     def _captured(self, loop: StepLoop) -> CachedLoop:
         if self._graph:
             try:
-                return CachedLoop(loop, GraphedStep(loop.step, loop.rewind, self._device), UNROLLED)
+                return CachedLoop(
+                    loop, GraphedStep(loop.step, loop.rewind, self._device), UNROLLED_STEPS
+                )
             except CaptureError as error:
                 if self._graph is True:
                     raise

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm_fast.diffusion.model_output import split_learned_variance
 from ddpm_fast.diffusion.thresholding import DynamicThreshold, dynamic_threshold
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 from ddpm_fast.ops.reference.diffusion import predicted_x0
 from ddpm_fast.ops.row import RowFlag
 from ddpm_fast.sampling.step_table import StepMemory, StepTable
@@ -74,7 +74,7 @@ def reverse_step_(
     if pred_x0 is not None:
         in_place.writable("pred_x0", checks.like("pred_x0", pred_x0, "x", x, (x.dtype,)))
     step = checks.index("step", step, x, None)
-    run = implementation(backend, x.device, x.dtype)
+    run = get_backend(backend, x.device, x.dtype)
     rows, _ = table.to(x.device, x.dtype)
     in_place.distinct(x=x, model_input=model_input, pred_x0=pred_x0, second=second, history=history)
     written = (x, model_input, pred_x0, second, history)

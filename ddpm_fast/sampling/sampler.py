@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 from ddpm_fast.ops.philox import STREAM_START, philox_rng
 from ddpm_fast.ops.reference.diffusion import philox4x32_10
 from ddpm_fast.sampling.labels import as_null_label, slot_labels
@@ -101,7 +101,7 @@ class Sampler:
         self.micro_batch = checks.integer("micro_batch", micro_batch, 1, 1 << 31)
         self.device, self.dtype = _placement(model, device, dtype)
         self.state_dtype = checks.compute_dtype(self.dtype)
-        self.backend = implementation(backend, self.device, self.state_dtype).backend
+        self.backend = get_backend(backend, self.device, self.state_dtype).name
         if graph is True and self.device.type != "cuda":
             raise ValueError(f"graph=True needs a CUDA device; the sampler is on {self.device}")
         self._graph: Graph = graph if self.device.type == "cuda" else False
@@ -299,7 +299,7 @@ class Sampler:
             return StepLoop(
                 self.model,
                 self.table,
-                implementation(self.backend, self.device, self.state_dtype),
+                get_backend(self.backend, self.device, self.state_dtype),
                 batch,
                 self.sample_shape,
                 self.device,

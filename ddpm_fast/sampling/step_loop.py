@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.diffusion.model_output import model_tensor, split_learned_variance
-from ddpm_fast.ops import Implementation
+from ddpm_fast.ops import Backend
 from ddpm_fast.ops.philox import STREAM_STEPS, STREAM_X_T, philox_rng
 from ddpm_fast.ops.row import RowFlag
 from ddpm_fast.sampling.reverse_step import thresholds
@@ -36,7 +36,7 @@ class StepLoop:
         self,
         model: Model,
         table: StepTable,
-        run: Implementation,
+        run: Backend,
         batch: int,
         sample_shape: tuple[int, ...],
         device: torch.device,

@@ -19,7 +19,7 @@ from ddpm_fast.sampling.solvers.dpm_solver import dpmpp_2m, dpmpp_2m_sde
 from ddpm_fast.sampling.solvers.plms import plms
 from ddpm_fast.sampling.solvers.unipc import unipc
 from ddpm_fast.utils import checks
-from ddpm_fast.utils.immutable import Frozen
+from ddpm_fast.utils.immutable import ImmutableTables
 
 
 class StepMemory(NamedTuple):
@@ -32,7 +32,7 @@ class StepMemory(NamedTuple):
     history: Tensor | None
 
 
-class StepTable(Frozen):
+class StepTable(ImmutableTables):
     """The rows of a reverse chain and the timesteps fed to the network, first step first.
 
     rows: float64 [steps, ROW_WIDTH], laid out as the row module says; slot and ratio are filled in.

@@ -10,7 +10,7 @@ import torch
 from ddpm_fast.models import ThesisUNet, UNet, UNetConfig
 from ddpm_fast.models.architectures import ARCHITECTURES
 from ddpm_fast.models.checkpoint.checkpoint import load
-from ddpm_fast.utils.json_files import read_json
+from ddpm_fast.utils.files import read_json
 
 NETWORKS = (*ARCHITECTURES, "thesis")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_fast.utils.figures import ACCENT, FAINT, INK, entitle, new_figure, save_figure
-from ddpm_fast.utils.images import replacing
+from ddpm_fast.utils.files import atomic_write
 
 FIELDS = ("epoch", "steps", "lr", "loss", "loss_min", "loss_max", "test_loss", "images_per_s")
 
@@ -23,7 +23,7 @@ def write_history(rows: Sequence[dict[str, Any]], path: Path) -> None:
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(text.getvalue().encode())
 
 

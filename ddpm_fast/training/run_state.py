@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.utils.images import replacing
+from ddpm_fast.utils.files import atomic_write
 
 FORMAT = 1
 KEYS = {"options", "identity", "epoch", "step", "history", "losses", "seconds"}
@@ -24,7 +24,7 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
 

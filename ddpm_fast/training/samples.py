@@ -10,7 +10,8 @@ from torch import Tensor
 from ddpm_fast.sampling.sampler import Sampler
 from ddpm_fast.sampling.step_table import StepTable
 from ddpm_fast.training.trainer import Trainer
-from ddpm_fast.utils.images import prepare_folder, save_png, sheet
+from ddpm_fast.utils.files import prepare_folder
+from ddpm_fast.utils.images import save_png, sheet
 
 SEED = 0x5A3D  # of all sheets, so that they show the same starting points
 

@@ -27,7 +27,7 @@ from ddpm_fast.training.metrics import Tally
 from ddpm_fast.training.processes import processes
 from ddpm_fast.training.run_state import differences, read_state, write_state
 from ddpm_fast.utils import checks
-from ddpm_fast.utils.images import prepare_folder
+from ddpm_fast.utils.files import prepare_folder
 
 STATE, HISTORY, CHECKPOINT, CURVE = "state.pt", "history.csv", "checkpoint", "loss.png"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 WARM_UP_CALLS = 3  # libraries choose and allocate in their first calls, which capture forbids
-UNROLLED = 8  # steps in the longer of the two graphs: a launch then costs an eighth a step
-ONE_CAPTURE = threading.RLock()  # CUDA has one capture at a time in a process
+UNROLLED_STEPS = 8  # steps in the longer of the two graphs: a launch then costs an eighth a step
+CAPTURE_LOCK = threading.RLock()  # CUDA has one capture at a time in a process
 _here = threading.local()
 
 
-def becomes_a_graph() -> bool:
+def is_capturing() -> bool:
     """Whether what this thread enqueues is being captured, or is the warm-up for a capture."""
     return getattr(_here, "warms_up", False) or torch.cuda.is_current_stream_capturing()
 
 
-def keep_for_graph(thing: object) -> bool:
+def retain_for_graph(thing: object) -> bool:
     """Keep what this thread's coming graph reads, for as long as the graph; False without one.
 
     For models that may drop their buffers while a graph that was captured from them lives.
@@ -36,7 +36,7 @@ class CaptureError(RuntimeError):
 
 
 class GraphedStep:
-    """Runs ``step`` any number of times by replaying CUDA graphs of one and of UNROLLED steps.
+    """Runs `step` any number of times by replaying CUDA graphs of 1 and of UNROLLED_STEPS steps.
 
     unrolled: False keeps the graph of one step alone, for calls of a single step.
 
@@ -56,7 +56,7 @@ class GraphedStep:
     ) -> None:
         self._device = device
         self._kept: list[object] = []
-        lengths = (1, UNROLLED) if unrolled else (1,)
+        lengths = (1, UNROLLED_STEPS) if unrolled else (1,)
         try:
             graphs = capture_graphs(step, lengths, device, rewind=rewind, kept=self._kept)
         except RuntimeError as error:
@@ -71,9 +71,9 @@ class GraphedStep:
         """Enqueue so many steps on the current stream of the device."""
         with torch.cuda.device(self._device):
             if self._many is not None:
-                for _ in range(steps // UNROLLED):
+                for _ in range(steps // UNROLLED_STEPS):
                     self._many.replay()
-                steps %= UNROLLED
+                steps %= UNROLLED_STEPS
             for _ in range(steps):
                 self._one.replay()
 
@@ -93,7 +93,7 @@ def capture_graphs(
         lengths: steps in each graph. The graphs share one memory pool and must not run at once.
         device: a CUDA device.
         rewind: called before each warm-up call.
-        kept: receives the objects that models register by `keep_for_graph`.
+        kept: receives the objects that models register by `retain_for_graph`.
 
     Returns:
         One graph for each of `lengths`.
@@ -102,7 +102,7 @@ def capture_graphs(
         RuntimeError: the capture failed; the current stream is then as before.
     """
     graphs: list[torch.cuda.CUDAGraph] = []
-    with torch.cuda.device(device), ONE_CAPTURE, _without_autocast_cache():
+    with torch.cuda.device(device), CAPTURE_LOCK, _without_autocast_cache():
         outside = torch.cuda.current_stream()
         side = torch.cuda.Stream()
         side.wait_stream(outside)
@@ -162,7 +162,7 @@ def _without_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-def state_of(model: Any) -> object:
+def capture_key(model: Any) -> object:
     """What a captured graph of the model depends on besides its inputs: addresses and modes."""
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     if not isinstance(model, torch.nn.Module):

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from ddpm_fast.utils.images import replacing
+from ddpm_fast.utils.files import atomic_write
 
 INK, FAINT, GRID, ACCENT = "#22272e", "#6b7280", "#e5e7eb", "#0f766e"
 MOST_BYTES = 200_000  # of a picture
@@ -69,7 +69,7 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(_smaller(buffer.getvalue()))
 
 

@@ -6,16 +6,11 @@ that its final name never holds a part of it.
 
 from __future__ import annotations
 
-import errno
 import io
 import math
-import os
-import secrets
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -23,14 +18,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ddpm_fast.utils import checks
+from ddpm_fast.utils.files import PathLike, atomic_write
 
 BACKGROUND = 176  # grey: white images and black ones both stand out from it
 INK = 24
 FONT_SIZES = range(14, 7, -1)
 CELL_SIDE = 96  # pixels that scale=None enlarges the longer side of an image to, at most
 SHEET_SIDE = 4096  # pixels that a sheet is not enlarged beyond
-
-PathLike = str | os.PathLike[str]
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -144,7 +138,7 @@ def save_png(image: Image.Image, path: PathLike) -> None:
     # Encoded in memory: errors of the disk then keep their number, and leave no half of a file.
     encoded = io.BytesIO()
     image.save(encoded, "PNG")
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(encoded.getbuffer())
 
 
@@ -157,7 +151,7 @@ def save_npy(array: np.ndarray, path: PathLike) -> None:
     array = np.asarray(array, order="C")
     if array.dtype.hasobject:
         raise TypeError(f"array must hold numbers; got dtype {array.dtype}")
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         # Not np.save: it loses the reason why a disk refuses.
         npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(array))
         file.write(array.reshape(-1).view(np.uint8).data)
@@ -179,50 +173,3 @@ def save_images(images: Tensor, folder: PathLike, first_index: int = 0) -> list[
         paths.append(Path(folder, f"{i:05d}.png"))
         save_png(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image), paths[-1])
     return paths
-
-
-def prepare_folder(folder: PathLike) -> None:
-    """Make a folder where it is missing, and check that a file can be made in it.
-
-    Raises OSError with the path and the reason.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = _temporary(folder)
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except OSError as error:
-        raise _disk_error(error, "folder cannot be written to", folder) from error
-
-
-@contextmanager
-def replacing(path: PathLike) -> Iterator[BinaryIO]:
-    """A binary file that gets the name ``path`` once the block is through, all of it on the disk.
-
-    Where the block or the disk fails, what had the name keeps it and nothing else is left.
-    Raises OSError with the path and the reason.
-    """
-    path = Path(path)
-    temporary = _temporary(path.parent)
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _disk_error(error, "file cannot be written", path) from error
-        raise
-
-
-def _temporary(folder: Path) -> Path:
-    return folder / f".ddpm_fast.{secrets.token_hex(4)}.tmp"
-
-
-def _disk_error(error: OSError, what: str, path: Path) -> OSError:
-    reason = f"{what}: {error.strerror or error}"
-    return OSError(error.errno or errno.EIO, reason, str(path))

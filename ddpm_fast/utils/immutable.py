@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm_fast.utils import checks
 
 
-class Frozen:
+class ImmutableTables:
     """Base of immutable holders of CPU tables: equality by content, copies cached per device.
 
     A subclass passes its tables and fields to `_freeze`; content names those that define it.
@@ -52,7 +52,7 @@ class Frozen:
         raise AttributeError(f"{type(self).__name__} is immutable: {name} cannot be deleted")
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Frozen) or type(self) is not type(other):
+        if not isinstance(other, ImmutableTables) or type(self) is not type(other):
             return NotImplemented
         return self._content == other._content
 

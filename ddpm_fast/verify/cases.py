@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_fast.ops import Implementation
+from ddpm_fast.ops import Backend
 from ddpm_fast.utils import checks
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded", "odd", "empty")
@@ -19,7 +19,7 @@ Results = tuple[list[Tensor], list[Tensor], list[Tensor]]
 class Case:
     """The inputs of one check, on the backend's device."""
 
-    run: Implementation
+    run: Backend
     dtype: torch.dtype
     layout: str
     device: torch.device

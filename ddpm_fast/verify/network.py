@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_fast.ops import Implementation, reference
+from ddpm_fast.ops import Backend, reference
 from ddpm_fast.ops.reference.network import doubling_weight
 from ddpm_fast.utils import checks
 
@@ -32,7 +32,7 @@ class NetworkCheck(NamedTuple):
 
 
 class _Case(NamedTuple):
-    run: Implementation
+    run: Backend
     device: torch.device
     dtype: torch.dtype
     layout: str
@@ -176,7 +176,7 @@ _OPERATORS: dict[str, Callable[[_Case], _Results]] = {
 
 
 def network_checks(
-    run: Implementation, device: torch.device, dtype: torch.dtype
+    run: Backend, device: torch.device, dtype: torch.dtype
 ) -> Iterator[NetworkCheck]:
     """Every operator of the network on every layout, for one backend and dtype."""
     for op, operate in _OPERATORS.items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.ops import BACKENDS, Implementation, implementation, reference, why_not
+from ddpm_fast.ops import BACKENDS, Backend, get_backend, reference, unavailable_reason
 from ddpm_fast.ops.dispatch import DTYPES
 from ddpm_fast.ops.philox import STREAM_STEPS, STREAM_TRAINING, philox_rng
 from ddpm_fast.utils import checks
@@ -127,35 +127,37 @@ def verify(backends: tuple[str, ...] | None = None) -> tuple[list[Check], dict[s
     for backend in BACKENDS if backends is None else backends:
         if backend not in BACKENDS:
             raise ValueError(f"backends must be of {', '.join(BACKENDS)}; got {backend!r}")
-        devices = [d for d in map(torch.device, ("cuda", "cpu")) if why_not(backend, d) is None]
+        devices = [
+            d for d in map(torch.device, ("cuda", "cpu")) if unavailable_reason(backend, d) is None
+        ]
         if backend == "reference" and not torch.cuda.is_available():
             devices = [torch.device("cpu")]
         if not devices:
             wanted = torch.device("cpu" if backend == "cpu" else "cuda")
-            skipped[backend] = str(why_not(backend, wanted))
+            skipped[backend] = str(unavailable_reason(backend, wanted))
         for device in devices[:1]:
             for dtype in DTYPES[backend]:
-                run = implementation(backend, device, dtype)
+                run = get_backend(backend, device, dtype)
                 checks += _verify_backend(run, device, dtype)
     return checks, skipped
 
 
-def _verify_backend(
-    run: Implementation, device: torch.device, dtype: torch.dtype
-) -> Iterator[Check]:
+def _verify_backend(run: Backend, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
     schedule = NoiseSchedule.linear()
-    compares = run.backend in ("triton", "cuda") and why_not("cpu", torch.device("cpu")) is None
+    compares = (
+        run.name in ("triton", "cuda") and unavailable_reason("cpu", torch.device("cpu")) is None
+    )
     for op, operate in _operators():
         for layout in LAYOUTS:
             outputs, oracles, sums = operate(Case(run, dtype, layout, device), schedule)
             twins = None
             if compares:
                 cpu = torch.device("cpu")
-                twin = Case(implementation("cpu", cpu, dtype), dtype, layout, cpu)
+                twin = Case(get_backend("cpu", cpu, dtype), dtype, layout, cpu)
                 twins, _, _ = operate(twin, schedule)
-            yield _check(op, run.backend, device, dtype, layout, outputs, oracles, sums, twins)
+            yield _check(op, run.name, device, dtype, layout, outputs, oracles, sums, twins)
     for check in network_checks(run, device, dtype):
-        where = run.backend, device.type, str(dtype).removeprefix("torch.")
+        where = run.name, device.type, str(dtype).removeprefix("torch.")
         yield Check(
             check.op, *where, check.layout, check.error, check.ratio, None, check.ratio <= 1
         )

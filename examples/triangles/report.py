@@ -18,7 +18,8 @@ from ddpm_fast.bench.results import metadata, write_csv
 from ddpm_fast.training.data import make_triangles
 from ddpm_fast.training.trainer import Trainer
 from ddpm_fast.utils.figures import ACCENT, FAINT, INK, entitle, new_figure, save_figure
-from ddpm_fast.utils.images import prepare_folder, save_png, sheet
+from ddpm_fast.utils.files import prepare_folder
+from ddpm_fast.utils.images import save_png, sheet
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -21,7 +21,7 @@ from cli_runs import SIDE, T, error_of, run, sample, tiny_schedule, tiny_unet
 from ddpm_fast import NoiseSchedule, Sampler, StepTable, philox_normal
 from ddpm_fast.cli import app, main, methods
 from ddpm_fast.cli import sample as sample_command
-from ddpm_fast.ops import BACKENDS, why_not
+from ddpm_fast.ops import BACKENDS, unavailable_reason
 from ddpm_fast.ops.philox import STREAM_X_T
 from ddpm_fast.ops.registry import NOT_LOADED
 from ddpm_fast.utils.images import to_uint8
@@ -351,9 +351,9 @@ def test_info_says_what_runs_and_why_not() -> None:
     text = run("info").stdout
     for name, state in document["backends"].items():
         for device in state["ready_on"]:
-            assert why_not(name, torch.device(device)) is None
+            assert unavailable_reason(name, torch.device(device)) is None
         for device, reason in state["cannot_run_on"].items():
-            assert why_not(name, torch.device(device)) == reason
+            assert unavailable_reason(name, torch.device(device)) == reason
             assert f"cannot run on {device}: {reason}" in text
         assert state["ready_on"] or state["cannot_run_on"]
     assert "  reference ready on cpu" in text

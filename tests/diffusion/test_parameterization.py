@@ -10,7 +10,7 @@ import torch
 
 from ddpm_fast import ConvertedModel, NoiseSchedule, Sampler, StepTable, convert_prediction
 from ddpm_fast.diffusion.parameterization import PREDICTIONS
-from ddpm_fast.utils.cuda_graphs import state_of
+from ddpm_fast.utils.cuda_graphs import capture_key
 from diffusers_peers import closed_form
 
 LINEAR = NoiseSchedule.linear()
@@ -51,13 +51,13 @@ def test_an_x0_of_a_half_precision_network_does_not_overflow():
 def test_a_graph_of_a_wrapped_model_is_dropped_with_its_weights():
     module = torch.nn.Linear(3, 3)
     wrapped = ConvertedModel(module, LINEAR, "epsilon", "v")
-    states = [state_of(wrapped)]
+    states = [capture_key(wrapped)]
     module.eval()
-    states.append(state_of(wrapped))
+    states.append(capture_key(wrapped))
     module.weight = torch.nn.Parameter(torch.zeros(3, 3))
-    states.append(state_of(wrapped))
+    states.append(capture_key(wrapped))
     assert len({str(state) for state in states}) == 3
-    assert state_of(wrapped) == states[-1]
+    assert capture_key(wrapped) == states[-1]
 
 
 def test_each_sample_has_its_timestep():

@@ -357,7 +357,7 @@ class TestGraphedModel:
                 return "event"
 
         monkeypatch.setattr("ddpm_fast.engine.graphed_model.GraphedStep", Replayed)
-        monkeypatch.setattr("ddpm_fast.engine.graphed_model.becomes_a_graph", lambda: False)
+        monkeypatch.setattr("ddpm_fast.engine.graphed_model.is_capturing", lambda: False)
         monkeypatch.setattr(torch.cuda, "current_stream", Stream)
         monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
         unet = small(num_class_embeds=5)
@@ -407,7 +407,7 @@ class TestGraphedModel:
 
     def test_inside_a_capture_the_model_runs_as_it_is(self, graphed, monkeypatch):
         model, unet, captures = graphed
-        monkeypatch.setattr("ddpm_fast.engine.graphed_model.becomes_a_graph", lambda: True)
+        monkeypatch.setattr("ddpm_fast.engine.graphed_model.is_capturing", lambda: True)
         args = arguments(unet.config)
         assert relative_error(model(*args), unet(*args)) < 1e-6
         assert not captures

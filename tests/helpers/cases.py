@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, StepTable
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 from ddpm_fast.ops.dispatch import DTYPES
 from ddpm_fast.ops.philox import philox_rng
 from ddpm_fast.ops.registry import NOT_LOADED
@@ -24,7 +24,7 @@ TABLE = StepTable.ddim(SCHEDULE, 20, eta=0.7, rederive_epsilon=False)  # every t
 SEED, STREAM, FIRST = 0x9E37_79B9_7F4A_7C15, 3, (1 << 32) - 1  # sample indices cross a word
 
 
-class Backend(NamedTuple):
+class BackendOnDevice(NamedTuple):
     """A backend and the device that the tests give it."""
 
     name: str
@@ -32,23 +32,23 @@ class Backend(NamedTuple):
 
     @property
     def ops(self) -> Any:
-        return implementation(self.name, torch.device(self.device), F32)
+        return get_backend(self.name, torch.device(self.device), F32)
 
     def __str__(self) -> str:
         return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
 
 
-def backends() -> list[Backend]:
+def backends() -> list[BackendOnDevice]:
     """Those that run here: Triton and CUDA on a GPU; without one, Triton in its interpreter."""
     if not torch.cuda.is_available():
-        return [Backend(name, "cpu") for name in ("reference", "cpu", "triton")]
+        return [BackendOnDevice(name, "cpu") for name in ("reference", "cpu", "triton")]
     found = [("reference", "cpu"), ("reference", "cuda"), ("cpu", "cpu"), ("triton", "cuda")]
     if not NOT_LOADED["cuda"].endswith("is not built"):
         found.append(("cuda", "cuda"))
-    return [Backend(*pair) for pair in found]
+    return [BackendOnDevice(*pair) for pair in found]
 
 
-def kernel_backends() -> list[Backend]:
+def kernel_backends() -> list[BackendOnDevice]:
     """The backends that must agree bit for bit."""
     return [b for b in backends() if b.name != "reference"]
 
@@ -156,7 +156,7 @@ def cases(layouts: Iterable[str] = tuple(LAYOUTS)) -> list[Case]:
     return list(dict.fromkeys(found))
 
 
-def each(of: Iterable[Case], on: Iterable[Backend] | None = None) -> list[Any]:
+def each(of: Iterable[Case], on: Iterable[BackendOnDevice] | None = None) -> list[Any]:
     """pytest.param(backend, case) for every backend that takes the case's dtype."""
     return [
         pytest.param(backend, case, id=f"{backend}-{case}")

@@ -20,7 +20,7 @@ from cases import (
     per_sample,
 )
 from ddpm_fast import philox_normal, philox_rng
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 from ddpm_fast.ops.row import ROW_WIDTH, RowFlag, column, history_depth
 
 INF, NAN = math.inf, math.nan
@@ -83,7 +83,7 @@ class Step:
 
     def run(self, on) -> Step:
         device = self.x.device
-        implementation(on.name, device, self.x.dtype).reverse_step_(*self.arguments())
+        get_backend(on.name, device, self.x.dtype).reverse_step_(*self.arguments())
         return self
 
     def copy(self) -> Step:

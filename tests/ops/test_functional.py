@@ -167,7 +167,7 @@ def test_out_may_share_the_memory_of_an_input(on, alias):
 def test_no_kernel_gets_an_input_that_it_writes(alias, monkeypatch):
     given = []
     ops = SimpleNamespace(group_norm_=lambda *args: given.extend(args[:6]))
-    monkeypatch.setattr(network, "implementation", lambda *key: ops)
+    monkeypatch.setattr(network, "get_backend", lambda *key: ops)
     args = terms("residual", "cpu")
     group_norm(**args, out=args[alias])
     out, *inputs = (value.data_ptr() for value in given if value is not None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cases import BF16, F16, F32, F64, backends, same_bits
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 from ddpm_fast.ops.dispatch import DTYPES
 from group_norm_cases import CASES, EPS, OUT, NormCase, arguments, assert_as_good_as_torch
 
@@ -18,7 +18,7 @@ LARGE = NormCase("large", (64,), (16, 16), batch=4, groups=16, dtype=F16, vector
 
 
 def run(backend, args):
-    implementation(backend, args[OUT].device, args[OUT].dtype).group_norm_(*args)
+    get_backend(backend, args[OUT].device, args[OUT].dtype).group_norm_(*args)
 
 
 def judged(on, of):

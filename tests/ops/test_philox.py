@@ -16,7 +16,7 @@ from cases import (
     F32,
     F64,
     SHAPES,
-    Backend,
+    BackendOnDevice,
     assert_named,
     backends,
     exact_normals,
@@ -91,7 +91,7 @@ def test_a_million_normals_are_pinned_in_every_instruction_set(kernels):
     assert digest(noise) == PINNED["sha256"]
 
 
-INTERPRETED = Backend("triton", "cpu")
+INTERPRETED = BackendOnDevice("triton", "cpu")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from cases import (
     F64,
     SCHEDULE,
     WRITABLE,
-    Backend,
+    BackendOnDevice,
     Case,
     backends,
     cases,
@@ -33,13 +33,13 @@ from ddpm_fast import (
     q_sample_philox,
     reverse_step_,
 )
-from ddpm_fast.ops import implementation, why_not
-from ddpm_fast.ops.dispatch import covers
-from ddpm_fast.ops.registry import NOT_LOADED, OPS
+from ddpm_fast.ops import get_backend, unavailable_reason
+from ddpm_fast.ops.dispatch import runs_on
+from ddpm_fast.ops.registry import DIFFUSION_OPS, NOT_LOADED
 
 ON = pytest.mark.parametrize("on", backends(), ids=str)
 KERNELS_ON = pytest.mark.parametrize("on", kernel_backends(), ids=str)
-CPU = Backend("cpu", "cpu")
+CPU = BackendOnDevice("cpu", "cpu")
 FORWARD = ("q_sample", "q_sample_philox", "q_posterior")
 IN_PLACE = ("reverse_step_", "philox_normal_")
 
@@ -58,7 +58,7 @@ def variants(on):
     return [
         pytest.param(op, *param.values, id=f"{op}-{param.id}")
         for param in each(cases(WRITABLE), on)
-        for op in OPS
+        for op in DIFFUSION_OPS
     ]
 
 
@@ -69,7 +69,7 @@ def test_kernels_agree_bit_for_bit_with_cpu(op, on, case):
 
 
 @pytest.mark.parametrize("kernels", ["baseline", "avx2", "avx512"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", DIFFUSION_OPS)
 @pytest.mark.parametrize("case", [c for c in cases(WRITABLE) if "block" in c.name], ids=str)
 def test_instruction_sets_agree_bit_for_bit(cpu_kernels, kernels, op, case):
     expected = results(op, CPU, case)
@@ -78,7 +78,7 @@ def test_instruction_sets_agree_bit_for_bit(cpu_kernels, kernels, op, case):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", DIFFUSION_OPS)
 def test_threads_do_not_change_bits(two_threads, op, layout):
     case = Case("many-blocks", layout)
     two = results(op, CPU, case)
@@ -108,10 +108,10 @@ MORE_OPCHECK = [
 
 @pytest.mark.parametrize(
     ("op", "case"),
-    [pytest.param(op, case, id=f"{op}-{case}") for op in OPS for case in OPCHECK]
+    [pytest.param(op, case, id=f"{op}-{case}") for op in DIFFUSION_OPS for case in OPCHECK]
     + [
         pytest.param(op, case, id=f"{op}-{case}", marks=pytest.mark.slow)
-        for op in OPS
+        for op in DIFFUSION_OPS
         for case in MORE_OPCHECK
         if op not in IN_PLACE or case.layout in WRITABLE
     ],
@@ -128,12 +128,12 @@ def test_opcheck(on, op, case):
 @KERNELS_ON
 def test_compiled_and_triton_operators_have_names_of_their_own(on):
     prefix = "triton_" if on.name == "triton" else ""
-    for op in OPS:
+    for op in DIFFUSION_OPS:
         assert str(getattr(on.ops, op)) == f"ddpm_fast.{prefix}{op}"
 
 
 def test_the_schemas_show_what_is_written():
-    for op in OPS:
+    for op in DIFFUSION_OPS:
         written = [
             a.name
             for a in getattr(torch.ops.ddpm_fast, op).default._schema.arguments
@@ -285,28 +285,28 @@ def test_compiled_training_has_the_gradient_of_eager():
 
 
 def test_auto_is_the_fastest_that_runs_and_is_logged(caplog, monkeypatch):
-    monkeypatch.setattr("ddpm_fast.ops.dispatch._CHOSEN", {})
+    monkeypatch.setattr("ddpm_fast.ops.dispatch._CACHE", {})
     with caplog.at_level(logging.INFO, "ddpm_fast"):
-        assert implementation("auto", torch.device("cpu"), F32).backend == "cpu"
-        assert implementation("auto", torch.device("meta"), F32).backend == "reference"
+        assert get_backend("auto", torch.device("cpu"), F32).name == "cpu"
+        assert get_backend("auto", torch.device("meta"), F32).name == "reference"
     assert "backend auto: cpu on cpu for torch.float32" in caplog.text
 
 
 def test_auto_falls_back_where_the_library_is_not_built(monkeypatch):
-    monkeypatch.setattr("ddpm_fast.ops.dispatch._CHOSEN", {})
+    monkeypatch.setattr("ddpm_fast.ops.dispatch._CACHE", {})
     monkeypatch.setitem(NOT_LOADED, "cpu", "ddpm_fast/_ops_cpu is not built")
-    assert implementation("auto", torch.device("cpu"), F32).backend == "reference"
+    assert get_backend("auto", torch.device("cpu"), F32).name == "reference"
     with pytest.raises(RuntimeError, match=r"'cpu' cannot run: .* not built; build it with `pip"):
-        implementation("cpu", torch.device("cpu"), F32)
+        get_backend("cpu", torch.device("cpu"), F32)
 
 
 def test_every_backend_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     where = torch.device("cpu")
-    assert "TRITON_INTERPRET=1" in why_not("triton", where)
-    assert "CUDA tensors" in why_not("cuda", where)
-    assert "CPU tensors" in why_not("cpu", torch.device("meta"))
-    assert [why_not(b, where) for b in ("reference", "cpu")] == [None, None]
+    assert "TRITON_INTERPRET=1" in unavailable_reason("triton", where)
+    assert "CUDA tensors" in unavailable_reason("cuda", where)
+    assert "CPU tensors" in unavailable_reason("cpu", torch.device("meta"))
+    assert [unavailable_reason(b, where) for b in ("reference", "cpu")] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -325,4 +325,4 @@ def test_every_backend_says_why_it_cannot_run(monkeypatch):
     ],
 )
 def test_which_gpus_a_build_covers(built, capability, runs):
-    assert covers(built.split(), capability) is runs
+    assert runs_on(built.split(), capability) is runs

@@ -16,7 +16,7 @@ from cases import (
     F16,
     F32,
     F64,
-    Backend,
+    BackendOnDevice,
     Case,
     assert_rounded_once,
     backends,
@@ -31,7 +31,7 @@ from reverse_step_cases import INF, NAN, STEPS, Step, exact, halves, rows_for
 
 ON = pytest.mark.parametrize("on", backends(), ids=str)
 KERNELS_ON = pytest.mark.parametrize("on", kernel_backends(), ids=str)
-CPU = Backend("cpu", "cpu")
+CPU = BackendOnDevice("cpu", "cpu")
 FLAGS = {
     "plain": RowFlag(0),
     "clipped": RowFlag.CLIP,
@@ -72,7 +72,7 @@ def arguments(step: Step) -> tuple[Any, ...]:
     return *read, step.flags, step.log_variance, step.threshold
 
 
-def results(step: Step, on: Backend) -> tuple[Tensor, Tensor]:
+def results(step: Step, on: BackendOnDevice) -> tuple[Tensor, Tensor]:
     """x' and x0; what is read has to stay as it was."""
     before = [a.clone() if isinstance(a, Tensor) else a for a in arguments(step)]
     found = on.ops.reverse_step(*arguments(step))
@@ -81,7 +81,7 @@ def results(step: Step, on: Backend) -> tuple[Tensor, Tensor]:
     return found
 
 
-def assert_exact(step: Step, on: Backend) -> None:
+def assert_exact(step: Step, on: BackendOnDevice) -> None:
     expected = exact(step, step.noise)
     for ours, name in zip(results(step, on), ("x", "pred_x0"), strict=True):
         assert_rounded_once(ours, expected[name].value, 2 * expected[name].magnitude)

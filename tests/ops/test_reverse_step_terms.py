@@ -21,7 +21,7 @@ from cases import (
     normals,
     same_bits,
 )
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 from ddpm_fast.ops.row import RowFlag, column
 from reverse_step_cases import (
     EVERYTHING,
@@ -233,7 +233,7 @@ def test_kernels_agree_bit_for_bit(on, case):
 @KERNELS_ON
 @pytest.mark.parametrize("flags", [TERMS["one-past"], EVERYTHING], ids=["one-past", "everything"])
 def test_opcheck(on, flags):
-    overload = implementation(on.name, torch.device(on.device), F32).reverse_step_.default
+    overload = get_backend(on.name, torch.device(on.device), F32).reverse_step_.default
     for source in ("given", "made"):
         step = step_of(flags, Case("odd-hw", "channels-last"), on.device, source)
         torch.library.opcheck(overload, step.arguments())

@@ -7,7 +7,18 @@ import threading
 import pytest
 import torch
 
-from cases import BF16, F16, F32, F64, SCHEDULE, Backend, backends, normals, philox, same_bits
+from cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    SCHEDULE,
+    BackendOnDevice,
+    backends,
+    normals,
+    philox,
+    same_bits,
+)
 from ddpm_fast import Sampler, StepTable, philox_normal
 from sampler_cases import (
     DDIM,
@@ -23,7 +34,7 @@ from sampler_cases import (
     smooth,
 )
 
-INTERPRETED = Backend("triton", "cpu")  # right, but too slow for many steps
+INTERPRETED = BackendOnDevice("triton", "cpu")  # right, but too slow for many steps
 ON = pytest.mark.parametrize("on", backends(), ids=str)
 
 

@@ -8,12 +8,12 @@ import warnings
 import pytest
 import torch
 
-from cases import F16, F32, SCHEDULE, Backend, backends, same_bits
+from cases import F16, F32, SCHEDULE, BackendOnDevice, backends, same_bits
 from ddpm_fast import StepTable, philox_normal
 from sampler_cases import DDPM, SEED, SHAPE, Net, draw, sampler, smooth
 
 pytestmark = pytest.mark.cuda
-ON_GPU = [b for b in backends() if b.device == "cuda"] or [Backend("cuda", "cuda")]
+ON_GPU = [b for b in backends() if b.device == "cuda"] or [BackendOnDevice("cuda", "cuda")]
 ON = pytest.mark.parametrize("on", ON_GPU, ids=str)
 GPU = ON_GPU[-1]
 

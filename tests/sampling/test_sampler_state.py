@@ -12,7 +12,7 @@ import torch
 from cases import SCHEDULE, normals, same_bits
 from ddpm_fast import Sampler, StepTable, philox_rng, reverse_step_
 from ddpm_fast.sampling import loop_cache as module
-from ddpm_fast.utils.cuda_graphs import UNROLLED, CaptureError
+from ddpm_fast.utils.cuda_graphs import UNROLLED_STEPS, CaptureError
 from sampler_cases import DDPM, RANDOM, SHAPE, draw, sampler, smooth
 
 TABLE = StepTable.ddpm(SCHEDULE, 21)
@@ -54,9 +54,9 @@ def test_a_replay_takes_strides_and_stops_where_a_state_is_wanted(replayed):
     expected = draw(sampler(table=TABLE), 4, return_steps=states)
     got = draw(replayed(table=TABLE), 4, return_steps=states)
     assert all(map(same_bits, got, expected))
-    assert Replayed.strides == [3, 1, UNROLLED, 4, 5]
+    assert Replayed.strides == [3, 1, UNROLLED_STEPS, 4, 5]
     draw(replayed(table=TABLE), 4)
-    assert Replayed.strides[5:] == [UNROLLED, UNROLLED, 5]
+    assert Replayed.strides[5:] == [UNROLLED_STEPS, UNROLLED_STEPS, 5]
 
 
 def test_a_replay_of_chains_of_random_length(replayed):

@@ -15,15 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddpm_fast.utils.images import (
-    BACKGROUND,
-    prepare_folder,
-    save_images,
-    save_npy,
-    save_png,
-    sheet,
-    to_uint8,
-)
+from ddpm_fast.utils.files import prepare_folder
+from ddpm_fast.utils.images import BACKGROUND, save_images, save_npy, save_png, sheet, to_uint8
 
 INF, NAN = float("inf"), float("nan")
 

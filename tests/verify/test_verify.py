@@ -9,15 +9,14 @@ import torch
 from typer.testing import CliRunner
 
 from ddpm_fast.cli import app
-from ddpm_fast.ops import implementation
-from ddpm_fast.ops.network import NETWORK_OPS
-from ddpm_fast.ops.registry import OPS
+from ddpm_fast.ops import get_backend
+from ddpm_fast.ops.registry import DIFFUSION_OPS, NETWORK_OPS, OPS
 from ddpm_fast.ops.row import column
 from ddpm_fast.verify import runner as verify_module
 from ddpm_fast.verify.network import NETWORK_LAYOUTS
 from ddpm_fast.verify.runner import LAYOUTS, as_table, verify
 
-CPU = implementation("cpu", torch.device("cpu"), torch.float32)
+CPU = get_backend("cpu", torch.device("cpu"), torch.float32)
 COEFFICIENTS = {"q_sample": (3, 2), "q_sample_philox": (2, 2), "q_posterior": (3, 4)}
 ROWS = ("P", "Q", "ratio", "Xx", "Xx0", "Xo", "S", "clip")
 
@@ -57,7 +56,7 @@ def operator_of(check):
     name, *kind = check.op.replace(",", "").split()
     if name == "reverse_step":
         return name if kind[0] == "functional" else "reverse_step_"
-    return name if name in OPS else f"{name}_"
+    return name if name in DIFFUSION_OPS else f"{name}_"
 
 
 def operators(checks):
@@ -72,7 +71,7 @@ def test_every_operator_dtype_and_layout_is_checked_and_right():
     checks, not_run = verify(("cpu", "reference"))
     assert missed(checks) == set()
     assert not_run == {}
-    assert operators(checks) == {*OPS, *NETWORK_OPS}
+    assert operators(checks) == set(OPS)
     assert {check.layout for check in checks} == {*LAYOUTS, *NETWORK_LAYOUTS}
     dtypes = {"float32", "float16", "bfloat16", "float64"}
     assert {(check.backend, check.dtype) for check in checks} == {
@@ -83,7 +82,7 @@ def test_every_operator_dtype_and_layout_is_checked_and_right():
 def test_triton_has_the_bits_of_cpu(monkeypatch):
     monkeypatch.setattr(verify_module, "network_checks", lambda *_: iter(()))
     checks, _ = verify(("triton",))
-    assert operators(checks) == set(OPS)
+    assert operators(checks) == set(DIFFUSION_OPS)
     assert all(check.ok and check.same_bits_as_cpu for check in checks)
 
 

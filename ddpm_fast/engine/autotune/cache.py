@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ddpm_fast.utils.cache_folder import default_folder
+from ddpm_fast.utils.files import atomic_write, cache_dir
 
 try:
     import fcntl
@@ -99,7 +97,7 @@ class PlanCache:
     @classmethod
     def of_device(cls, device: torch.device) -> PlanCache:
         """The cache of this device in the default folder."""
-        return cls(environment(device), default_folder())
+        return cls(environment(device), cache_dir())
 
     @property
     def path(self) -> Path | None:
@@ -183,16 +181,8 @@ class PlanCache:
             "environment": self.environment,
             "choices": {key: asdict(choice) for key, choice in sorted(choices.items())},
         }
-        handle, name = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with atomic_write(path) as file:
+            file.write(json.dumps(content, indent=1).encode())
 
     def _warn_once(self, message: str) -> None:
         if not self._warned:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from ddpm_fast.engine.autotune.cache import PlanCache, TunerChoice
-from ddpm_fast.utils.cuda_graphs import ONE_CAPTURE, capture_graphs
+from ddpm_fast.utils.cuda_graphs import CAPTURE_LOCK, capture_graphs
 
 _log = logging.getLogger("ddpm_fast")
 
@@ -155,8 +155,8 @@ class Tuner:
         """
         if not candidates:
             raise ValueError(f"candidates must not be empty for {key!r}")
-        # A capture's warm-up comes with ONE_CAPTURE, and then wants this lock: so does everybody.
-        with ONE_CAPTURE if self.device.type == "cuda" else nullcontext(), self._lock:
+        # A capture's warm-up comes with CAPTURE_LOCK, and then wants this lock: so does everybody.
+        with CAPTURE_LOCK if self.device.type == "cuda" else nullcontext(), self._lock:
             if key not in self._choices or self._choices[key].name not in candidates:
                 self._choices[key] = self._choose(key, candidates)
             return self._choices[key].name

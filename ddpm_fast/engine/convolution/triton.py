@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddpm_fast.engine.convolution.aten import copy_bias, pack_weight, phase_weight
 from ddpm_fast.engine.specs import ConvSpec
-from ddpm_fast.ops.dispatch import DTYPES, why_not
+from ddpm_fast.ops.dispatch import DTYPES, unavailable_reason
 
 
 @dataclass
@@ -64,7 +64,7 @@ class TritonProvider:
             return f"it runs on NVIDIA GPUs; this is {spec.device}"
         if spec.dtype not in DTYPES["triton"]:
             return f"it does not take {spec.dtype}"
-        return why_not("triton", spec.device)
+        return unavailable_reason("triton", spec.device)
 
     def variants(self, spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> list[TritonVariant]:
         """One for each configuration; an upsampling convolution goes by its four phases."""

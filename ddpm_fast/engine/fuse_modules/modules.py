@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_map_only
 
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 
 Kernel = Callable[..., None]
 _MIN_ELEMENTS = 1 << 15
@@ -37,10 +37,10 @@ def _kernel(backend: str, device: torch.device, dtype: torch.dtype) -> Kernel | 
     if device.type not in ("cpu", "cuda"):
         return None
     try:
-        chosen = implementation(backend, device, dtype)
+        chosen = get_backend(backend, device, dtype)
     except (TypeError, RuntimeError):  # the model was moved to where the backend does not run
         return None
-    if backend == "auto" and chosen.backend == "reference":
+    if backend == "auto" and chosen.name == "reference":
         return None
     return chosen.group_norm_
 

@@ -18,7 +18,7 @@ from ddpm_fast.engine.fuse_modules.modules import (
     is_pair,
 )
 from ddpm_fast.engine.fuse_modules.trace import OutputUse, observe
-from ddpm_fast.ops import BACKENDS, implementation
+from ddpm_fast.ops import BACKENDS, get_backend
 
 FUSED, NORM_ONLY, LEFT_ALONE = "fused with SiLU", "norm only", "left alone"
 _ABSENT: Any = object()
@@ -175,7 +175,7 @@ def _check_backend(backend: str, model: nn.Module) -> None:
         raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {backend!r}")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if backend != "auto" and parameter is not None:
-        implementation(backend, parameter.device, parameter.dtype)
+        get_backend(backend, parameter.device, parameter.dtype)
 
 
 def _norms(model: nn.Module) -> dict[nn.GroupNorm, tuple[str, ...]]:

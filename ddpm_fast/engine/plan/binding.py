@@ -24,7 +24,7 @@ from ddpm_fast.engine.plan.operations import (
     TensorValue,
 )
 from ddpm_fast.models.unet_blocks import upsample_nearest
-from ddpm_fast.ops import implementation, why_not
+from ddpm_fast.ops import get_backend, unavailable_reason
 from ddpm_fast.ops.aten import SDPA, pixels, sdpa
 from ddpm_fast.utils import checks
 
@@ -121,11 +121,11 @@ class Binder:
     def _implementations(self, spec: Any) -> dict[str, Any]:
         """The backends that can run the network's own operators, fastest first."""
         if self._backend != "auto":
-            return {self._backend: implementation(self._backend, spec.device, spec.dtype)}
-        chosen = implementation("auto", spec.device, spec.dtype)
-        found = {chosen.backend: chosen}
-        if spec.device.type == "cuda" and why_not("triton", spec.device) is None:
-            found["triton"] = implementation("triton", spec.device, spec.dtype)
+            return {self._backend: get_backend(self._backend, spec.device, spec.dtype)}
+        chosen = get_backend("auto", spec.device, spec.dtype)
+        found = {chosen.name: chosen}
+        if spec.device.type == "cuda" and unavailable_reason("triton", spec.device) is None:
+            found["triton"] = get_backend("triton", spec.device, spec.dtype)
         return found
 
     def _normalization(self, op: Normalization) -> Step:
@@ -253,7 +253,7 @@ def _reference_convolution(op: Convolution, where: list[int]) -> Run:
     spec = op.spec
     weight = op.weight.to(spec.dtype, copy=True)
     bias = None if op.bias is None else op.bias.to(spec.dtype, copy=True)
-    operators = implementation("reference", spec.device, spec.dtype)
+    operators = get_backend("reference", spec.device, spec.dtype)
     out, x, x2, residual = where
 
     def run(slots: Slots) -> None:

@@ -39,8 +39,7 @@ from ddpm_fast.models.checkpoint.weight_files import (
 )
 from ddpm_fast.models.checkpoint.weights import read_weights, write_weights
 from ddpm_fast.models.registry import KINDS, UNET, AnyUNet, Kind, kind_named, kind_of
-from ddpm_fast.utils.files import flush, install
-from ddpm_fast.utils.json_files import read_json, write_json
+from ddpm_fast.utils.files import fsync_path, read_json, replace_directory, write_json
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -303,8 +302,8 @@ def save(
             mode = (temporary / weights).with_name(CONFIG).stat().st_mode
             (temporary / weights).chmod(mode & 0o777)
             for path in (temporary / weights, *_folders(temporary)):
-                flush(path)
-            install(temporary, target, target.with_name(f".{target.name}.{token}.old"))
+                fsync_path(path)
+            replace_directory(temporary, target, target.with_name(f".{target.name}.{token}.old"))
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

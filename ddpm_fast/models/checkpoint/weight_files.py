@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn
 
-from ddpm_fast.utils.json_files import read_json
+from ddpm_fast.utils.files import read_json
 
 FORMATS = ("safetensors", "bin")
 

@@ -20,7 +20,7 @@ from ddpm_fast.training.data.image_folder import (
 from ddpm_fast.training.data.transforms import to_images
 from ddpm_fast.training.data.triangles import CANVAS, FORMS, SIZE, kept_triangles
 from ddpm_fast.utils import checks
-from ddpm_fast.utils.cache_folder import default_folder
+from ddpm_fast.utils.files import cache_dir
 
 DIGITS = "digits"
 DIGITS_WHITE = 16  # scikit-learn counts the ink of a pixel from 0 to 16
@@ -94,7 +94,7 @@ def _triangles(
     form: str, num: int, seed: int, size: int, channels: int, flip: bool, cache: bool
 ) -> ImageData:
     checks.integer("num", num, 1, 1 << 31)
-    images = kept_triangles(num, seed, form, default_folder() if cache else None, size)
+    images = kept_triangles(num, seed, form, cache_dir() if cache else None, size)
     return ImageData(
         torch.from_numpy(images).expand(-1, channels, -1, -1),
         name=form,

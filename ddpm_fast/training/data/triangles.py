@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw
 from PIL import __version__ as pillow_version
 
 from ddpm_fast.utils import checks
-from ddpm_fast.utils.images import prepare_folder, save_npy
+from ddpm_fast.utils.files import prepare_folder
+from ddpm_fast.utils.images import save_npy
 
 SIZE = 32
 CANVAS = 720

@@ -12,7 +12,7 @@ from torch import nn
 from cases import BF16, F16, F32, F64, relative_error, same_bits
 from ddpm_fast.engine.fuse_modules import modules as fused_modules
 from ddpm_fast.engine.fuse_modules.optimize import optimize_module
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 from module_cases import ON, scrambled, spy
 
 
@@ -117,9 +117,9 @@ def test_auto_on_a_cpu_runs_where_it_was_measured_to_pay(case, runs, ran):
 
 def test_auto_takes_torchs_way_where_there_is_no_kernel(monkeypatch):
     def only_the_reference(backend, device, dtype):
-        return implementation("reference", device, dtype)
+        return get_backend("reference", device, dtype)
 
-    monkeypatch.setattr(fused_modules, "implementation", only_the_reference)
+    monkeypatch.setattr(fused_modules, "get_backend", only_the_reference)
     monkeypatch.setattr(fused_modules, "_kernel", fused_modules._kernel.__wrapped__)
     norm = nn.GroupNorm(8, 48)
     x = torch.randn(4, 48, 16, 16).to(memory_format=torch.channels_last)

@@ -95,7 +95,7 @@ CORRUPTIONS = [
     ),
     pytest.param(
         write(CONFIG, b'{"act_fn": "silu", "act_fn": "gelu"}'),
-        "config.json.*'act_fn' is given twice",
+        "config.json.*'act_fn' is repeated",
         id="config-key-twice",
     ),
     pytest.param(
@@ -254,19 +254,19 @@ def fails_at_last_rename(monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", guarded)
-    cannot_exchange(monkeypatch)
+    cannot_swap_names(monkeypatch)
 
 
-def cannot_exchange(monkeypatch):
-    monkeypatch.setattr(files, "exchange", lambda a, b: False)
+def cannot_swap_names(monkeypatch):
+    monkeypatch.setattr(files, "swap_names", lambda a, b: False)
 
 
 def fails_after_last_rename(monkeypatch):
-    monkeypatch.setattr(files, "flush", full_disk)
+    monkeypatch.setattr(files, "fsync_path", full_disk)
 
 
 def fails_after_renames_one_by_one(monkeypatch):
-    cannot_exchange(monkeypatch)
+    cannot_swap_names(monkeypatch)
     fails_after_last_rename(monkeypatch)
 
 
@@ -275,11 +275,11 @@ FAILURES = [
     pytest.param(
         lambda m: m.setattr(weights, "save_file", full_disk_in_safetensors), id="safetensors"
     ),
-    pytest.param(lambda m: m.setattr(checkpoint, "flush", full_disk), id="fsync"),
+    pytest.param(lambda m: m.setattr(checkpoint, "fsync_path", full_disk), id="fsync"),
     pytest.param(lambda m: m.setattr(checkpoint, "write_json", full_disk), id="json"),
     pytest.param(fails_at_last_rename, id="rename"),
     pytest.param(fails_after_last_rename, id="fsync-of-parent"),
-    pytest.param(fails_after_renames_one_by_one, id="fsync-of-parent-without-exchange"),
+    pytest.param(fails_after_renames_one_by_one, id="fsync-of-parent-without-swap"),
 ]
 
 
@@ -299,9 +299,9 @@ class TestFailureOnSave:
     def test_replaced_at_no_moment_without_a_checkpoint(self, folder, unet, monkeypatch):
         """Where names can be exchanged nothing is renamed; where not, the end is the same."""
         exchanged = []
-        exchange = files.exchange
+        swap_names = files.swap_names
         monkeypatch.setattr(
-            files, "exchange", lambda a, b: exchanged.append(exchange(a, b)) or exchanged[-1]
+            files, "swap_names", lambda a, b: exchanged.append(swap_names(a, b)) or exchanged[-1]
         )
         for T in (10, 20):
             with monkeypatch.context() as patch:
@@ -313,7 +313,7 @@ class TestFailureOnSave:
                     pytest.skip("needs a file system that exchanges names")
             assert load(folder).schedule.T == T
         assert exchanged == [True, True]
-        cannot_exchange(monkeypatch)
+        cannot_swap_names(monkeypatch)
         save(folder, unet, NoiseSchedule.cosine(30), overwrite=True)
         assert load(folder).schedule.T == 30
         assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -204,7 +204,7 @@ def extra_key(folder):
 
 
 SHARDS = [
-    pytest.param(name_twice, f"{INDEX}.*'conv_in.bias' is given twice", id="key-twice"),
+    pytest.param(name_twice, f"{INDEX}.*'conv_in.bias' is repeated", id="key-twice"),
     pytest.param(both_names, "query.bias.*are the same weight", id="key-under-both-names"),
     pytest.param(
         reindex(lambda m: m.pop("conv_in.bias")),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cases import BF16, F16, F32, WRITABLE, same_bits
-from ddpm_fast.ops import implementation
+from ddpm_fast.ops import get_backend
 from ddpm_fast.ops.row import RowFlag, column, complete, history_depth
 from reverse_step_bits import bits_of_step, exponential
 from step_cases import (
@@ -154,7 +154,7 @@ def test_a_step_is_that_of_cpp_bit_for_bit(flags, made, dtype):
 def test_made_noise_is_given_noise():
     """With a learned variance as well, in every row and sample."""
     made = inputs_of(EVERY, made=True)
-    ops = implementation("triton", torch.device(DEVICE), F32)
+    ops = get_backend("triton", torch.device(DEVICE), F32)
     given = copied(made, rng=None, noise=torch.empty_like(made["x"]))
     for n, row in enumerate(made["step"].tolist()):
         rng = made["rng"] + torch.tensor([0, row, n], device=DEVICE)

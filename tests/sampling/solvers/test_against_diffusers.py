@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ddpm_fast
-from cases import Backend, backends
+from cases import BackendOnDevice, backends
 
 pytest.importorskip("diffusers", reason="needs diffusers")
 
@@ -29,7 +29,7 @@ SHIPPED = Path(ddpm_fast.__file__).parent / "assets" / "triangles"
 
 SHAPE = (3, 6, 5)
 ON = backends()
-REFERENCE = Backend("reference", "cpu")
+REFERENCE = BackendOnDevice("reference", "cpu")
 
 
 def inputs(pair: Pair, num: int = 2):
@@ -54,7 +54,7 @@ def ours_on(states, outputs, pair: Pair, noises, dtype, on=REFERENCE):
 
 @pytest.mark.parametrize("pair", pairs(), ids=str)
 @pytest.mark.parametrize("on", ON, ids=str)
-def test_each_step_on_the_peers_trajectory(on: Backend, pair: Pair):
+def test_each_step_on_the_peers_trajectory(on: BackendOnDevice, pair: Pair):
     """Where no error adds up: within 1e-5 of the largest value.
 
     Of an epsilon on the cosine schedule, where 1 / alpha is 20,000, that holds of ours alone:
