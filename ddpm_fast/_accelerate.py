@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from ddpm_fast.engine import AcceleratedUNet, Tuner
-from ddpm_fast.engine import accelerate as accelerate_network
 
 if TYPE_CHECKING:
     from diffusers import DDIMPipeline, DDPMPipeline
@@ -69,13 +68,13 @@ def accelerate(target: Any, scheduler: Any = None, **options: Any) -> Any:
         of images fits and an image has the same bits whatever the batch_size; None: all of a call.
     tuner: what times and keeps the choices of the engine; None makes one that keeps them on disk.
 
-    **A network** (a `UNet` or UNet2DModel) alone: see `ddpm_fast.engine.accelerate`, whose options
+    **A network** (a `UNet` or UNet2DModel) alone: see `AcceleratedUNet`, whose options
     are dtype, num_timesteps and tuner, and whose dtype is float16 on a GPU unless given.
 
     Raises TypeError, ValueError naming the argument, or the option that is not supported.
     """
     if scheduler is None and (isinstance(target, nn.Module) or not hasattr(target, "scheduler")):
-        return accelerate_network(target, **options)
+        return AcceleratedUNet(target, **options)
     from ddpm_fast.diffusers.pipelines import accelerate_pipeline, pipeline_of
 
     if scheduler is not None and not isinstance(target, nn.Module):

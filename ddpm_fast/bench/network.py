@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast._accelerate import accelerate
 from ddpm_fast.bench import baselines
 from ddpm_fast.bench.cases import Benchmark, Case, Prepared, graphed, relative_rms, timing_columns
 from ddpm_fast.bench.published import counts
 from ddpm_fast.bench.roofline import RooflineLimits
 from ddpm_fast.bench.timing import interleaved
-from ddpm_fast.engine import UNetEngine
+from ddpm_fast.engine import AcceleratedUNet, UNetEngine
 from ddpm_fast.engine.plan.lowering import lower
 
 _LEAST_LEFT_S = 1.0
@@ -179,7 +178,7 @@ class NetworkBench(Benchmark):
         return Prepared(lambda: engine(x, self._t), f"{len(engine.plan().operations)} operations")
 
     def _accelerated(self) -> Prepared:
-        model = accelerate(self.unet, dtype=self.dtype)
+        model = AcceleratedUNet(self.unet, dtype=self.dtype)
         x = self._images(self.dtype, last=True)
         model(x, self._t)
         choice = next(reversed(model.chosen.values()))

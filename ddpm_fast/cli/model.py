@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm_fast.cli.devices import device_of
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip, DynamicThreshold
-from ddpm_fast.engine import AcceleratedUNet, accelerate
+from ddpm_fast.engine import AcceleratedUNet
 from ddpm_fast.models import UNet
 from ddpm_fast.models.checkpoint.checkpoint import load
 
@@ -120,7 +120,7 @@ class OpenModel:
             raise ValueError(f"{model}: cannot be used here: {reason}")
         network: Any = unet
         if engine:
-            network = accelerate(unet, dtype=DTYPES[chosen], num_timesteps=schedule.T)
+            network = AcceleratedUNet(unet, dtype=DTYPES[chosen], num_timesteps=schedule.T)
         name = "triangles (shipped)" if model == SHIPPED else model
         if variant is not None:
             name += f" ({variant})"

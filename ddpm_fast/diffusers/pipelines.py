@@ -29,7 +29,7 @@ from ddpm_fast.diffusers.scheduler_options import (
     options_of,
 )
 from ddpm_fast.diffusers.step_tables import step_table
-from ddpm_fast.engine import AcceleratedUNet, Tuner, accelerate
+from ddpm_fast.engine import AcceleratedUNet, Tuner
 from ddpm_fast.engine.accelerated_unet import Choice
 from ddpm_fast.ops.aten import no_autocast
 from ddpm_fast.sampling.noise_source import GeneratorNoise
@@ -179,7 +179,7 @@ class _Accelerated:
             made.model.refresh()
             made.weights = weights
         if made is None or made.of != (unet, unet.device, unet.dtype, steps):
-            model = accelerate(
+            model = AcceleratedUNet(
                 unet,
                 dtype=self.settings.dtype or unet.dtype,
                 num_timesteps=steps,

@@ -1,4 +1,4 @@
-"""`accelerate`: the fastest thing here that can run a network, chosen for each image size."""
+"""Choice of the fastest implementation of a U-Net for each image size."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,56 +52,49 @@ class _Runner:
     engine: UNetEngine | None
 
 
-def accelerate(
-    unet: nn.Module,
-    *,
-    dtype: torch.dtype | None = None,
-    num_timesteps: int | None = None,
-    tuner: Tuner | None = None,
-) -> AcceleratedUNet:
-    """The fastest thing that can run ``unet``, to be called in its place: ``model(x, t)``.
+class AcceleratedUNet:
+    """A U-Net run by the fastest available implementation, called as `model(x, t)`.
 
-    On a GPU that is a `UNetEngine` in float16, whose calls replay a CUDA graph. On a CPU the
-    engine, and the network itself, are timed when a shape is first seen, and the fastest is taken,
-    so that it is never slower than the network. ``print(model.report())`` says what was chosen; the
-    logger "ddpm_fast" says it as it happens. Where weights are replaced or written to in place,
-    engines are made anew; what was written through ``.data`` is not seen: call ``refresh()``.
+    On a GPU that is a `UNetEngine` in float16, whose calls replay a CUDA graph. On a CPU the engine
+    and the network itself are timed at the first call with a shape, and the fastest is used. The
+    logger "ddpm_fast" reports each choice, and `report` lists them. Calls are thread-safe. Engines
+    are rebuilt after weights were replaced or written in place; writes through `.data` are not
+    noticed: call `refresh` after them. A copy or pickle holds the network, without the choices.
 
-    unet: a `UNet`, or diffusers' UNet2DModel. It is not changed; dropout counts as off.
-    dtype: what the network computes in. None: float16 on a GPU, its own dtype on a CPU. On a CPU
-        another one is an approximation that is taken only where it is faster, and its drift is
-        reported.
-    num_timesteps: the timesteps are 0 .. num_timesteps - 1; None takes the network's own number, or
-        1000.
-    tuner: what times and keeps choices; None makes one that keeps them on disk.
+    Args:
+        unet: A `UNet` or a UNet2DModel of diffusers. It is not changed. Dropout is not applied.
+        dtype: float16, bfloat16 or float32, in which the engine computes. None: float16 on a GPU,
+            the dtype of `unet` on a CPU. On a CPU another dtype than that of `unet` is used only
+            where it is faster, and its deviation is reported.
+        num_timesteps: Timesteps are in [0, num_timesteps). None: the number in the configuration
+            of `unet`, or 1000.
+        tuner: Measures and caches choices. None: a `Tuner` with its cache on disk.
+
+    Attributes:
+        given: The network.
+        config: Its options.
+        device: Device of the network.
+        dtype: Dtype of images that are read without a copy.
+        num_timesteps: Number of timesteps.
 
     Raises:
-        TypeError: unet is something else, or in float64, or dtype is not float16, bfloat16 or
-            float32.
-        ValueError: an option of the network that `UNet` does not have, or num_timesteps below 1.
-    """
-    if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        got = checks.dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
-        raise TypeError(f"dtype must be float16, bfloat16 or float32; got {got}")
-    return AcceleratedUNet(unet, dtype, num_timesteps, tuner)
-
-
-class AcceleratedUNet:
-    """What `accelerate` returns. Calls may come from any thread.
-
-    given: the network. device, dtype: where it computes, and of images that it reads without a
-    copy. config: the network's options. A copy of it is one of the network, with no choices yet.
+        TypeError: `unet` is no such network or is float64, or `dtype` is another dtype.
+        ValueError: `UNet` does not support an option of the network, or `num_timesteps` is below 1.
     """
 
     def __init__(
         self,
         unet: nn.Module,
-        dtype: torch.dtype | None,
-        num_timesteps: int | None,
-        tuner: Tuner | None,
+        *,
+        dtype: torch.dtype | None = None,
+        num_timesteps: int | None = None,
+        tuner: Tuner | None = None,
     ) -> None:
+        if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            got = checks.dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+            raise TypeError(f"dtype must be float16, bfloat16 or float32; got {got}")
         self.given = unet
-        self._options = dtype, num_timesteps
+        self._options: dict[str, Any] = {"dtype": dtype, "num_timesteps": num_timesteps}
         self._unet = _as_unet(unet)
         if self._unet.dtype == torch.float64:
             raise TypeError("unet must be float16, bfloat16 or float32; got float64")
@@ -117,7 +111,7 @@ class AcceleratedUNet:
         self._weights: WeightWatcher | None = WeightWatcher(unet)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return AcceleratedUNet, (self.given, *self._options, None)
+        return partial(AcceleratedUNet, **self._options), (self.given,)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
