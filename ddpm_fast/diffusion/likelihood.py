@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from ddpm_fast.diffusion.thresholding import (
 from ddpm_fast.diffusion.variance import LEARNED, First, Variance
 from ddpm_fast.ops.philox import STREAM_TRAINING
 from ddpm_fast.utils import checks
+from ddpm_fast.utils.batching import micro_batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,13 +138,13 @@ def variational_bound(
     vb, xstart_mse = (
         torch.empty(num, chain.T, dtype=torch.float64, device=x0.device) for _ in range(2)
     )
-    cuts = list(_cuts(num, first_sample, size, pad))
-    with tqdm(total=len(cuts) * chain.T, desc="bound", unit="step", disable=not progress) as bar:
-        for cut in cuts:
-            items = cut.of(x0)
-            told_labels = () if labels is None else (cut.of(labels),)
+    batches = list(micro_batches(num, first_sample, size, pad))
+    with tqdm(total=len(batches) * chain.T, desc="bound", unit="step", disable=not progress) as bar:
+        for batch in batches:
+            items = batch.take(x0, num)
+            told_labels = () if labels is None else (batch.take(labels, num),)
             given = {
-                name: cut.of(value)
+                name: batch.take(value, num)
                 if isinstance(value, Tensor) and value.ndim > 0 and len(value) == num
                 else value
                 for name, value in (model_kwargs or {}).items()
@@ -151,12 +152,12 @@ def variational_bound(
             for column, t in enumerate(reversed(kept)):
                 index = chain.T - 1 - column
                 x_t, _ = q_sample_philox(
-                    items, index, chain, seed, STREAM_TRAINING + t, cut.first_sample, backend
+                    items, index, chain, seed, STREAM_TRAINING + t, batch.first_sample, backend
                 )
                 told = torch.full((len(items),), t, dtype=torch.int64, device=x0.device)
                 found = terms.at(index, items, x_t, model(x_t, told, *told_labels, **given))
-                vb[cut.place, column], xstart_mse[cut.place, column] = (
-                    values[cut.slots] for values in found
+                vb[batch.samples, column], xstart_mse[batch.samples, column] = (
+                    values[batch.slots] for values in found
                 )
                 bar.update()
     return VariationalBound(
@@ -210,33 +211,6 @@ class _Terms:
         else:
             term = self._terms.decode(x0, pred_x0, log_p)
         return _bits(term), _mean((pred_x0 - x0).square())
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """Items that go through the model together, of which slots are wanted."""
-
-    items: Tensor  # indices into the data, int64 [B]
-    first_sample: int  # of the first of them
-    slots: slice  # of them
-    place: slice  # of the result
-
-    def of(self, values: Tensor) -> Tensor:
-        """Their share of a tensor [N, ...]."""
-        return values.index_select(0, self.items.to(values.device))
-
-
-def _cuts(num: int, first_sample: int, size: int, pad: bool) -> Iterator[_Cut]:
-    """Micro-batches; padded, sample k sits in slot k % size, beside repeated items at the ends."""
-    done = 0
-    while done < num:
-        before = (first_sample + done) % size if pad else 0
-        count = min(size - before, num - done)
-        begin = done - before
-        items = torch.arange(begin, begin + (size if pad else count)).clamp(0, num - 1)
-        place = slice(done, done + count)
-        yield _Cut(items, first_sample + begin, slice(before, before + count), place)
-        done += count
 
 
 def _checked_data(x0: Any, decoder: str) -> Tensor:

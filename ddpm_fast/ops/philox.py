@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.ops import get_backend
+from ddpm_fast.ops.reference.diffusion import philox4x32_10
 from ddpm_fast.utils import checks
 
 STREAM_X_T = 0  # the chain's starting point x_T
@@ -41,6 +42,27 @@ def philox_rng(
     words = torch.tensor([signed, stream, first_sample], dtype=torch.int64, device="cpu")
     # Three words travel with the command itself; a blocking copy would wait for the stream.
     return words.to(checks.device("device", device), non_blocking=True)
+
+
+def random_words(seed: int, stream: int, first: int, num: int) -> Tensor:
+    """Return 32 random bits for each of the counters first .. first + num - 1.
+
+    Args:
+        seed: Seed in [0, 2^64).
+        stream: Stream in [0, 2^32).
+        first: First counter, such as the index of a sample, in [0, 2^63).
+        num: Number of counters.
+
+    Returns:
+        The first Philox word of each counter, int64 [num] on the CPU, in [0, 2^32).
+    """
+    counter = first + torch.arange(num, device="cpu")
+    zero = torch.zeros_like(counter)
+    key = philox_rng(seed, stream, device="cpu")
+    word, *_ = philox4x32_10(
+        (zero, zero + key[1], counter, counter >> 32), (key[0] + zero, (key[0] >> 32) + zero)
+    )
+    return word
 
 
 def philox_normal(

@@ -8,15 +8,6 @@ from torch import Tensor
 from ddpm_fast.utils import checks
 
 
-def slot_labels(labels: Tensor, first: int, slots: int) -> Tensor:
-    """The labels [slots, ...] of a micro-batch that holds the samples from slot first on.
-
-    The slots beside them, whose samples nobody asked for, repeat one of the labels.
-    """
-    slot = torch.arange(slots, device=labels.device) - first
-    return labels[slot.clamp(0, len(labels) - 1)]
-
-
 def as_null_label(null: Tensor | int | None, labels: Tensor) -> Tensor:
     """The null label, as one of the labels."""
     if isinstance(null, Tensor):

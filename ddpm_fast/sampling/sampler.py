@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, overload
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddpm_fast.ops import get_backend
-from ddpm_fast.ops.philox import STREAM_START, philox_rng
-from ddpm_fast.ops.reference.diffusion import philox4x32_10
-from ddpm_fast.sampling.labels import as_null_label, slot_labels
+from ddpm_fast.ops.philox import STREAM_START, random_words
+from ddpm_fast.sampling.labels import as_null_label
 from ddpm_fast.sampling.loop_cache import CachedLoop, Graph, LoopCache
 from ddpm_fast.sampling.noise_source import GeneratorNoise, as_noise, source_of
 from ddpm_fast.sampling.step_loop import Model, StepLoop
 from ddpm_fast.sampling.step_table import StepTable
 from ddpm_fast.utils import checks
+from ddpm_fast.utils.batching import MicroBatch, micro_batches
 
 Noise = Literal["philox"] | torch.Generator | Sequence[torch.Generator] | GeneratorNoise | Tensor
 
@@ -29,16 +29,6 @@ class Progress(Protocol):
 
     def update(self, n: int) -> object:
         """``n`` more steps were taken."""
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """A micro-batch: samples first .. first + batch of the seed, of which slots are wanted."""
-
-    first: int
-    batch: int
-    slots: slice  # of the micro-batch
-    place: slice  # of the result
 
 
 class Sampler:
@@ -218,70 +208,57 @@ class Sampler:
             raise ValueError(f"noise must have one generator, or one for each of {num} samples")
         result = checks.empty_samples(num, self.sample_shape, self.state_dtype, self.device)
         states = result.new_empty((len(return_steps), *shape)) if return_steps is not None else None
-        chunks = list(self._chunks(num, first_sample))
-        with self._loops.lock, _bar(progress, len(chunks) * self.table.steps) as bar:
-            self._loops.acquire()
-            for chunk in chunks:
-                loop = self._loop(chunk.batch, classes)
+        batches = list(micro_batches(num, first_sample, self.micro_batch, self.pad))
+        with self._loops.acquire(), _bar(progress, len(batches) * self.table.steps) as bar:
+            for batch in batches:
+                cached = self._loop(batch.size, classes)
+                if cached.warning is not None:
+                    # The caller's line: above it are the two decorators of this method.
+                    warnings.warn(cached.warning, stacklevel=4)
                 if classes is not None:
-                    of_chunk = classes[chunk.place]
-                    loop.loop.label(slot_labels(of_chunk, chunk.slots.start, chunk.batch), null)
-                result[chunk.place] = self._run_chunk(
-                    loop, chunk, seed, x_T, wanted or {}, states, bar
+                    cached.loop.label(batch.take(classes, num), null)
+                result[batch.samples] = self._run_batch(
+                    cached, batch, seed, x_T, wanted or {}, states, bar
                 )
-            self._loops.release()
         return result if states is None else (result, states)
 
-    def _chunks(self, num: int, first_sample: int) -> Iterator[_Chunk]:
-        size = self.micro_batch
-        done = 0
-        while done < num:
-            at = first_sample + done
-            before = at % size if self.pad else 0
-            count = min(size - before, num - done)
-            batch = size if self.pad else count
-            yield _Chunk(
-                at - before, batch, slice(before, before + count), slice(done, done + count)
-            )
-            done += count
-
-    def _run_chunk(
+    def _run_batch(
         self,
-        kept: CachedLoop,
-        chunk: _Chunk,
+        cached: CachedLoop,
+        batch: MicroBatch,
         seed: int,
         x_T: Tensor | None,
         wanted: dict[int, list[int]],
         states: Tensor | None,
         bar: Progress,
     ) -> Tensor:
-        loop, advance, stride = kept
-        rows = self._start_rows(chunk, seed)
-        loop.start(seed, chunk.first, rows)
-        x = loop.x[chunk.slots]
+        loop, stride = cached.loop, cached.stride
+        rows = self._start_rows(batch, seed)
+        loop.start(seed, batch.first_sample, rows)
+        x = loop.x[batch.slots]
         source = source_of(self.noise, self.table)
-        given = x_T[chunk.place] if x_T is not None else None
-        drawn = source.x_T(x, chunk.place) if source is not None and given is None else None
+        given = x_T[batch.samples] if x_T is not None else None
+        drawn = source.x_T(x, batch.samples) if source is not None and given is None else None
         if drawn is not None:
             given = drawn * self.table.init_scale
         if given is not None:
             x.copy_(given)
             loop.refresh_input()
-        first_rows = [0] * x.shape[0] if rows is None else rows[chunk.slots].tolist()
+        first_rows = [0] * x.shape[0] if rows is None else rows[batch.slots].tolist()
         count = self.table.steps - min(first_rows)
 
         def record(steps: int) -> None:
             for i in wanted.get(steps, ()):
-                cast(Tensor, states)[i, chunk.place] = x
+                cast(Tensor, states)[i, batch.samples] = x
 
         stride = stride if loop.noise is None else 1
         done = 0
         record(done)
         while done < count:
             if source is not None and loop.noise is not None:
-                source.fill(loop.noise[chunk.slots], chunk.place, done, first_rows)
+                source.fill(loop.noise[batch.slots], batch.samples, done, first_rows)
             stop = min([count, done + stride, *(steps for steps in wanted if steps > done)])
-            advance(stop - done)
+            cached.advance(stop - done)
             bar.update(stop - done)
             done = stop
             record(done)
@@ -326,17 +303,12 @@ class Sampler:
             return classes, None
         return classes, as_null_label(self._null_label, classes)
 
-    def _start_rows(self, chunk: _Chunk, seed: int) -> Tensor | None:
+    def _start_rows(self, batch: MicroBatch, seed: int) -> Tensor | None:
         """Each sample's first row for a chain of random length, uniform over the table."""
         if self.table.start != "random":
             return None
-        sample = chunk.first + torch.arange(chunk.batch)
-        zero = torch.zeros_like(sample)
-        key = philox_rng(seed, STREAM_START)
-        word, *_ = philox4x32_10(
-            (zero, zero + key[1], sample, sample >> 32), (key[0] + zero, (key[0] >> 32) + zero)
-        )
-        return (word * self.table.steps) >> 32
+        words = random_words(seed, STREAM_START, batch.first_sample, batch.size)
+        return (words * self.table.steps) >> 32
 
     def _check_return_steps(self, steps: Sequence[int] | None) -> dict[int, list[int]] | None:
         """Step count -> the places in the trajectory that record it."""

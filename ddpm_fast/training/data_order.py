@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddpm_fast.ops.philox import STREAM_TRAINING, philox_rng
-from ddpm_fast.ops.reference.diffusion import philox4x32_10
+from ddpm_fast.ops.philox import STREAM_TRAINING, random_words
 
 STREAM_TIMESTEPS = STREAM_TRAINING + 16
 STREAM_DROPPED_LABELS = STREAM_TRAINING + 17
@@ -20,25 +19,14 @@ STREAM_HELD_OUT = STREAM_TRAINING + 18  # the noise of held-out images, the same
 STREAM_HELD_OUT_TIMESTEPS = STREAM_TRAINING + 19
 
 
-def words(seed: int, stream: int, first: int, num: int) -> Tensor:
-    """A 32-bit word for each of the places first .. first + num - 1, int64 on the CPU."""
-    place = first + torch.arange(num)
-    zero = torch.zeros_like(place)
-    key = philox_rng(seed, stream, device="cpu")
-    word, *_ = philox4x32_10(
-        (zero, zero + key[1], place, place >> 32), (key[0] + zero, (key[0] >> 32) + zero)
-    )
-    return word
-
-
 def timesteps(seed: int, first: int, num: int, T: int, stream: int = STREAM_TIMESTEPS) -> Tensor:
     """Timesteps for the places first .. first + num - 1, uniform in 0..T-1, int64 on the CPU."""
-    return (words(seed, stream, first, num) * T) >> 32
+    return (random_words(seed, stream, first, num) * T) >> 32
 
 
 def dropped(seed: int, first: int, num: int, share: float) -> Tensor:
     """Which of the places first .. first + num - 1 lose their label, bool on the CPU."""
-    return words(seed, STREAM_DROPPED_LABELS, first, num) < int(share * 2**32)
+    return random_words(seed, STREAM_DROPPED_LABELS, first, num) < int(share * 2**32)
 
 
 def torch_seed(seed: int, step: int, rank: int) -> int:
