@@ -35,7 +35,7 @@ from ddpm_fast.utils.figures import (
     require_matplotlib,
     save_figure,
 )
-from ddpm_fast.utils.pictures import read_images
+from ddpm_fast.utils.images import read_images
 
 
 def bpd(

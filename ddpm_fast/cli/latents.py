@@ -29,8 +29,7 @@ from ddpm_fast.cli.model import (
 )
 from ddpm_fast.cli.output import FormOption, Output, check_drawable, check_file, say
 from ddpm_fast.sampling.codec import MODES, Codec
-from ddpm_fast.utils.images import save_npy, save_png, sheet
-from ddpm_fast.utils.pictures import read_image, read_images
+from ddpm_fast.utils.images import read_image, read_images, save_npy, save_png, sheet
 
 STEPS = 50
 

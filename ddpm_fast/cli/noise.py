@@ -14,8 +14,7 @@ from ddpm_fast.cli.schedules import SCHEDULES, schedule_of
 from ddpm_fast.diffusion.forward import q_sample
 from ddpm_fast.ops.philox import STREAM_TRAINING, philox_normal
 from ddpm_fast.utils.files import prepare_folder
-from ddpm_fast.utils.images import save_png, sheet
-from ddpm_fast.utils.pictures import read_picture, to_tensor
+from ddpm_fast.utils.images import open_image, save_png, sheet, to_tensor
 
 T = 1000
 LARGEST = 128  # pixels of the longer side of an image that --size does not set
@@ -74,7 +73,7 @@ def noise(
 
 def _read_image(path: Path, size: int | None) -> Tensor:
     """A picture as float32 [C, H, W] in [-1, 1]: C 1 for a grey one, else 3, on white."""
-    picture = read_picture(path)
+    picture = open_image(path)
     longer = max(picture.size)
     wanted = min(longer, LARGEST) if size is None else size
     if wanted != longer:

@@ -204,11 +204,11 @@ def write_bad_data() -> None:
     [
         ("pictures", "pictures/1.png: cannot be read: image file is truncated"),
         ("sizes", "sizes/1.png: must be 1 x 8 x 8; got 1 x 4 x 8"),
-        ("empty", "empty: holds no pictures (.png, .jpg, .jpeg)"),
-        ("text.npy", "text.npy: is no .npy that can be read"),
-        ("cut.npy", "cut.npy: is no .npy that can be read"),
-        ("several.npz", "several.npz: holds several arrays"),
-        ("pickle.npy", "pickle.npy: is no .npy that can be read"),
+        ("empty", "empty: holds no images (.jpg, "),
+        ("text.npy", "text.npy: is neither a .npy file"),
+        ("cut.npy", "cut.npy: is neither a .npy file"),
+        ("several.npz", "several.npz: must be one array (.npy); got several"),
+        ("pickle.npy", "pickle.npy: is neither a .npy file"),
         ("wide.npy", "wide.npy: floats must lie in [-1, 1]; got 0 to 3"),
         ("nan.npy", "nan.npy: floats must lie in [-1, 1]; got nan"),
         ("ints.npy", "ints.npy: must be uint8 or floats in [-1, 1]; got int32"),
@@ -226,7 +226,7 @@ def test_bad_data_is_named_and_nothing_written(data: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        pytest.param(("--num", 6), "data.npy: holds 5 images; asked for 6", id="num"),
+        pytest.param(("--num", 6), "data.npy: must hold at least 6 images; got 5", id="num"),
         pytest.param(("--steps", 21), "steps must be an integer in [1, 20]", id="steps"),
         pytest.param(("--variance", "x"), "variance must be one of posterior", id="variance"),
         pytest.param(("--variance", "learned"), "[5, 2, 8, 8]", id="channels"),

@@ -131,7 +131,7 @@ def test_labels_are_passed_on() -> None:
 DATA = ("--data", "data.npy")
 BAD = {
     "no-data": ("encode", ("--data", "none.npy"), "none.npy"),
-    "num": ("encode", (*DATA, "--num", 6), "holds 5 images"),
+    "num": ("encode", (*DATA, "--num", 6), "at least 6 images; got 5"),
     "out": ("encode", (*DATA, "--out", "a.png"), "--out must be a .npy"),
     "t": ("encode", (*DATA, "--t", 20), "t must be an integer in [0, 19]"),
     "steps": ("encode", (*DATA, "--steps", 21), "steps must"),

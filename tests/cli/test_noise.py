@@ -87,7 +87,7 @@ def test_a_bad_schedule_is_named(picture: Path, schedules: str, message: str) ->
         pytest.param(Image.new("1", (8, 8), 1), "L", 255, id="bilevel"),
         pytest.param(Image.new("RGB", (8, 8), (255, 0, 64)), "RGB", (255, 0, 64), id="rgb"),
         pytest.param(Image.new("RGBA", (8, 8), (9, 9, 9, 0)), "RGB", (255, 255, 255), id="alpha"),
-        pytest.param(Image.new("LA", (8, 8), (100, 255)), "RGB", (100, 100, 100), id="grey-alpha"),
+        pytest.param(Image.new("LA", (8, 8), (100, 255)), "L", 100, id="grey-alpha"),
         pytest.param(Image.fromarray(np.full((8, 8), 51399, np.uint16)), "L", 200, id="16-bit"),
         pytest.param(Image.fromarray(np.full((8, 8), 51200, np.uint16)), "L", 199, id="down"),
         pytest.param(Image.new("P", (8, 8), 3), "RGB", None, id="palette"),
@@ -127,9 +127,9 @@ def test_the_longer_side_is_set(
 def test_what_is_no_picture_is_named(picture: Path) -> None:
     whole = picture.read_bytes()
     for name, content, message in (
-        ("text.png", b"no picture", "text.png: is no picture that can be read"),
+        ("text.png", b"no picture", "text.png: is no image that can be read"),
         ("cut.png", whole[:-30], "cut.png: cannot be read: image file is truncated"),
-        ("empty.png", b"", "empty.png: is no picture that can be read"),
+        ("empty.png", b"", "empty.png: is no image that can be read"),
     ):
         Path(name).write_bytes(content)
         assert message in error_of(run("noise", name, status=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -12,11 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ddpm_fast.utils.files import prepare_folder
-from ddpm_fast.utils.images import BACKGROUND, save_images, save_npy, save_png, sheet, to_uint8
+from ddpm_fast.utils.images import (
+    BACKGROUND,
+    decode_image,
+    open_image,
+    read_image,
+    save_images,
+    save_npy,
+    save_png,
+    sheet,
+    to_uint8,
+)
 
 INF, NAN = float("inf"), float("nan")
 
@@ -180,6 +191,35 @@ def test_images_are_named_by_their_index(tmp_path: Path) -> None:
     assert save_images(noise(1, 1, 4, 5), tmp_path)[0].name == "00000.png"
     with pytest.raises(ValueError, match="1 or 3 channels"):
         save_images(noise(1, 2, 4, 5), tmp_path)
+
+
+def test_sixteen_bits_are_rounded_to_eight(tmp_path: Path) -> None:
+    values = np.array([[0, 0x0181, 0x0182, 0xFE00, 0xFFFF]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.asarray(open_image(tmp_path / "a.png")).tolist() == [[0, 1, 2, 253, 255]]
+    image = read_image(tmp_path / "a.png", (3, 1, 5))
+    assert to_uint8(image[None])[0, 0, :, 0].tolist() == [0, 1, 2, 253, 255]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_a_decoded_image_is_grey_or_rgb_on_white(mode: str, tmp_path: Path) -> None:
+    image = Image.new(mode, (2, 1))
+    suffix = "tiff" if mode == "CMYK" else "png"
+    image.save(tmp_path / f"a.{suffix}")
+    decoded = open_image(tmp_path / f"a.{suffix}")
+    assert decoded.mode == ("L" if mode in ("1", "L", "LA") else "RGB")
+    level = 255 if mode in ("LA", "RGBA", "CMYK") else 0  # transparent, or without ink
+    assert (np.asarray(decoded) == level).all()
+
+
+def test_formats_that_are_not_meant_are_not_decoded(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(buffer, "TGA")
+    with pytest.raises(UnidentifiedImageError):
+        decode_image(buffer.getvalue())
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    with pytest.raises(ValueError, match=r"a\.png: is no image that can be read"):
+        open_image(tmp_path / "a.png")
 
 
 WRITERS = [

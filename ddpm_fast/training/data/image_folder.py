@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -12,16 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".ppm", ".pgm"),
-    *(".bmp", ".tif", ".tiff", ".webp", ".gif"),
-)
-GREYS = ("1", "L", "LA", "La")
+from ddpm_fast.utils.images import SUFFIXES, decode_image
+
 NAMED = 5  # files that an error names before it counts the rest
 
 _log = logging.getLogger("ddpm_fast")
@@ -56,34 +51,13 @@ def image_paths(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def decode(content: bytes) -> tuple[Image.Image, bool]:
-    """A picture in mode L or RGB, and whether it is grey (then it is L).
-
-    It is turned as its EXIF data say; what is transparent becomes white. 16-bit greys keep their
-    upper 8 bits. Raises whatever Pillow does for broken content.
-    """
-    with Image.open(io.BytesIO(content)) as file:
-        picture = ImageOps.exif_transpose(file)
-        picture.load()
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"mode {picture.mode} has no fixed white")
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    grey = picture.mode in GREYS
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("L" if grey else "RGB"), grey
-
-
 def _look(path: Path) -> FoundFile:
     try:
         content = path.read_bytes()
-        picture, grey = decode(content)
+        image = decode_image(content)
     except Exception as error:  # Pillow's decoders raise what they like
         return FoundFile(path, fault=f"{type(error).__name__}: {error}")
-    return FoundFile(path, picture.size, grey, hashlib.sha256(content).hexdigest())
+    return FoundFile(path, image.size, image.mode == "L", hashlib.sha256(content).hexdigest())
 
 
 def look_at(paths: Sequence[Path]) -> list[FoundFile]:
@@ -170,10 +144,10 @@ class FolderImages:
     def __getitem__(self, index: int) -> Tensor:
         path = self._paths[index]
         try:
-            picture, _ = decode(Path(path).read_bytes())
+            decoded = decode_image(Path(path).read_bytes())
         except Exception as error:  # Pillow's decoders raise what they like
             raise ValueError(f"{path} cannot be read any more: {error}") from error
-        image = self._transform(picture.convert(self._mode))
+        image = self._transform(decoded.convert(self._mode))
         if image.shape != self.sample_shape:
             raise ValueError(
                 f"{path} has become {list(image.shape)}; it was {list(self.sample_shape)}"

@@ -159,10 +159,12 @@ def test_transparent_pixels_are_white(tmp_path: Path) -> None:
     assert (image[:, 1] == 1).all()
 
 
-def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
-    Image.fromarray(np.array([[0, 0x80FF, 0xFFFF]], np.uint16)).save(tmp_path / "a.png")
+def test_sixteen_bits_are_rounded_to_eight(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 0x0181, 0x0182, 0x80FF, 0xFE00, 0xFFFF]], np.uint16)).save(
+        tmp_path / "a.png"
+    )
     (image,) = load_data(tmp_path)
-    assert to_uint8(image[None]).flatten().tolist() == [0, 0x80, 255]
+    assert to_uint8(image[None]).flatten().tolist() == [0, 1, 2, 128, 253, 255]
 
 
 def test_broken_files_are_named_or_skipped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
