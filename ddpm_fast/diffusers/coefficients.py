@@ -7,45 +7,33 @@ the end of a long chain, and in float64 to be right.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from ddpm_fast.diffusion.noise_levels import NoiseLevels
 from ddpm_fast.diffusion.thresholding import Clip, clip_bound
 from ddpm_fast.ops.row import ROW_WIDTH, column
 
 
-@dataclass(frozen=True)
-class Levels:
-    """The noise levels of some steps [n]: alphas_cumprod where each begins and where it leads."""
+def noise_levels(
+    timesteps: list[int], prediction: str, abar: Tensor, abar_prev: Tensor
+) -> NoiseLevels:
+    """Return the noise levels of steps, in the dtype of `abar` and by diffusers' operations.
 
-    abar: Tensor
-    abar_prev: Tensor
-
-    @property
-    def one_minus_abar(self) -> Tensor:
-        """1 - abar."""
-        return 1 - self.abar
-
-    @property
-    def one_minus_abar_prev(self) -> Tensor:
-        """1 - abar_prev."""
-        return 1 - self.abar_prev
-
-    @property
-    def beta(self) -> Tensor:
-        """1 - abar / abar_prev, of the whole step."""
-        return 1 - self.abar / self.abar_prev
-
-    @property
-    def posterior_variance(self) -> Tensor:
-        """Eq. 7, Ho et al. 2020."""
-        return self.one_minus_abar_prev / self.one_minus_abar * self.beta
+    Args:
+        timesteps: Timesteps at which the steps begin.
+        prediction: "epsilon", "x0" or "v".
+        abar: alphas_cumprod at the timesteps [n].
+        abar_prev: alphas_cumprod at the timesteps that the steps lead to [n].
+    """
+    alpha = abar / abar_prev
+    return NoiseLevels(
+        timesteps, prediction, abar, 1 - abar, abar_prev, 1 - abar_prev, alpha, 1 - alpha
+    )
 
 
 def ddpm_rows(
-    levels: Levels, noisy: Tensor, prediction: str, clip: Clip, variance: str, corrected: bool
+    levels: NoiseLevels, noisy: Tensor, clip: Clip, variance: str, corrected: bool
 ) -> Tensor:
     """Rows of DDPMScheduler.step (Eq. 6, 7 and 15, Ho et al. 2020), float64 [n, ROW_WIDTH].
 
@@ -53,19 +41,18 @@ def ddpm_rows(
     its name says; otherwise "fixed_large_log" is the square root of a negative logarithm, NaN, and
     "learned" leaves the noise to be scaled by the caller.
     """
-    alpha = levels.abar / levels.abar_prev
     columns = {
         "Xx0": levels.abar_prev.sqrt() * levels.beta / levels.one_minus_abar,
-        "Xx": alpha.sqrt() * levels.one_minus_abar_prev / levels.one_minus_abar,
+        "Xx": levels.alpha.sqrt() * levels.one_minus_abar_prev / levels.one_minus_abar,
         **_noise(levels, variance, corrected),
     }
     for name in ("S", "Lmax"):
         if name in columns:
             columns[name] = torch.where(noisy, columns[name], 0)
-    return _rows(levels, prediction, clip, columns)
+    return _rows(levels, clip, columns)
 
 
-def _noise(levels: Levels, variance: str, corrected: bool) -> dict[str, Tensor]:
+def _noise(levels: NoiseLevels, variance: str, corrected: bool) -> dict[str, Tensor]:
     """The columns S and Lmax."""
     small, large = levels.posterior_variance.clamp(min=1e-20), levels.beta
     one = torch.ones_like(large)
@@ -82,9 +69,7 @@ def _noise(levels: Levels, variance: str, corrected: bool) -> dict[str, Tensor]:
     return {"S": (0.5 * small.log()).exp() if variance == "fixed_small_log" else small.sqrt()}
 
 
-def ddim_rows(
-    levels: Levels, prediction: str, clip: Clip, eta: float, rederive_epsilon: bool
-) -> Tensor:
+def ddim_rows(levels: NoiseLevels, clip: Clip, eta: float, rederive_epsilon: bool) -> Tensor:
     """Rows of DDIMScheduler.step (Eq. 12 and 16, Song et al. 2020), float64 [n, ROW_WIDTH].
 
     rederive_epsilon: the library's use_clipped_model_output.
@@ -97,7 +82,7 @@ def ddim_rows(
         "epsilon": (none, none, none + 1),
         "x0": (1 / noise, none, -signal / noise),
         "v": (noise, none, signal),
-    }[prediction]
+    }[levels.prediction]
     if rederive_epsilon:
         x_coef, x0_coef, out_coef = 1 / noise, -signal / noise, none
     columns = {
@@ -106,10 +91,10 @@ def ddim_rows(
         "Xo": direction * out_coef,
         "S": sigma,
     }
-    return _rows(levels, prediction, clip, columns)
+    return _rows(levels, clip, columns)
 
 
-def _rows(levels: Levels, prediction: str, clip: Clip, columns: dict[str, Tensor]) -> Tensor:
+def _rows(levels: NoiseLevels, clip: Clip, columns: dict[str, Tensor]) -> Tensor:
     """Rows with these columns, and x0 of the prediction.
 
     Where abar is 0 the x0 of an epsilon is infinite, as the library's, with the sign of x - epsilon
@@ -121,7 +106,7 @@ def _rows(levels: Levels, prediction: str, clip: Clip, columns: dict[str, Tensor
         "epsilon": (1 / signal, -noise / signal, -noise),
         "x0": (none, one, none),
         "v": (signal, -noise, torch.where(signal != 0, -noise / signal, 0)),
-    }[prediction]
+    }[levels.prediction]
     known = {"G0": one, "Cin": one, "P": P, "Q": Q, "ratio": ratio, "clip": clip_bound(clip) * one}
     rows = one.new_zeros(len(one), ROW_WIDTH)
     for name, values in (known | columns).items():

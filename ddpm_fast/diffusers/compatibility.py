@@ -11,10 +11,10 @@ from torch import nn
 
 from ddpm_fast.diffusers.scheduler_options import (
     Compat,
-    clip_of,
-    kind_of,
-    learned_variance,
-    refuse_subclass,
+    base_class,
+    get_clip,
+    has_learned_variance,
+    reject_subclass,
 )
 from ddpm_fast.utils import checks
 
@@ -22,9 +22,9 @@ _PROCESSORS = (AttnProcessor, AttnProcessor2_0)  # the same attention, computed 
 _LIBRARIES = ("torch.nn.", "diffusers.models.")
 
 
-def check_parts(unet: Any, scheduler: Any, compat: Compat) -> None:
+def check_components(unet: Any, scheduler: Any, compat: Compat) -> None:
     """That the parts of a pipeline are what its chain is known for."""
-    network = unwrapped(unet)
+    network = unwrap(unet)
     kind = type(network)
     if kind is not UNet2DModel:
         raise TypeError(f"unet must be a UNet2DModel; got {kind.__name__}")
@@ -37,10 +37,10 @@ def check_parts(unet: Any, scheduler: Any, compat: Compat) -> None:
         raise ValueError("unet is in training mode, with dropout; call unet.eval() first")
     if network.config.sample_size is None:
         raise ValueError("unet has no sample_size, the size of the images to draw")
-    refuse_subclass(scheduler)
-    kind_of(scheduler)
-    clip_of(scheduler)
-    learned = learned_variance(scheduler)
+    reject_subclass(scheduler)
+    base_class(scheduler)
+    get_clip(scheduler)
+    learned = has_learned_variance(scheduler)
     channels, out = network.config.in_channels, network.config.out_channels
     expected = 2 * channels if learned else channels
     if out != expected:
@@ -50,7 +50,7 @@ def check_parts(unet: Any, scheduler: Any, compat: Compat) -> None:
         )
     if (
         learned
-        and kind_of(scheduler) is not DDPMScheduler
+        and base_class(scheduler) is not DDPMScheduler
         and channels != 3
         and compat == "diffusers"
     ):
@@ -98,6 +98,6 @@ def fingerprint(network: nn.Module) -> tuple[float, ...]:
     return tuple(torch.stack(torch._foreach_norm(weights, 2, torch.float64)).tolist())
 
 
-def unwrapped(unet: Any) -> Any:
+def unwrap(unet: Any) -> Any:
     """The network itself, where torch.compile has wrapped it."""
     return getattr(unet, "_orig_mod", unet)

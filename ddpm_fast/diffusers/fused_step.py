@@ -28,7 +28,7 @@ class TimestepRows(ImmutableTables):
     flags: int
     learned: bool
     threshold: DynamicThreshold | None
-    comes: tuple[bool, ...]
+    in_chain: tuple[bool, ...]
 
     def __init__(self, rows: Tensor, timesteps: list[int], T: int, clip: Clip) -> None:
         by_timestep = torch.full((T, rows.shape[1]), math.nan, dtype=torch.float64, device="cpu")
@@ -50,7 +50,7 @@ class TimestepRows(ImmutableTables):
             flags=int(flags),
             learned=bool(flags & RowFlag.LEARNED),
             threshold=threshold,
-            comes=tuple(t in places for t in range(T)),
+            in_chain=tuple(t in places for t in range(T)),
         )
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -68,7 +68,7 @@ class TimestepRows(ImmutableTables):
         return self._on("first", device, torch.int64)
 
 
-class Where(NamedTuple):
+class StepPosition(NamedTuple):
     """Where in its chain a step is: the timestep, if the host knows it, else one on the device."""
 
     known: int | None
@@ -80,7 +80,7 @@ def fused_step(
     x: Tensor,
     out: Tensor,
     log_variance: Tensor | None,
-    where: Where,
+    where: StepPosition,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """x' and x0 of a step, new tensors like x: one kernel, but for a threshold's quantile.

@@ -19,14 +19,14 @@ from diffusers import (
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ddpm_fast.diffusers.compatibility import check_parts, fingerprint, unwrapped
+from ddpm_fast.diffusers.compatibility import check_components, fingerprint, unwrap
 from ddpm_fast.diffusers.scheduler_base import check_steps
 from ddpm_fast.diffusers.scheduler_options import (
     Compat,
+    base_class,
     check_compat,
-    compat_of,
-    kind_of,
-    options_of,
+    get_compat,
+    get_options,
 )
 from ddpm_fast.diffusers.step_tables import step_table
 from ddpm_fast.engine import AcceleratedUNet, Tuner
@@ -59,11 +59,11 @@ class _Accelerated:
     unet: Any
     scheduler: Any
     settings = Settings()
-    _made: _Made | None = None
+    _compiled: _CompiledPipeline | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: engines and buffers are made anew."""
-        return {name: value for name, value in self.__dict__.items() if name != "_made"}
+        return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
 
     @property
     def chosen(self) -> dict[tuple[int, ...], Choice]:
@@ -102,7 +102,7 @@ class _Accelerated:
                 f"output_type must be one of {', '.join(map(str, OUTPUT_TYPES))};"
                 f" got {output_type!r}"
             )
-        check_parts(self.unet, self.scheduler, self._compat)
+        check_components(self.unet, self.scheduler, self._compat)
         check_steps("num_inference_steps", num_inference_steps, self.scheduler)
         made = self._current()
         noise, seed = self._noise(generator, batch, made.model.device)
@@ -114,7 +114,7 @@ class _Accelerated:
         with bar_of_pipe as bar, no_autocast(made.model.device):
             x = sampler.with_noise(noise).sample(batch, seed=seed, progress=bar)
         if isinstance(noise, GeneratorNoise) and not table.uses_noise:
-            self._draw_in_vain(noise, table, x, **of_step)
+            self._advance_generator(noise, table, x, **of_step)
         images: Any = (x / 2 + 0.5).clamp_(0, 1).to(made.dtype).contiguous()
         if output_type != "pt":
             wide = images.float() if images.dtype == torch.bfloat16 else images
@@ -123,23 +123,23 @@ class _Accelerated:
                 images = cast(Any, self).numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _draw_in_vain(
+    def _advance_generator(
         self, noise: GeneratorNoise, table: StepTable, x: Tensor, eta: float = 0.0, **_: Any
     ) -> None:
         """Leave the generator where the library does, which draws what a factor of 0 meets too."""
-        kind = kind_of(self.scheduler)
+        kind = base_class(self.scheduler)
         for t in table.timesteps.tolist():
             if (kind is DDPMScheduler and t > 0) or eta > 0 or self._sde:
                 noise.draw(x, slice(None), noise.step_dtype)
 
     @property
     def _sde(self) -> bool:
-        return options_of(self.scheduler).get("algorithm_type") == "sde-dpmsolver++"
+        return get_options(self.scheduler).get("algorithm_type") == "sde-dpmsolver++"
 
     @property
     def _compat(self) -> Compat:
         """That of the settings, else of the scheduler, if it has one."""
-        return self.settings.compat or compat_of(self.scheduler)
+        return self.settings.compat or get_compat(self.scheduler)
 
     def _noise(
         self, generator: Any, batch: int, device: torch.device
@@ -163,18 +163,18 @@ class _Accelerated:
             )
         if generator is None:
             generator = _global_generator(device)
-        dtype = unwrapped(self.unet).dtype
+        dtype = unwrap(self.unet).dtype
         found = GeneratorNoise(generator, dtype, torch.float32 if self._sde else dtype)
         for one in generator if isinstance(generator, list | tuple) else [generator]:
             if one.device.type not in ("cpu", device.type):
                 raise ValueError(f"generator must be on the CPU or {device}; got {one.device}")
         return found, 0
 
-    def _current(self) -> _Made:
+    def _current(self) -> _CompiledPipeline:
         """What was made for the network as it is: where it is, in its dtype."""
-        unet = unwrapped(self.unet)
+        unet = unwrap(self.unet)
         steps = self.scheduler.config.num_train_timesteps
-        made, weights = self._made, fingerprint(unet)
+        made, weights = self._compiled, fingerprint(unet)
         if made is not None and made.weights != weights:
             made.model.refresh()
             made.weights = weights
@@ -185,11 +185,13 @@ class _Accelerated:
                 num_timesteps=steps,
                 tuner=self.settings.tuner,
             )
-            made = self._made = _Made((unet, unet.device, unet.dtype, steps), model, weights)
+            made = self._compiled = _CompiledPipeline(
+                (unet, unet.device, unet.dtype, steps), model, weights
+            )
         return made
 
 
-class _Made:
+class _CompiledPipeline:
     """A network made fast, and the sampler of the batch that was drawn last."""
 
     def __init__(self, of: tuple[Any, ...], model: AcceleratedUNet, weights: Any) -> None:
@@ -253,7 +255,7 @@ class FastDDIMPipeline(_Accelerated, DDIMPipeline):
         eta: at least 0; above 1 as long as the variance of a step allows it.
         """
         eta = checks.real("eta", eta, 0, math.inf, "[)")
-        if kind_of(self.scheduler) is not DDIMScheduler:
+        if base_class(self.scheduler) is not DDIMScheduler:
             raise TypeError(
                 f"scheduler must be a DDIMScheduler; got {type(self.scheduler).__name__}"
             )
@@ -274,7 +276,7 @@ _FAST: dict[type, Any] = {DDPMPipeline: FastDDPMPipeline, DDIMPipeline: FastDDIM
 
 def pipeline_of(unet: Any, scheduler: Any) -> FastDDPMPipeline | FastDDIMPipeline:
     """A pipeline of a network and a scheduler. Raises TypeError, ValueError as `accelerate`."""
-    cls = FastDDIMPipeline if kind_of(scheduler) is DDIMScheduler else FastDDPMPipeline
+    cls = FastDDIMPipeline if base_class(scheduler) is DDIMScheduler else FastDDPMPipeline
     return cls(unet=unet, scheduler=scheduler)
 
 
@@ -311,10 +313,10 @@ def accelerate_pipeline(
     settings = Settings(dtype, compat, noise, micro_batch, tuner)
     fast = cls(unet=pipe.unet, scheduler=pipe.scheduler)
     for name, value in pipe.__dict__.items():
-        if name != "_made" and name not in fast.__dict__:
+        if name != "_compiled" and name not in fast.__dict__:
             setattr(fast, name, value)
     fast.settings = settings
-    check_parts(fast.unet, fast.scheduler, fast._compat)
+    check_components(fast.unet, fast.scheduler, fast._compat)
     fast._current()
     return fast
 
@@ -322,9 +324,9 @@ def accelerate_pipeline(
 def _plain(pipe: Any) -> Any:
     """The pipeline of diffusers with the same parts, a scheduler of ours as the library's."""
     scheduler = pipe.scheduler
-    own = getattr(type(scheduler), "fast_of", None)
+    own = getattr(type(scheduler), "replaces", None)
     if own is not None:
-        scheduler = own.from_config(options_of(scheduler))
+        scheduler = own.from_config(get_options(scheduler))
     return _PLAIN[type(pipe)](unet=pipe.unet, scheduler=scheduler)
 
 

@@ -13,9 +13,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ddpm_fast.diffusers.add_noise import ForwardScales
-from ddpm_fast.diffusers.fused_step import TimestepRows, Where
-from ddpm_fast.diffusers.scheduler_options import check_compat, clip_of, kind_of, learned_variance
-from ddpm_fast.diffusers.step_tables import alphas_cumprod, visited
+from ddpm_fast.diffusers.fused_step import StepPosition, TimestepRows
+from ddpm_fast.diffusers.scheduler_options import (
+    base_class,
+    check_compat,
+    get_clip,
+    has_learned_variance,
+)
+from ddpm_fast.diffusers.step_tables import alphas_cumprod, chain_timesteps
 from ddpm_fast.utils import checks
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -23,7 +28,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 _TABLES_KEPT = 8  # of different eta, clipping and dtype
 
 
-class _Kept(NamedTuple):
+class _CachedTables(NamedTuple):
     """What was made of a scheduler, and of what."""
 
     of: tuple[Any, ...]  # the same objects
@@ -40,8 +45,8 @@ def _init_of(kind: Any) -> Callable[..., None]:
         check_compat(compat)
         kind.__init__(self, *args, **options)
         self.register_to_config(compat=compat)
-        kind_of(self)
-        self._kept = None
+        base_class(self)
+        self._cache = None
         self._table("scales", "float32").prepare("cpu")
 
     # What diffusers reads the names of the options from.
@@ -55,31 +60,33 @@ def _init_of(kind: Any) -> Callable[..., None]:
 class FusedScheduler(SchedulerMixin, ConfigMixin):
     """Base of the fast schedulers. diffusers loads those of a module that has its SchedulerMixin.
 
-    fast_of: the scheduler of diffusers that one stands in for.
+    replaces: the scheduler of diffusers that one stands in for.
     """
 
-    fast_of: ClassVar[type]
-    _usual: ClassVar[tuple[Any, ...]] = ()  # what rows are made of, where nothing else is asked for
+    replaces: ClassVar[type]
+    _default_how: ClassVar[
+        tuple[Any, ...]
+    ] = ()  # what rows are made of, where nothing else is asked for
     config: Any
     timesteps: Tensor
     num_inference_steps: int | None
     alphas_cumprod: Tensor
-    _kept: _Kept | None
+    _cache: _CachedTables | None
 
-    def __init_subclass__(cls, fast_of: type | None = None) -> None:
-        if fast_of is not None:
-            cls.fast_of = fast_of
-            cls.__init__ = _init_of(fast_of)  # type: ignore[method-assign]
+    def __init_subclass__(cls, replaces: type | None = None) -> None:
+        if replaces is not None:
+            cls.replaces = replaces
+            cls.__init__ = _init_of(replaces)  # type: ignore[method-assign]
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes along: tables are made anew."""
-        return self.__dict__ | {"_kept": None}
+        return self.__dict__ | {"_cache": None}
 
     @property
     def _corrected(self) -> bool:
         return self.config.compat == "corrected"
 
-    def _look(self) -> _Kept:
+    def _cached(self) -> _CachedTables:
         """What was made of the scheduler, anew where what it was made of has changed since."""
         end = getattr(self, "final_alpha_cumprod", None)
         of = (self.config, self.timesteps, self.alphas_cumprod, end)
@@ -89,19 +96,19 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         )
         if not torch.compiler.is_compiling():
             like += tuple(_version(x) for x in (self.timesteps, self.alphas_cumprod))
-        kept = self._kept
+        kept = self._cache
         if (
             kept is None
             or kept.like[: len(like)] != like
             or any(a is not b for a, b in zip(kept.of, of, strict=True))
         ):
             chain = [int(t) for t in self.timesteps.tolist()]
-            kept = self._kept = _Kept(of, like, chain, learned_variance(self), {})
+            kept = self._cache = _CachedTables(of, like, chain, has_learned_variance(self), {})
         return kept
 
     def _table(self, name: str, *how: Any) -> Any:
         """What `_make` makes of the scheduler as it is, kept for as long as it stays so."""
-        tables, key = self._look().tables, (name, *how)
+        tables, key = self._cached().tables, (name, *how)
         table = tables.get(key)
         if table is None:
             table = self._make(name, *how)
@@ -126,20 +133,22 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
             # Tables are made on the host, of tensors that training may read as well.
             with torch.device("cpu"), torch.inference_mode(False):
                 set_timesteps()
-                self.timesteps = torch.tensor(visited(self, self._corrected), dtype=torch.int64)
+                self.timesteps = torch.tensor(
+                    chain_timesteps(self, self._corrected), dtype=torch.int64
+                )
                 # A compiled caller finds them made.
                 self._table("scales", "float32").prepare(device)
-                self._table("rows", *self._usual).prepare(device)
-                kept, self.timesteps = self._look(), self.timesteps.to(device)
+                self._table("rows", *self._default_how).prepare(device)
+                kept, self.timesteps = self._cached(), self.timesteps.to(device)
                 of = (kept.of[0], self.timesteps, *kept.of[2:])
                 like = (*kept.like[:2], _version(self.timesteps), *kept.like[3:])
-                self._kept = kept._replace(of=of, like=like)
+                self._cache = kept._replace(of=of, like=like)
         except BaseException:
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
 
-    def _where(self, timestep: Any, rows: TimestepRows, sample: Tensor) -> Where:
+    def _position(self, timestep: Any, rows: TimestepRows, sample: Tensor) -> StepPosition:
         """Where a step is, without waiting for a GPU.
 
         A timestep that came out of ``self.timesteps`` is known by its place in there.
@@ -148,17 +157,17 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
             if timestep.dtype not in (torch.int64, torch.int32):
                 got = checks.dtype_name(timestep.dtype)
                 raise TypeError(f"timestep must be an int or an int64 or int32 tensor; got {got}")
-            known = None if torch.compiler.is_compiling() else self._known(timestep)
+            known = None if torch.compiler.is_compiling() else self._host_value(timestep)
             if known is None:
                 at = timestep.to(sample.device, torch.int64, non_blocking=True)
-                return Where(None, checks.index("timestep", at, sample, len(rows.comes)))
+                return StepPosition(None, checks.index("timestep", at, sample, len(rows.in_chain)))
             timestep = known
-        t = checks.integer("timestep", timestep, 0, len(rows.comes))
-        if not rows.comes[t]:
+        t = checks.integer("timestep", timestep, 0, len(rows.in_chain))
+        if not rows.in_chain[t]:
             raise ValueError(f"timestep must be one of scheduler.timesteps; got {t}")
-        return Where(t, None)
+        return StepPosition(t, None)
 
-    def _known(self, timestep: Tensor) -> int | None:
+    def _host_value(self, timestep: Tensor) -> int | None:
         """The value of a timestep, where that can be told without waiting for a GPU."""
         if timestep.numel() != 1:
             return None
@@ -172,11 +181,11 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
             return None
         stride = max(chain.stride(0), 1)
         place, rest = divmod(int(timestep.storage_offset() - chain.storage_offset()), stride)
-        values = self._look().chain
+        values = self._cached().chain
         return values[place] if rest == 0 and 0 <= place < len(values) else None
 
     def _by_timestep(self, rows: Tensor, timesteps: list[int]) -> TimestepRows:
-        return TimestepRows(rows, timesteps, len(self.alphas_cumprod), clip_of(self))
+        return TimestepRows(rows, timesteps, len(self.alphas_cumprod), get_clip(self))
 
     def _noise(self, out: Tensor, generator: Generators) -> Tensor:
         """Standard normals like the prediction, in the library's order of draws."""

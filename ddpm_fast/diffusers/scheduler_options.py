@@ -80,13 +80,13 @@ def check_compat(compat: Any) -> Compat:
     return compat
 
 
-def kind_of(scheduler: Any) -> type:
+def base_class(scheduler: Any) -> type:
     """The class of diffusers whose steps a scheduler takes.
 
     Raises TypeError for another scheduler, ValueError for an option that is not supported.
     """
     base = _base(scheduler)
-    for name, value in options_of(scheduler).items():
+    for name, value in get_options(scheduler).items():
         accepted = _ACCEPTED[base].get(name, (_defaults(base)[name],))
         if accepted and value not in accepted:
             raise ValueError(
@@ -96,28 +96,28 @@ def kind_of(scheduler: Any) -> type:
     return base
 
 
-def refuse_subclass(scheduler: Any) -> None:
+def reject_subclass(scheduler: Any) -> None:
     """That a scheduler steps as its class is known to. Raises TypeError."""
     kind = type(scheduler)
-    if kind not in _ACCEPTED and "fast_of" not in vars(kind):
+    if kind not in _ACCEPTED and "replaces" not in vars(kind):
         raise TypeError(
             f"scheduler must be one of {', '.join(k.__name__ for k in _ACCEPTED)}, or one of ours;"
             f" got {kind.__name__}, whose own steps are not known"
         )
 
 
-def options_of(scheduler: Any) -> dict[str, Any]:
+def get_options(scheduler: Any) -> dict[str, Any]:
     """The options of a scheduler's own class: a configuration may hold those of others too."""
     return {name: scheduler.config[name] for name in _defaults(_base(scheduler))}
 
 
-def compat_of(scheduler: Any) -> Compat:
+def get_compat(scheduler: Any) -> Compat:
     """What a scheduler of ours was made with; "diffusers" for the library's."""
-    return scheduler.config.compat if hasattr(type(scheduler), "fast_of") else "diffusers"
+    return scheduler.config.compat if hasattr(type(scheduler), "replaces") else "diffusers"
 
 
 def _base(scheduler: Any) -> type:
-    base = getattr(type(scheduler), "fast_of", type(scheduler))
+    base = getattr(type(scheduler), "replaces", type(scheduler))
     if base not in _ACCEPTED:
         accepted = ", ".join(kind.__name__ for kind in _ACCEPTED)
         raise TypeError(f"scheduler must be one of {accepted}; got {type(scheduler).__name__}")
@@ -130,19 +130,19 @@ def _defaults(base: Any) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in parameters}
 
 
-def prediction_of(scheduler: Any) -> Prediction:
+def get_prediction(scheduler: Any) -> Prediction:
     """What a scheduler's network returns: "epsilon", "x0" or "v"."""
     return cast(Prediction, PREDICTIONS[scheduler.config.prediction_type])
 
 
-def learned_variance(scheduler: Any) -> bool:
+def has_learned_variance(scheduler: Any) -> bool:
     """Whether a scheduler's network returns a variance beside its prediction."""
-    return options_of(scheduler).get("variance_type") in ("learned", "learned_range")
+    return get_options(scheduler).get("variance_type") in ("learned", "learned_range")
 
 
-def clip_of(scheduler: Any) -> Clip:
+def get_clip(scheduler: Any) -> Clip:
     """What a step does to x0: thresholding comes before clip_sample, which not all have."""
-    config = options_of(scheduler)
+    config = get_options(scheduler)
     if config["thresholding"]:
         quantile, cap = config["dynamic_thresholding_ratio"], config["sample_max_value"]
         return DynamicThreshold(
@@ -159,5 +159,5 @@ def exact_schedule(scheduler: Any) -> NoiseSchedule:
 
     Raises ValueError for one that `NoiseSchedule` does not have.
     """
-    kind = kind_of(scheduler)
-    return parse_scheduler(options_of(scheduler) | {"_class_name": kind.__name__}).schedule
+    kind = base_class(scheduler)
+    return parse_scheduler(get_options(scheduler) | {"_class_name": kind.__name__}).schedule

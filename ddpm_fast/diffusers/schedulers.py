@@ -12,13 +12,17 @@ from torch import Tensor
 
 from ddpm_fast.diffusers.fused_step import TimestepRows, fused_step, step_tensors
 from ddpm_fast.diffusers.scheduler_base import FusedScheduler, Generators, check_steps
-from ddpm_fast.diffusers.step_tables import ddim_rows_of, ddpm_rows_of, visited
+from ddpm_fast.diffusers.step_tables import (
+    chain_timesteps,
+    ddim_scheduler_rows,
+    ddpm_scheduler_rows,
+)
 from ddpm_fast.utils import checks
 
 __all__ = ["FastDDIMScheduler", "FastDDPMScheduler", "SchedulerMixin"]  # what diffusers looks for
 
 
-class FastDDPMScheduler(FusedScheduler, DDPMScheduler, fast_of=DDPMScheduler):
+class FastDDPMScheduler(FusedScheduler, DDPMScheduler, replaces=DDPMScheduler):
     """diffusers' DDPMScheduler whose `step` is one fused kernel and waits for nothing.
 
     Options, attributes and methods are the library's; a configuration of either loads into the
@@ -61,9 +65,9 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler, fast_of=DDPMScheduler):
         if not (self.custom_timesteps or self.num_inference_steps):
             return timestep - 1
         following = torch.cat([self.timesteps[1:], self.timesteps.new_full((1,), -1)])
-        known = self._known(timestep) if isinstance(timestep, Tensor) else int(timestep)
+        known = self._host_value(timestep) if isinstance(timestep, Tensor) else int(timestep)
         if known is not None:
-            chain = self._look().chain
+            chain = self._cached().chain
             if known not in chain:
                 raise ValueError(f"timestep must be one of scheduler.timesteps; got {known}")
             return following[chain.index(known)]
@@ -94,8 +98,8 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler, fast_of=DDPMScheduler):
         backend. Raises TypeError, ValueError naming the argument.
         """
         rows = self._table("rows")
-        x, out, v = step_tensors(sample, model_output, self._look().learned)
-        where = self._where(timestep, rows, x)
+        x, out, v = step_tensors(sample, model_output, self._cached().learned)
+        where = self._position(timestep, rows, x)
         noise = None
         if where.known is None or where.known > 0:
             noise = self._noise(out, generator)
@@ -109,19 +113,21 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler, fast_of=DDPMScheduler):
     def _make_rows(self) -> TimestepRows:
         of_chain = self.custom_timesteps or self.num_inference_steps
         timesteps = (
-            visited(self, self._corrected) if of_chain else [*range(len(self.alphas_cumprod))]
+            chain_timesteps(self, self._corrected)
+            if of_chain
+            else [*range(len(self.alphas_cumprod))]
         )
-        rows = ddpm_rows_of(self, timesteps, self._corrected)
+        rows = ddpm_scheduler_rows(self, timesteps, self._corrected)
         return self._by_timestep(rows, timesteps)
 
 
-class FastDDIMScheduler(FusedScheduler, DDIMScheduler, fast_of=DDIMScheduler):
+class FastDDIMScheduler(FusedScheduler, DDIMScheduler, replaces=DDIMScheduler):
     """diffusers' DDIMScheduler whose `step` is one fused kernel and waits for nothing.
 
     As `FastDDPMScheduler`.
     """
 
-    _usual = (0.0, False)
+    _default_how = (0.0, False)
 
     def set_timesteps(
         self, num_inference_steps: int, device: torch.device | str | None = None
@@ -155,7 +161,7 @@ class FastDDIMScheduler(FusedScheduler, DDIMScheduler, fast_of=DDIMScheduler):
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
         rows = self._table("rows", float(eta), bool(use_clipped_model_output))
         x, out, _ = step_tensors(sample, model_output, False)
-        where = self._where(timestep, rows, x)
+        where = self._position(timestep, rows, x)
         noise = None
         if eta > 0:
             if variance_noise is not None and generator is not None:
@@ -171,6 +177,6 @@ class FastDDIMScheduler(FusedScheduler, DDIMScheduler, fast_of=DDIMScheduler):
     def _make_rows(self, eta: float, use_clipped_model_output: bool) -> TimestepRows:
         timesteps = [*range(len(self.alphas_cumprod))]
         if self._corrected:
-            timesteps = visited(self, True)
-        rows = ddim_rows_of(self, timesteps, eta, use_clipped_model_output, self._corrected)
+            timesteps = chain_timesteps(self, True)
+        rows = ddim_scheduler_rows(self, timesteps, eta, use_clipped_model_output, self._corrected)
         return self._by_timestep(rows, timesteps)

@@ -9,16 +9,16 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from ddpm_fast.diffusers.coefficients import Levels, ddim_rows, ddpm_rows
+from ddpm_fast.diffusers.coefficients import ddim_rows, ddpm_rows, noise_levels
 from ddpm_fast.diffusers.scheduler_options import (
     Compat,
+    base_class,
     check_compat,
-    clip_of,
     exact_schedule,
-    kind_of,
-    options_of,
-    prediction_of,
-    refuse_subclass,
+    get_clip,
+    get_options,
+    get_prediction,
+    reject_subclass,
 )
 from ddpm_fast.diffusion.noise_levels import NoiseLevels
 from ddpm_fast.diffusion.thresholding import threshold_from_clip
@@ -48,20 +48,22 @@ def step_table(
     scheduler that has none, timesteps outside of the schedule, and coefficients of the library's
     that are not finite; each is named.
     """
-    refuse_subclass(scheduler)
-    kind = kind_of(scheduler)
+    reject_subclass(scheduler)
+    kind = base_class(scheduler)
     corrected = check_compat(compat) == "corrected"
     if kind is not DDIMScheduler and (eta or use_clipped_model_output):
         raise ValueError(
             f"eta and use_clipped_model_output are for DDIMScheduler; got {kind.__name__}"
         )
     if kind in (DDPMScheduler, DDIMScheduler):
-        timesteps = visited(scheduler, corrected)
+        timesteps = chain_timesteps(scheduler, corrected)
         if kind is DDPMScheduler:
             _refuse_learned(scheduler, corrected)
-            rows = ddpm_rows_of(scheduler, timesteps, corrected)
+            rows = ddpm_scheduler_rows(scheduler, timesteps, corrected)
         else:
-            rows = ddim_rows_of(scheduler, timesteps, eta, use_clipped_model_output, corrected)
+            rows = ddim_scheduler_rows(
+                scheduler, timesteps, eta, use_clipped_model_output, corrected
+            )
         always = kind is DDIMScheduler
     else:
         rows, timesteps = _multistep(scheduler, kind, corrected)
@@ -70,14 +72,14 @@ def step_table(
     return StepTable(
         rows,
         timesteps,
-        prediction_of(scheduler),
+        get_prediction(scheduler),
         name=kind.__name__,
         draws_always=always,
-        threshold=threshold_from_clip(clip_of(scheduler)),
+        threshold=threshold_from_clip(get_clip(scheduler)),
     )
 
 
-def visited(scheduler: Any, corrected: bool) -> list[int]:
+def chain_timesteps(scheduler: Any, corrected: bool) -> list[int]:
     """The timesteps of a chain, first step first.
 
     corrected: without the one below 0 that rounding adds to some trailing spacings, and without
@@ -108,7 +110,7 @@ def alphas_cumprod(scheduler: Any, corrected: bool) -> Tensor:
 def _chain_levels(scheduler: Any, corrected: bool) -> Tensor:
     """`alphas_cumprod` for the steps of a chain. Raises ValueError where none would be right."""
     abar = alphas_cumprod(scheduler, corrected)
-    if corrected and float(abar[-1]) == 0 and prediction_of(scheduler) == "epsilon":
+    if corrected and float(abar[-1]) == 0 and get_prediction(scheduler) == "epsilon":
         raise ValueError(
             "prediction_type must be 'sample' or 'v_prediction' with rescale_betas_zero_snr, where"
             " alphas_cumprod ends at 0; got 'epsilon'"
@@ -116,32 +118,33 @@ def _chain_levels(scheduler: Any, corrected: bool) -> Tensor:
     return abar
 
 
-def _levels(abar: Tensor, timesteps: list[int], following: list[int], end: Tensor) -> Levels:
-    """Of steps from timesteps to the following ones, where -1 is the level ``end``."""
-    lead = torch.tensor(following, device="cpu")
-    return Levels(abar[timesteps], torch.where(lead >= 0, abar[lead.clamp(min=0)], end))
+def _levels(
+    scheduler: Any, abar: Tensor, timesteps: list[int], next_timesteps: list[int], end: Tensor
+) -> NoiseLevels:
+    """Noise levels of steps from timesteps to the next ones, where -1 is the level `end`."""
+    after = torch.tensor(next_timesteps, device="cpu")
+    abar_prev = torch.where(after >= 0, abar[after.clamp(min=0)], end)
+    return noise_levels(timesteps, get_prediction(scheduler), abar[timesteps], abar_prev)
 
 
-def ddpm_rows_of(scheduler: Any, timesteps: list[int], corrected: bool) -> Tensor:
+def ddpm_scheduler_rows(scheduler: Any, timesteps: list[int], corrected: bool) -> Tensor:
     """Rows for DDPMScheduler's steps at these timesteps of its chain."""
     abar = _chain_levels(scheduler, corrected)
-    lead = {t: t - 1 for t in timesteps}
+    next_of = {t: t - 1 for t in timesteps}
     if scheduler.custom_timesteps or scheduler.num_inference_steps:
-        chain = visited(scheduler, corrected)
-        lead = dict(zip(chain, [*chain[1:], -1], strict=True))
-    following = [lead[t] for t in timesteps]
-    levels = _levels(abar, timesteps, following, abar.new_ones(()))
+        chain = chain_timesteps(scheduler, corrected)
+        next_of = dict(zip(chain, [*chain[1:], -1], strict=True))
+    next_timesteps = [next_of[t] for t in timesteps]
+    levels = _levels(scheduler, abar, timesteps, next_timesteps, abar.new_ones(()))
     # The library adds noise wherever t > 0, after the last step of a chain too.
-    noisy = torch.tensor(following if corrected else timesteps, device="cpu") > (
+    noisy = torch.tensor(next_timesteps if corrected else timesteps, device="cpu") > (
         -1 if corrected else 0
     )
     variance = scheduler.variance_type
-    return ddpm_rows(
-        levels, noisy, prediction_of(scheduler), clip_of(scheduler), variance, corrected
-    )
+    return ddpm_rows(levels, noisy, get_clip(scheduler), variance, corrected)
 
 
-def ddim_rows_of(
+def ddim_scheduler_rows(
     scheduler: Any,
     timesteps: list[int],
     eta: float,
@@ -151,25 +154,23 @@ def ddim_rows_of(
     """Rows for DDIMScheduler's steps at these timesteps, of its chain where corrected."""
     abar, config = _chain_levels(scheduler, corrected), scheduler.config
     if corrected:
-        chain = visited(scheduler, corrected)
-        lead = dict(zip(chain, [*chain[1:], -1], strict=True))
-        following = [lead[t] for t in timesteps]
+        chain = chain_timesteps(scheduler, corrected)
+        next_of = dict(zip(chain, [*chain[1:], -1], strict=True))
+        next_timesteps = [next_of[t] for t in timesteps]
         end = abar.new_ones(()) if config.set_alpha_to_one else abar[0]
     else:
         stride = config.num_train_timesteps // scheduler.num_inference_steps
-        following = [t - stride for t in timesteps]
+        next_timesteps = [t - stride for t in timesteps]
         end = scheduler.final_alpha_cumprod.detach().cpu()
-    levels = _levels(abar, timesteps, following, end)
-    return ddim_rows(
-        levels, prediction_of(scheduler), clip_of(scheduler), eta, bool(use_clipped_model_output)
-    )
+    levels = _levels(scheduler, abar, timesteps, next_timesteps, end)
+    return ddim_rows(levels, get_clip(scheduler), eta, bool(use_clipped_model_output))
 
 
 def _multistep(scheduler: Any, kind: type, corrected: bool) -> tuple[Tensor, list[int]]:
     """Rows and timesteps of DPMSolverMultistepScheduler and UniPCMultistepScheduler."""
-    config, options = scheduler.config, options_of(scheduler)
-    timesteps = visited(scheduler, corrected)
-    prediction, clip = prediction_of(scheduler), clip_of(scheduler)
+    config, options = scheduler.config, get_options(scheduler)
+    timesteps = chain_timesteps(scheduler, corrected)
+    prediction, clip = get_prediction(scheduler), get_clip(scheduler)
     own_sigmas = any(
         options.get(f"use_{name}")
         for name in ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")
@@ -180,7 +181,7 @@ def _multistep(scheduler: Any, kind: type, corrected: bool) -> tuple[Tensor, lis
             c.abar_prev[-1] = alphas_cumprod(scheduler, corrected)[0]
             c = replace(c, one_minus_abar_prev=1 - c.abar_prev)
     else:
-        timesteps = visited(scheduler, False)
+        timesteps = chain_timesteps(scheduler, False)
         c = NoiseLevels.from_sigmas(timesteps, scheduler.sigmas.double(), prediction)
     h = half_logsnr_steps(c)
     if kind is UniPCMultistepScheduler:
@@ -217,6 +218,6 @@ def _check_finite(scheduler: Any, rows: Tensor, timesteps: list[int]) -> None:
     if bad.any():
         raise ValueError(
             f"scheduler: diffusers' coefficients are not finite at timestep"
-            f" {timesteps[int(bad.nonzero()[0])]} with {options_of(scheduler)}; compat='corrected'"
+            f" {timesteps[int(bad.nonzero()[0])]} with {get_options(scheduler)}; compat='corrected'"
             " has those of the papers, where there are any"
         )

@@ -20,7 +20,7 @@ from ddpm_fast.engine.plan.memory import Lifetime, plan_offsets
 from ddpm_fast.engine.plan.operations import Program
 from ddpm_fast.engine.plan.report import EnginePlan, describe
 from ddpm_fast.models import UNet
-from ddpm_fast.models.inputs import refuse_labels
+from ddpm_fast.models.inputs import reject_labels
 from ddpm_fast.ops import unavailable_reason
 from ddpm_fast.ops.aten import no_autocast
 from ddpm_fast.ops.dispatch import BACKENDS
@@ -281,7 +281,7 @@ class _Labels:
     def __call__(self, x: Tensor, labels: Tensor | None) -> Tensor | None:
         if self._network is not None:
             return self._network.embed_labels(self._embedding, x, labels)
-        refuse_labels(labels)
+        reject_labels(labels)
         return None
 
 

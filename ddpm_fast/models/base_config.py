@@ -19,7 +19,7 @@ def is_finite(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class NetworkOptions:
+class NetworkConfig:
     """Base of the configs. `_network` is what their errors call the network."""
 
     _network: ClassVar[str]
@@ -35,7 +35,7 @@ class NetworkOptions:
         given = {key: value for key, value in options.items() if not key.startswith("_")}
         unknown = sorted(set(given) - known)
         if unknown:
-            cls._refuse(unknown[0], given[unknown[0]], ", ".join(sorted(known)))
+            cls._reject(unknown[0], given[unknown[0]], ", ".join(sorted(known)))
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,23 +44,23 @@ class NetworkOptions:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
-    def _refuse(cls, option: str, value: object, accepted: str) -> NoReturn:
+    def _reject(cls, option: str, value: object, accepted: str) -> NoReturn:
         reason = f"is not supported; accepted: {accepted}"
         raise ValueError(f"{cls._network} option {option}={value!r} {reason}")
 
-    def _keep_as_tuples(self, *names: str) -> None:
+    def _lists_to_tuples(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
 
     @classmethod
-    def _sides(cls, size: Any) -> tuple[int, int] | None:
+    def _height_width(cls, size: Any) -> tuple[int, int] | None:
         """Height and width of the option sample_size, or None for None, after a check."""
         if size is None:
             return None
         sides = size if isinstance(size, tuple) else (size, size)
         if len(sides) != 2 or not all(is_integer(side, 1) for side in sides):
             accepted = "None, an integer >= 1 or two of them (height, width)"
-            cls._refuse("sample_size", size, accepted)
+            cls._reject("sample_size", size, accepted)
         return sides

@@ -29,7 +29,7 @@ def check_images(x: Any, channels: int, multiple: int, device: torch.device) -> 
         raise ValueError(f"x must be a tensor on {device}; got {checks.describe(x)}")
 
 
-def timesteps_of(x: Tensor, t: Tensor | int) -> Tensor:
+def as_timesteps(x: Tensor, t: Tensor | int) -> Tensor:
     """The timesteps of a batch x, int64: [N], or [1] where all of it shares one.
 
     Raises:
@@ -92,7 +92,7 @@ def check_label_range(labels: Tensor, classes: int) -> None:
         raise ValueError(f"class_labels must be in [0, {classes - 1}]; got {int(outside[0])}")
 
 
-def refuse_labels(labels: Any) -> None:
+def reject_labels(labels: Any) -> None:
     """Raises ValueError for labels that a network without classes was given."""
     if labels is not None:
         raise ValueError(

@@ -15,34 +15,37 @@ AnyUNet = UNet | ThesisUNet
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A class of networks.
+class NetworkKind:
+    """Class of networks that a checkpoint can hold.
 
-    name: in config.json, and behind `library` in model_index.json. config: reads and writes the
-    options. build: a network of such options. own_key: a weight that all of them have, and none of
-    another class.
+    Attributes:
+        name: Class name in config.json and in model_index.json.
+        library: Library in model_index.json.
+        config: Class of the configuration.
+        build: Makes a network from a configuration.
+        marker_key: Key of a weight that every network of the class has, and no other class.
     """
 
     name: str
     library: str
     config: type[UNetConfig] | type[ThesisUNetConfig]
     build: Callable[[Any], AnyUNet]
-    own_key: str
+    marker_key: str
 
 
-UNET = Kind("UNet2DModel", "diffusers", UNetConfig, UNet, "conv_in.weight")
-THESIS_UNET = Kind(
+UNET = NetworkKind("UNet2DModel", "diffusers", UNetConfig, UNet, "conv_in.weight")
+THESIS_UNET = NetworkKind(
     "ThesisUNet", "ddpm_fast", ThesisUNetConfig, ThesisUNet, "downsampling.0.conv1.weight"
 )
-KINDS = (UNET, THESIS_UNET)
+NETWORK_KINDS = (UNET, THESIS_UNET)
 
 
-def kind_named(name: object) -> Kind | None:
+def find_kind(name: object) -> NetworkKind | None:
     """The kind that files call `name`; None for another name."""
-    return next((kind for kind in KINDS if kind.name == name), None)
+    return next((kind for kind in NETWORK_KINDS if kind.name == name), None)
 
 
-def kind_of(unet: object) -> Kind:
+def network_kind(unet: object) -> NetworkKind:
     """The kind of a network. Raises TypeError for what is none."""
     if isinstance(unet, UNet):
         return UNET

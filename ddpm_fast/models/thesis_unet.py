@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_fast.models.inputs import (
+    as_timesteps,
     check_images,
     check_label_range,
     check_labels,
-    refuse_labels,
-    timesteps_of,
+    reject_labels,
 )
 from ddpm_fast.models.thesis_unet_config import ThesisUNetConfig
 from ddpm_fast.models.unet import Sinusoid
@@ -125,9 +125,9 @@ class ThesisUNet(nn.Module):
                 to a network that takes none.
         """
         check_images(x, self.config.img_channels, self.config.size_multiple, self.device)
-        time = self.time_embedding(timesteps_of(x, t)).to(self.dtype)
+        time = self.time_embedding(as_timesteps(x, t)).to(self.dtype)
         if self.config.num_classes is None:
-            refuse_labels(class_labels)
+            reject_labels(class_labels)
         else:
             check_label_range(check_labels(x, class_labels), self.config.num_classes)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ddpm_fast.models.base_config import NetworkOptions, is_integer
+from ddpm_fast.models.base_config import NetworkConfig, is_integer
 
 
 @dataclass(frozen=True)
-class ThesisUNetConfig(NetworkOptions):
+class ThesisUNetConfig(NetworkConfig):
     """Options of `ThesisUNet`; the defaults are the thesis', of `norm` and what follows ours.
 
     Sequences may be given as lists and are kept as tuples. img_channels: of the image, in and out.
@@ -34,17 +34,17 @@ class ThesisUNetConfig(NetworkOptions):
     norm_num_groups: int = 4
 
     def __post_init__(self) -> None:
-        self._keep_as_tuples("sequence_channels", "sample_size")
+        self._lists_to_tuples("sequence_channels", "sample_size")
         for name, least in (("img_channels", 1), ("time_embedding_dims", 4)):
             if not is_integer(getattr(self, name), least):
-                self._refuse(name, getattr(self, name), f"an integer >= {least}")
+                self._reject(name, getattr(self, name), f"an integer >= {least}")
         if self.num_classes is not None and not is_integer(self.num_classes, 1):
-            self._refuse("num_classes", self.num_classes, "None or an integer >= 1")
+            self._reject("num_classes", self.num_classes, "None or an integer >= 1")
         if self.norm not in ("group", None):
-            self._refuse("norm", self.norm, "'group', None")
+            self._reject("norm", self.norm, "'group', None")
         groups, channels = self.norm_num_groups, self.sequence_channels
         if not is_integer(groups, 1):
-            self._refuse("norm_num_groups", groups, "an integer >= 1")
+            self._reject("norm_num_groups", groups, "an integer >= 1")
         multiple = 1 if self.norm is None else groups
         if (
             not isinstance(channels, tuple)
@@ -52,13 +52,13 @@ class ThesisUNetConfig(NetworkOptions):
             or not all(is_integer(c, 1) and c % multiple == 0 for c in channels)
         ):
             of = "integers >= 1" if self.norm is None else f"multiples of norm_num_groups={groups}"
-            self._refuse("sequence_channels", channels, f"two or more {of}")
-        sides = self._sides(self.sample_size)
+            self._reject("sequence_channels", channels, f"two or more {of}")
+        sides = self._height_width(self.sample_size)
         if sides is not None and any(side % self.size_multiple for side in sides):
             accepted = (
                 f"None or multiples of {self.size_multiple}, for {len(channels) - 1} halvings"
             )
-            self._refuse("sample_size", self.sample_size, accepted)
+            self._reject("sample_size", self.sample_size, accepted)
 
     @property
     def in_channels(self) -> int:
@@ -73,7 +73,7 @@ class ThesisUNetConfig(NetworkOptions):
     @property
     def sample_shape(self) -> tuple[int, int, int] | None:
         """(C, H, W) of an input image; None without a sample_size."""
-        sides = self._sides(self.sample_size)
+        sides = self._height_width(self.sample_size)
         return None if sides is None else (self.img_channels, *sides)
 
     @property

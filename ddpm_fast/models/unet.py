@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm_fast.models.inputs import (
+    as_timesteps,
     check_images,
     check_label_range,
     check_labels,
-    refuse_labels,
-    timesteps_of,
+    reject_labels,
 )
 from ddpm_fast.models.unet_blocks import (
     Attention,
@@ -139,11 +139,11 @@ class UNet(nn.Module):
                 to a network that takes none.
         """
         check_images(x, self.config.in_channels, self.config.size_multiple, self.device)
-        emb = self.time_embedding(self.time_proj(timesteps_of(x, t)).to(self.dtype))
+        emb = self.time_embedding(self.time_proj(as_timesteps(x, t)).to(self.dtype))
         if self.class_embedding is not None:
             emb = emb + self.embed_labels(self.class_embedding, x, class_labels)
         else:
-            refuse_labels(class_labels)
+            reject_labels(class_labels)
 
         h = x.to(self.dtype, memory_format=torch.channels_last)
         if self.config.center_input_sample:

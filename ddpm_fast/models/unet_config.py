@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm_fast.models.base_config import NetworkOptions, is_finite, is_integer
+from ddpm_fast.models.base_config import NetworkConfig, is_finite, is_integer
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
@@ -32,7 +32,7 @@ _BOOLS = ("center_input_sample", "flip_sin_to_cos", "add_attention")
 
 
 @dataclass(frozen=True)
-class UNetConfig(NetworkOptions):
+class UNetConfig(NetworkConfig):
     """Options of `UNet`; names, meanings and defaults are those of diffusers' UNet2DModel.
 
     Sequences may be given as lists and are kept as tuples. `attention_head_dim` is the width of
@@ -89,7 +89,7 @@ class UNetConfig(NetworkOptions):
     num_train_timesteps: int | None = None
 
     def __post_init__(self) -> None:
-        self._keep_as_tuples(
+        self._lists_to_tuples(
             "sample_size", "down_block_types", "up_block_types", "block_out_channels"
         )
         self._check_scalars()
@@ -99,26 +99,26 @@ class UNetConfig(NetworkOptions):
         for name, accepted in _CHOICES.items():
             value = getattr(self, name)
             if not any(value == one and type(value) is type(one) for one in accepted):
-                self._refuse(name, value, ", ".join(map(repr, accepted)))
+                self._reject(name, value, ", ".join(map(repr, accepted)))
         for name in _POSITIVE_INTS:
             value = getattr(self, name)
             if not is_integer(value, 1):
-                self._refuse(name, value, "an integer >= 1")
+                self._reject(name, value, "an integer >= 1")
         for name in _OPTIONAL_POSITIVE_INTS:
             value = getattr(self, name)
             if value is not None and not is_integer(value, 1):
-                self._refuse(name, value, "None or an integer >= 1")
+                self._reject(name, value, "None or an integer >= 1")
         for name in _BOOLS:
             value = getattr(self, name)
             if not isinstance(value, bool):
-                self._refuse(name, value, "True or False")
-        self._sides(self.sample_size)
+                self._reject(name, value, "True or False")
+        self._height_width(self.sample_size)
         if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
-            self._refuse("dropout", self.dropout, "a number in [0, 1)")
+            self._reject("dropout", self.dropout, "a number in [0, 1)")
         for name in ("norm_eps", "mid_block_scale_factor"):
             value = getattr(self, name)
             if not is_finite(value) or value <= 0:
-                self._refuse(name, value, "a finite number > 0")
+                self._reject(name, value, "a finite number > 0")
 
     def _check_levels(self) -> None:
         channels = self.block_out_channels
@@ -127,7 +127,7 @@ class UNetConfig(NetworkOptions):
             or not channels
             or not all(is_integer(c, 1) and c % self.norm_num_groups == 0 for c in channels)
         ):
-            self._refuse(
+            self._reject(
                 "block_out_channels",
                 channels,
                 f"one or more multiples of norm_num_groups={self.norm_num_groups}",
@@ -135,18 +135,18 @@ class UNetConfig(NetworkOptions):
         for name, accepted in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             types = getattr(self, name)
             if not isinstance(types, tuple) or any(kind not in accepted for kind in types):
-                self._refuse(name, types, "a sequence of " + ", ".join(accepted))
+                self._reject(name, types, "a sequence of " + ", ".join(accepted))
             if len(types) != len(channels):
-                self._refuse(name, types, f"{len(channels)} entries, as many as block_out_channels")
+                self._reject(name, types, f"{len(channels)} entries, as many as block_out_channels")
         shift, end = self.freq_shift, max(1, channels[0] // 2)
         if not is_integer(shift, 0) or shift >= end:
-            self._refuse("freq_shift", shift, f"an integer in [0, {end})")
+            self._reject("freq_shift", shift, f"an integer in [0, {end})")
         groups = self.attn_norm_num_groups
         if groups is not None and channels[-1] % groups != 0:
-            self._refuse("attn_norm_num_groups", groups, f"a divisor of {channels[-1]}")
+            self._reject("attn_norm_num_groups", groups, f"a divisor of {channels[-1]}")
         head, attended = self.attention_head_dim, self._attended_channels()
         if head is not None and attended and head > min(attended):
-            self._refuse(
+            self._reject(
                 "attention_head_dim", head, f"at most {min(attended)}, the narrowest attention"
             )
 
@@ -168,7 +168,7 @@ class UNetConfig(NetworkOptions):
     @property
     def sample_shape(self) -> tuple[int, int, int] | None:
         """(C, H, W) of an input image; None without a sample_size."""
-        sides = self._sides(self.sample_size)
+        sides = self._height_width(self.sample_size)
         return None if sides is None else (self.in_channels, *sides)
 
     @property

@@ -164,7 +164,7 @@ def test_a_timestep_below_zero(kind):
     right = FAST[kind](timestep_spacing="trailing", compat="corrected")
     right.set_timesteps(61)
     assert right.timesteps.tolist() == theirs.timesteps[:-1].tolist()
-    with pytest.raises(ValueError, match=r"set_timesteps gave -1 .* or compat='corrected'"):
+    with pytest.raises(ValueError, match=r"got -1 from set_timesteps .* or compat='corrected'"):
         FAST[kind](timestep_spacing="trailing").set_timesteps(61)
 
 

@@ -31,14 +31,22 @@ from ddpm_fast.models.checkpoint.scheduler_config import (
     diffusers_scheduler,
     parse_scheduler,
 )
-from ddpm_fast.models.checkpoint.weight_files import (
+from ddpm_fast.models.checkpoint.weights import (
     check_variant,
     find_weights,
     is_weights,
+    read_weights,
     single_name,
+    write_weights,
 )
-from ddpm_fast.models.checkpoint.weights import read_weights, write_weights
-from ddpm_fast.models.registry import KINDS, UNET, AnyUNet, Kind, kind_named, kind_of
+from ddpm_fast.models.registry import (
+    NETWORK_KINDS,
+    UNET,
+    AnyUNet,
+    NetworkKind,
+    find_kind,
+    network_kind,
+)
 from ddpm_fast.utils.files import fsync_path, read_json, replace_directory, write_json
 
 INDEX = "model_index.json"
@@ -176,22 +184,25 @@ def _read_index(path: Path) -> tuple[str, str]:
     if index.get("_class_name") not in _PIPELINES:
         accepted = " or ".join(_PIPELINES)
         raise ValueError(f"{path}: expected a {accepted}, found {index.get('_class_name')!r}")
-    for part, kinds in (("unet", tuple(kind.name for kind in KINDS)), ("scheduler", SCHEDULERS)):
+    for part, kinds in (
+        ("unet", tuple(kind.name for kind in NETWORK_KINDS)),
+        ("scheduler", SCHEDULERS),
+    ):
         entry = index.get(part)
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in kinds:
             raise ValueError(f"{path}: {part} is {entry!r}, expected {' or '.join(kinds)}")
     return index["unet"][1], index["scheduler"][1]
 
 
-def _kind(config: Mapping[str, Any], path: Path, named: str | None) -> Kind:
+def _kind(config: Mapping[str, Any], path: Path, named: str | None) -> NetworkKind:
     """The class of a U-Net's config; `named` is what model_index.json calls it, where there is one.
 
     A config that does not say is what the index names, or a UNet2DModel.
     """
     name = config.get("_class_name", named or UNET.name)
-    kind = kind_named(name)
+    kind = find_kind(name)
     if kind is None:
-        accepted = " or ".join(kind.name for kind in KINDS)
+        accepted = " or ".join(kind.name for kind in NETWORK_KINDS)
         raise ValueError(f"{path}: expected a {accepted}, found {name!r}")
     if named not in (None, name):
         raise ValueError(f"{path}: is the config of a {name}; {INDEX} names a {named}")
@@ -259,7 +270,7 @@ def save(
             not part of a checkpoint, or weights of another variant, which would be lost.
         OSError: the folder cannot be written; the message has the path and the reason.
     """
-    network = kind_of(unet)
+    network = network_kind(unet)
     check_variant(variant)
     if schedule is not None:
         if scheduler_config is not None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ddpm_fast.models.checkpoint.weight_files import FORMATS, is_weights, patterns
+from ddpm_fast.models.checkpoint.weights import FORMATS, is_weights, patterns
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(f"(?:{_PART}/)?{_PART}")

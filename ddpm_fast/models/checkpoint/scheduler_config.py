@@ -121,7 +121,7 @@ class SchedulerOptions:
     steps_offset: int
 
 
-def _refuse(option: str, value: object, accepted: str) -> NoReturn:
+def _reject(option: str, value: object, accepted: str) -> NoReturn:
     raise ValueError(f"scheduler option {option}={value!r} is not supported; accepted: {accepted}")
 
 
@@ -136,12 +136,12 @@ def parse_scheduler(config: Mapping[str, Any]) -> SchedulerOptions:
     """
     name = config.get("_class_name", "DDPMScheduler")
     if name not in SCHEDULERS:
-        _refuse("_class_name", name, ", ".join(SCHEDULERS))
+        _reject("_class_name", name, ", ".join(SCHEDULERS))
     kind = _KINDS[diffusers_scheduler(name)]
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     for option, value in kind.fixed.items():
         if option in given and given.pop(option) != value:
-            _refuse(option, config[option], repr(value))
+            _reject(option, config[option], repr(value))
     read = _DEFAULTS.keys() - set(kind.lacks)
     if unread := sorted(given.keys() - read - set(kind.own)):
         warnings.warn(f"scheduler options ignored: {', '.join(unread)}", stacklevel=2)
@@ -156,17 +156,17 @@ def parse_scheduler(config: Mapping[str, Any]) -> SchedulerOptions:
         options["variance_type"] = _DEFAULTS["variance_type"]
     for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
         if not isinstance(options[name], bool):
-            _refuse(name, options[name], "true or false")
+            _reject(name, options[name], "true or false")
     for name, accepted in (
         ("prediction_type", tuple(PREDICTIONS)),
         ("variance_type", tuple(VARIANCES)),
         ("timestep_spacing", SPACINGS),
     ):
         if options[name] not in accepted:
-            _refuse(name, options[name], ", ".join(accepted))
+            _reject(name, options[name], ", ".join(accepted))
     offset = options["steps_offset"]
     if not isinstance(offset, int) or isinstance(offset, bool) or offset < 0:
-        _refuse("steps_offset", offset, "an integer >= 0")
+        _reject("steps_offset", offset, "an integer >= 0")
     return SchedulerOptions(
         schedule=_schedule(options),
         prediction=PREDICTIONS[options["prediction_type"]],
@@ -184,11 +184,11 @@ def _clip(options: Mapping[str, Any]) -> Clip:
         for name in ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value")
     )
     if not _is_number(bound) or bound <= 0:
-        _refuse("clip_sample_range", bound, "a finite number > 0")
+        _reject("clip_sample_range", bound, "a finite number > 0")
     if not _is_number(ratio) or not 0 < ratio <= 1:
-        _refuse("dynamic_thresholding_ratio", ratio, "a number in (0, 1]")
+        _reject("dynamic_thresholding_ratio", ratio, "a number in (0, 1]")
     if not _is_number(cap) or cap <= 0:
-        _refuse("sample_max_value", cap, "a finite number > 0")
+        _reject("sample_max_value", cap, "a finite number > 0")
     if options["thresholding"]:
         return DynamicThreshold(float(ratio), float(cap))
     return float(bound) if options["clip_sample"] else None
@@ -205,7 +205,7 @@ def _schedule(options: Mapping[str, Any]) -> NoiseSchedule:
         if betas is not None:
             schedule = NoiseSchedule.from_betas(betas)
             if steps != schedule.T:
-                _refuse("num_train_timesteps", steps, f"{schedule.T}, as many as trained_betas")
+                _reject("num_train_timesteps", steps, f"{schedule.T}, as many as trained_betas")
         elif kind == "linear":
             schedule = NoiseSchedule.linear(steps, *ends)
         elif kind == "scaled_linear":
@@ -215,7 +215,7 @@ def _schedule(options: Mapping[str, Any]) -> NoiseSchedule:
         elif kind == "sigmoid":
             schedule = NoiseSchedule.sigmoid(steps, *ends)
         else:
-            _refuse("beta_schedule", kind, "linear, scaled_linear, squaredcos_cap_v2, sigmoid")
+            _reject("beta_schedule", kind, "linear, scaled_linear, squaredcos_cap_v2, sigmoid")
         if options["rescale_betas_zero_snr"]:
             schedule = schedule.rescale_zero_terminal_snr()
     except TypeError as error:
