@@ -35,7 +35,7 @@ def kind_of(rows: Rows) -> str:
 def draw(rows: Rows, path: str | os.PathLike[str]) -> None:
     """Draw rows as fits their kind (`roofline` or `bars`), a PNG that is written whole.
 
-    Raises ValueError for rows of no benchmark, NoMatplotlibError, OSError from the disk.
+    Raises ValueError for rows of no benchmark, ImportError, OSError from the disk.
     """
     figure = roofline(rows) if kind_of(rows) == "kernels" else bars(rows)
     save_figure(figure, path)

@@ -11,7 +11,7 @@ from ddpm_fast.cli.devices import device_text
 from ddpm_fast.cli.output import say
 from ddpm_fast.cli.schedules import SCHEDULES, schedule_of
 from ddpm_fast.models.architectures import ARCHITECTURES
-from ddpm_fast.utils.figures import NoMatplotlibError, require_matplotlib
+from ddpm_fast.utils.figures import require_matplotlib
 
 DATA = ("triangles", "triangles-lowres", "triangles-array", "digits")
 
@@ -187,7 +187,7 @@ def _can_draw() -> bool:
     """Whether there is matplotlib; where not, a note says what will be missing."""
     try:
         require_matplotlib()
-    except NoMatplotlibError as error:
+    except ImportError as error:
         typer.echo(f"note: no loss.png, {error}", err=True)
         return False
     return True

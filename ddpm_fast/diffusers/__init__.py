@@ -1,16 +1,10 @@
-"""In place of diffusers: its schedulers with a fused step, its pipelines on the engine.
+"""Drop-in replacements for schedulers and pipelines of diffusers, which must be installed."""
 
-Needs the package diffusers (``pip install ddpm_fast[diffusers]``).
-"""
+from ddpm_fast.utils.optional import require
 
-try:
-    import diffusers as _diffusers  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "ddpm_fast.diffusers needs the package diffusers: pip install 'ddpm_fast[diffusers]'"
-    ) from error
+require("diffusers", "ddpm_fast.diffusers")
 
-from ddpm_fast.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler
-from ddpm_fast.diffusers.step_tables import step_table
+from ddpm_fast.diffusers.schedulers import FastDDIMScheduler, FastDDPMScheduler  # noqa: E402
+from ddpm_fast.diffusers.step_tables import step_table  # noqa: E402
 
 __all__ = ["FastDDIMScheduler", "FastDDPMScheduler", "step_table"]

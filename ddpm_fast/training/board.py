@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ddpm_fast.utils.optional import require
+
 SHOWN = ("loss", "test_loss", "lr", "images_per_s")
 
 
 def require_tensorboard() -> Any:
-    """Torch's writer of its files. Raises ImportError saying what to install."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "--tensorboard needs the package tensorboard: pip install tensorboard"
-        ) from error
-    return SummaryWriter
+    """Return the class SummaryWriter of torch.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+    """
+    return require("tensorboard", "--tensorboard", "torch.utils.tensorboard").SummaryWriter
 
 
 class Board:

@@ -30,7 +30,7 @@ def write_history(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def draw_history(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """The losses over the epochs: the mean of a step's, their range, and the held-out loss.
 
-    Raises NoMatplotlibError, and OSError from the disk.
+    Raises ImportError, and OSError from the disk.
     """
     figure, axes = new_figure(7, 4)
     epochs = [row["epoch"] + 1 for row in rows]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
+
+from ddpm_fast.utils.optional import require
 
 
 def processes(device: torch.device | str | None) -> Any:
@@ -14,12 +15,7 @@ def processes(device: torch.device | str | None) -> Any:
     device: None for a GPU where there is one. Raises ImportError saying what to install, and
     ValueError for another device than the process has been given.
     """
-    try:
-        accelerate = importlib.import_module("accelerate")
-    except ImportError as error:
-        raise ImportError(
-            "training needs the package accelerate: pip install ddpm_fast[train]"
-        ) from error
+    accelerate: Any = require("accelerate", "training")
     place = None if device is None else torch.device(device)
     on_cpu = place.type == "cpu" if place is not None else not torch.cuda.is_available()
     # Autocast and compilation are the options', not those of `accelerate config`.

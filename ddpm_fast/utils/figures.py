@@ -15,24 +15,20 @@ from typing import Any
 from PIL import Image
 
 from ddpm_fast.utils.files import atomic_write
+from ddpm_fast.utils.optional import require
 
 INK, FAINT, GRID, ACCENT = "#22272e", "#6b7280", "#e5e7eb", "#0f766e"
 MOST_BYTES = 200_000  # of a picture
 _DPI = 150
 
 
-class NoMatplotlibError(RuntimeError):
-    """matplotlib cannot be imported."""
-
-
 def require_matplotlib() -> Any:
-    """The module matplotlib, drawing without a screen. Raises NoMatplotlibError."""
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise NoMatplotlibError(
-            "a picture needs the package matplotlib; `pip install matplotlib`"
-        ) from error
+    """Import matplotlib, drawing without a screen.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    matplotlib: Any = require("matplotlib", "a figure")
     matplotlib.use("Agg")
     return matplotlib
 

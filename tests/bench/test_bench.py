@@ -317,7 +317,7 @@ def test_without_matplotlib_the_package_is_named_before_the_work(tmp_path, monke
     out, png = tmp_path / "n.csv", tmp_path / "n.png"
     for command in (["network", "--out", out, "--plot", png], ["plot", out, png]):
         message = error_of(run("bench", *command, status=2))
-        assert message.endswith("needs the package matplotlib; `pip install matplotlib`")
+        assert "needs the package matplotlib: `pip install 'matplotlib'`" in message
     assert not out.exists()
 
 

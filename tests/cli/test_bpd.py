@@ -270,7 +270,7 @@ def test_without_matplotlib_the_package_is_named_before_the_work(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(OpenModel, "open", lambda *_: pytest.fail("loaded"))
     message = error_of(bpd("--plot", "a.png", status=2))
-    assert message.endswith("needs the package matplotlib; `pip install matplotlib`")
+    assert "needs the package matplotlib: `pip install 'matplotlib'`" in message
 
 
 def test_the_terms_are_drawn() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_fast.models.checkpoint.weights import FORMATS, is_weights, patterns
+from ddpm_fast.utils.optional import missing
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(f"(?:{_PART}/)?{_PART}")
@@ -34,9 +35,8 @@ def fetch(repository: str, revision: str | None, files: Iterable[str]) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
     except ImportError as error:
-        reason = (
-            "no such checkpoint folder; to read it as a repository of the Hugging Face Hub,"
-            " pip install huggingface_hub"
+        reason = "no such checkpoint folder; " + missing(
+            "huggingface_hub", "a repository of the Hugging Face Hub"
         )
         raise FileNotFoundError(errno.ENOENT, reason, repository) from error
     wanted: dict[str, Any] = {"revision": revision, "allow_patterns": sorted(files)}

@@ -21,6 +21,7 @@ from ddpm_fast.training.data.transforms import to_images
 from ddpm_fast.training.data.triangles import CANVAS, FORMS, SIZE, kept_triangles
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.files import cache_dir
+from ddpm_fast.utils.optional import require
 
 DIGITS = "digits"
 DIGITS_WHITE = 16  # scikit-learn counts the ink of a pixel from 0 to 16
@@ -105,11 +106,7 @@ def _triangles(
 
 
 def _digits(resize: int | None, channels: int, labels: bool, flip: bool, seed: int) -> ImageData:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("digits need scikit-learn: pip install 'ddpm_fast[train]'") from error
-    found = load_digits()
+    found = require("sklearn", "the data set digits", "sklearn.datasets").load_digits()
     ink = torch.from_numpy(found.images.astype(np.float32))[:, None] / DIGITS_WHITE
     images = 1 - 2 * ink
     if resize is not None:

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_fast.utils import checks
+from ddpm_fast.utils.optional import require
 
 
 def to_images(resize: int | None, crop: bool) -> Callable[[Image.Image | Tensor], Tensor]:
@@ -23,12 +24,7 @@ def to_images(resize: int | None, crop: bool) -> Callable[[Image.Image | Tensor]
 
     Raises ImportError without torchvision, ValueError for crop without resize.
     """
-    try:
-        from torchvision.transforms import v2
-    except ImportError as error:
-        raise ImportError(
-            "folders of images, and resize, need torchvision: pip install 'ddpm_fast[train]'"
-        ) from error
+    v2 = require("torchvision", "a folder of images, or resize,", "torchvision.transforms.v2")
     steps: list[Callable] = [v2.PILToTensor()]
     if resize is not None:
         side = checks.integer("resize", resize, 1, 1 << 15)

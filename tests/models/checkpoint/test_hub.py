@@ -256,7 +256,7 @@ class TestMissing:
 
     def test_without_huggingface_hub(self, cache, monkeypatch):
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-        with pytest.raises(FileNotFoundError, match=rf"pip install huggingface_hub.*{NAME}"):
+        with pytest.raises(FileNotFoundError, match=rf"pip install .huggingface_hub.*{NAME}"):
             load(NAME)
 
 
