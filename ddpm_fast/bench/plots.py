@@ -1,6 +1,6 @@
-"""Pictures of results: a roofline of the operations, and bars of a run and its peers.
+"""Figures of results: a roofline of the operations, and bars of a run and its baselines.
 
-matplotlib is imported when a picture is drawn. Rows are those of a benchmark or of its CSV.
+matplotlib is imported when a figure is drawn. Rows are those of a benchmark or of its CSV.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ddpm_fast.utils.figures import ACCENT, FAINT, INK, entitle, new_figure, sav
 
 Rows = Sequence[Mapping[str, Any]]
 
-OURS, PEER = ACCENT, "#b8bec7"
+OURS, BASELINE = ACCENT, "#b8bec7"
 KINDS = {
     "group_norm": ("GroupNorm + SiLU", "#d97706"),
     "conv 3x3": ("convolution 3x3", "#0f766e"),
@@ -25,28 +25,45 @@ _NEEDED = {"kernels": "arithmetic", "network": "build_s", "sampling": "ms_per_st
 
 
 def kind_of(rows: Rows) -> str:
-    """Which benchmark rows come from: kernels, network or sampling. ValueError for others."""
+    """Return the benchmark that rows come from: kernels, network or sampling.
+
+    Raises:
+        ValueError: the rows come from no benchmark.
+    """
     for kind, column in _NEEDED.items():
         if rows and column in rows[0]:
             return kind
-    raise ValueError("the rows are of none of the benchmarks " + ", ".join(_NEEDED))
+    raise ValueError(f"rows must be of one of the benchmarks {', '.join(_NEEDED)}")
 
 
 def draw(rows: Rows, path: str | os.PathLike[str]) -> None:
-    """Draw rows as fits their kind (`roofline` or `bars`), a PNG that is written whole.
+    """Draw rows as their kind requires (`roofline` or `bars`) and write a PNG atomically.
 
-    Raises ValueError for rows of no benchmark, ImportError, OSError from the disk.
+    Args:
+        rows: rows of one benchmark.
+        path: the PNG.
+
+    Raises:
+        ValueError: the rows come from no benchmark.
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
     """
     figure = roofline(rows) if kind_of(rows) == "kernels" else bars(rows)
     save_figure(figure, path)
 
 
 def roofline(rows: Rows) -> Any:
-    """Every operation's fastest implementation of ours, and the ceilings of the run.
+    """Draw the fastest implementation of each operation, and the limits of the run.
 
-    Across: operations for each byte that must move; up: operations a second, those beside the
-    matrix products included. An area is the share of the time that all of them take. Of several
-    batches the largest is drawn. Returns a matplotlib Figure.
+    The horizontal axis shows operations for each byte that must move, the vertical axis operations
+    per second, including those outside matrix products. The area of a point is its share of the
+    time. Of several batch sizes the largest is drawn.
+
+    Args:
+        rows: rows of the benchmark of kernels.
+
+    Returns:
+        A matplotlib Figure.
     """
     largest = max(rows, key=lambda row: _number(row, "batch"))["batch"]
     rows = [row for row in rows if row["batch"] == largest]
@@ -84,7 +101,7 @@ def roofline(rows: Rows) -> Any:
     )
     note = {"color": INK, "fontsize": 9, "va": "bottom", "zorder": 4}
     axes.text(left * 1.1, ys[0] * 3.5, f"copy {_rate(copy / 1e9, 'GB/s')}", **note)
-    # Over the ridge: what exceeds the ceiling lies further to the right.
+    # Above the ridge; points beyond the limit are further to the right.
     axes.text(xs[1], ys[-1] * 1.06, f"matrix product {_rate(matmul / scale, unit)}", **note)
     axes.set_xlabel("operations for each byte that must move")
     axes.set_ylabel(unit)
@@ -103,7 +120,7 @@ class _Point(NamedTuple):
 
 
 def _points(rows: Rows) -> list[_Point]:
-    """The fastest implementation of ours of each operation."""
+    """Return the fastest implementation of this package for each operation."""
     best: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         if row["role"] == "ours":
@@ -123,9 +140,13 @@ def _points(rows: Rows) -> list[_Point]:
 
 
 def bars(rows: Rows) -> Any:
-    """One bar for each case of a run, ms for each step of the network, and p20 to p80.
+    """Draw one bar for each case: ms for each step of the network, with p20 to p80.
 
-    Rows of several batches become several panels. Returns a matplotlib Figure.
+    Args:
+        rows: rows of the benchmark of networks or of sampling; each batch size is one panel.
+
+    Returns:
+        A matplotlib Figure.
     """
     sampling = kind_of(rows) == "sampling"
     batches = list(dict.fromkeys(str(row["batch"]) for row in rows))
@@ -138,29 +159,29 @@ def bars(rows: Rows) -> Any:
         middle = [_number(row, "p50_us") / steps / 1e3 for row in mine]
         low = [m - _number(r, "p20_us") / steps / 1e3 for m, r in zip(middle, mine, strict=True)]
         high = [_number(r, "p80_us") / steps / 1e3 - m for m, r in zip(middle, mine, strict=True)]
-        places = range(len(mine))
+        positions = range(len(mine))
         axes.barh(
-            places,
+            positions,
             middle,
-            color=[OURS if row["role"] == "ours" else PEER for row in mine],
+            color=[OURS if row["role"] == "ours" else BASELINE for row in mine],
             height=0.66,
             zorder=2,
         )
         axes.errorbar(
-            middle, places, xerr=[low, high], fmt="none", ecolor=INK, elinewidth=1, zorder=3
+            middle, positions, xerr=[low, high], fmt="none", ecolor=INK, elinewidth=1, zorder=3
         )
         widest = max(m + h for m, h in zip(middle, high, strict=True))
-        for place, value, spread in zip(places, middle, high, strict=True):
+        for position, value, spread in zip(positions, middle, high, strict=True):
             axes.text(
                 value + spread + widest / 80,
-                place,
+                position,
                 f"{value:.3g} ms",
                 va="center",
                 color=INK,
                 fontsize=9,
             )
         axes.set_xlim(0, widest * 1.13)
-        axes.set_yticks(places, [_label(row) for row in mine], fontsize=9)
+        axes.set_yticks(positions, [_label(row) for row in mine], fontsize=9)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.set_title(f"batch {batch}", loc="left", fontsize=10, color=FAINT)
@@ -176,7 +197,7 @@ def _label(row: Mapping[str, Any]) -> str:
 
 
 def _finish(figure: Any, axes: Any, title: str, rows: Rows) -> None:
-    """The title, and below everything where and when it was measured."""
+    """Add the title, and the device, versions and date below the axes."""
     row = rows[0]
     on_gpu = row.get("device") == "cuda"
     where = row.get("gpu") if on_gpu else f"{row.get('cpu')}, {row.get('cores')} cores"
@@ -194,7 +215,7 @@ def _network(rows: Rows) -> str:
 
 
 def _number(row: Mapping[str, Any], column: str) -> float:
-    """A number of a row, as it is or as a CSV has it. ValueError for anything else."""
+    """Return a number of a row, or of a row of a CSV; ValueError for anything else."""
     try:
         value = float(row[column])
     except (KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its numbers, and how: one CSV, replaced in one step."""
+"""Metadata and CSV files of benchmark results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from ddpm_fast.utils.files import atomic_write
 
-# A checkout has the benchmarks beside the package; an installed package has not.
+# Only a checkout has the benchmarks beside the package.
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -44,7 +44,7 @@ def _version(package: str) -> str:
 
 
 def _git(*args: str) -> str:
-    """Git's answer; raises CalledProcessError or OSError where there is none."""
+    """Return git's output; raises CalledProcessError or OSError."""
     command = ["git", "-C", str(ROOT), *args]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -54,7 +54,7 @@ def _revision() -> str:
         return ""
     try:
         commit = _git("rev-parse", "--short", "HEAD")
-        # The results themselves do not make a later benchmark's code dirty.
+        # New results do not make the code dirty.
         changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
         return ""
@@ -62,13 +62,14 @@ def _revision() -> str:
 
 
 def metadata(*packages: str) -> dict[str, str | int]:
-    """Date (UTC, ISO 8601), processor, cores this process may use, GPU, versions, revision.
+    """Return date (UTC, ISO 8601), processor, available cores, GPU, versions and revision.
 
-    packages: further ones whose versions are wanted, each in a column of its name.
+    gpu, revision and the version of a package are "" if there is none. The revision is git's short
+    hash of the checkout, with "+dirty" if anything but benchmarks/results differs from it. Host
+    names, users and paths are not recorded.
 
-    gpu, revision and the version of a package are "" where there is none. The revision is git's
-    short hash of the checkout, with "+dirty" where anything but benchmarks/results differs from it.
-    No host name, user or path.
+    Args:
+        *packages: further packages whose versions are recorded, in columns of their names.
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -85,10 +86,17 @@ def metadata(*packages: str) -> dict[str, str | int]:
 
 
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows as CSV with a header, columns in the order of the first row's keys.
+    """Write rows as CSV with a header, in the order of the first row's keys.
 
-    Written beside `path` and renamed onto it, so no partial file carries the name; folders are
-    made as needed. ValueError without rows or where keys differ, OSError from the disk.
+    The file is replaced atomically; missing folders are created.
+
+    Args:
+        path: the CSV.
+        rows: rows with the same keys.
+
+    Raises:
+        ValueError: there are no rows, or their keys differ.
+        OSError: the file cannot be written.
     """
     if not rows:
         raise ValueError("rows must hold at least one row; got none")
@@ -106,7 +114,12 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, object]]
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """The rows of a CSV with a header. ValueError where there are none, OSError from the disk."""
+    """Read the rows of a CSV with a header.
+
+    Raises:
+        ValueError: there are no rows.
+        OSError: the file cannot be read.
+    """
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:

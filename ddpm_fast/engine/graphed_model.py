@@ -1,4 +1,4 @@
-"""A model whose calls replay a CUDA graph, for loops that are not a `Sampler`'s."""
+"""Replay of a model's calls as a CUDA graph, outside a `Sampler`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from ddpm_fast.utils.cuda_graphs import GraphedStep, is_capturing
 
 
 class GraphedModel:
-    """``model(x, t, class_labels)`` for inputs of one shape, captured at the first call.
+    """Call `model(x, t, class_labels)` by replaying a CUDA graph, captured at the first call.
 
-    Inside somebody else's capture the model runs as it is and becomes part of that graph. Calls
-    take turns, on any thread and stream: the graph has one set of buffers.
+    Another shape or dtype of the inputs is captured again. Inside another capture the model runs
+    directly and becomes part of that graph. Calls are serialised across threads and streams,
+    because the graph has one set of buffers.
+
+    Args:
+        model: the model; its calls must not synchronize.
+        device: its CUDA device.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
@@ -26,10 +31,10 @@ class GraphedModel:
         self._graph: GraphedStep | None = None
         self._done: torch.cuda.Event | None = None
 
-    @torch.inference_mode(False)  # the buffers serve calls inside and outside of it
+    @torch.inference_mode(False)  # the buffers are used inside and outside of inference mode
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
-        """The model's output, in memory of its own."""
+        """Return the model's output in newly allocated memory."""
         if is_capturing():
             return self._model(x, t, class_labels)
         if not isinstance(t, Tensor):
@@ -41,30 +46,30 @@ class GraphedModel:
             stream = torch.cuda.current_stream()
             if self._done is not None:
                 stream.wait_event(self._done)
-            for mine, given in zip(self._inputs, inputs, strict=True):
-                if mine is not None and given is not None:
-                    mine.copy_(given)
+            for buffer, value in zip(self._inputs, inputs, strict=True):
+                if buffer is not None and value is not None:
+                    buffer.copy_(value)
             self._graph()
             out = self._out.clone()  # type: ignore[union-attr]
             self._done = stream.record_event()
             return out
 
     def _captured(self, inputs: list[Tensor | None]) -> Tensor:
-        """Capture for inputs like these; the result of a plain call, which also checks them."""
+        """Capture a graph for these shapes; return the output of a direct call."""
         result = self._model(*inputs)
-        mine = [None if tensor is None else tensor.clone() for tensor in inputs]
+        buffers = [None if tensor is None else tensor.clone() for tensor in inputs]
         out = torch.empty_like(result)
 
         def step() -> None:
-            out.copy_(self._model(*mine))
+            out.copy_(self._model(*buffers))
 
         graph = GraphedStep(step, lambda: None, self._device, unrolled=False)
-        self._graph, self._inputs, self._out = graph, mine, out
+        self._graph, self._inputs, self._out = graph, buffers, out
         return result
 
 
 def _alike(inputs: list[Tensor | None], others: list[Tensor | None]) -> bool:
-    """Whether tensors have the same shapes, types and devices."""
+    """Return True if the tensors have the same shapes, dtypes and devices."""
     kinds, others_kinds = (
         [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
         for tensors in (inputs, others)

@@ -1,4 +1,4 @@
-"""What an operation of the plan is: its shapes and types, without weights or memory."""
+"""Shapes, dtypes and options of the operations of a plan, without weights or memory."""
 
 from __future__ import annotations
 
@@ -11,17 +11,30 @@ Padding = tuple[int, int, int, int]  # left, right, top, bottom
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """A convolution of one or two channels-last sources, with bias and residual.
+    """Convolution of one or two channels_last sources, with bias and residual.
 
-    height, width: of the input [batch, in_channels (+ in_channels2), height, width]. kernel is 1 or
-    3. upsample: the input is doubled first, every pixel repeated 2 x 2.
+    Attributes:
+        batch: images in the batch.
+        height: height of the input [batch, in_channels (+ in_channels2), height, width].
+        width: width of the input.
+        in_channels: channels of the first source.
+        in_channels2: channels of the second source, concatenated after the first; 0 without one.
+        out_channels: channels of the output.
+        kernel: side of the kernel, 1 or 3.
+        stride: stride in both directions.
+        padding: zeros (left, right, top, bottom).
+        upsample: upsample the input by 2 (nearest neighbour) before the convolution.
+        bias: add a bias [out_channels].
+        residual: add a tensor of the output's shape.
+        dtype: dtype of the tensors.
+        device: device of the tensors.
     """
 
     batch: int
     height: int
     width: int
     in_channels: int
-    in_channels2: int  # of a second source, joined after the first; 0 without one
+    in_channels2: int
     out_channels: int
     kernel: int
     stride: int
@@ -43,7 +56,7 @@ class ConvSpec:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of the convolution as it is written, not as it is run."""
+        """Multiplications and additions of the convolution's definition."""
         height, width = self.out_size
         taps = self.kernel**2 * (self.in_channels + self.in_channels2)
         return 2 * self.batch * height * width * self.out_channels * taps
@@ -65,7 +78,24 @@ class ConvSpec:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A GroupNorm of one or two sources; the options of the operator ``group_norm_``."""
+    """GroupNorm of one or two sources: the options of the operator `group_norm_`.
+
+    Attributes:
+        batch: images in the batch.
+        height: height of the images.
+        width: width of the images.
+        in_channels: channels of the first source.
+        in_channels2: channels of the second source, concatenated after the first; 0 without one.
+        groups: number of groups.
+        eps: added to the variance.
+        silu: apply SiLU to the result.
+        vector: add a vector to the input, one value for each channel.
+        modulation: scale and shift the normalised input.
+        residual: add a tensor to the input.
+        total: write the sum of input, vector and residual.
+        dtype: dtype of the tensors.
+        device: device of the tensors.
+    """
 
     batch: int
     height: int
@@ -96,7 +126,16 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Self-attention over ``tokens`` pixels from a fused [batch, tokens, 3 heads head_dim]."""
+    """Self-attention over the pixels of a fused tensor [batch, tokens, 3 heads head_dim].
+
+    Attributes:
+        batch: images in the batch.
+        tokens: pixels of an image.
+        heads: number of heads.
+        head_dim: channels of a head.
+        dtype: dtype of the tensors.
+        device: device of the tensors.
+    """
 
     batch: int
     tokens: int
@@ -107,7 +146,7 @@ class AttentionSpec:
 
     @property
     def flops(self) -> int:
-        """Of the two matrix products."""
+        """Multiplications and additions of the two matrix products."""
         return 4 * self.batch * self.heads * self.tokens**2 * self.head_dim
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""`UNetEngine`: a network's weights and plan, and the memory that a call takes."""
+"""`UNetEngine`: weights, plan and memory of a compiled `UNet`."""
 
 from __future__ import annotations
 
@@ -26,37 +26,44 @@ from ddpm_fast.ops.aten import no_autocast
 from ddpm_fast.ops.dispatch import BACKENDS
 from ddpm_fast.utils import checks
 
-_ALIGNED = 16  # bytes; what kernels that read in vectors ask of an image's address
+_ALIGNED = 16  # bytes; alignment required by vectorised kernels
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class UNetEngine:
-    """A `UNet` as a flat plan of fused channels-last operations, for one batch and image size.
+    """A `UNet` as a flat plan of fused channels_last operations, for one batch and image size.
 
-    Called as ``engine(x, t)`` in place of the network, also inside a `Sampler` and inside a CUDA
-    graph. The weights are copied: later changes of the network do not reach the engine.
+    Call `engine(x, t)` in place of the network, also inside a `Sampler` or a CUDA graph. The
+    weights are copied: later changes of the network do not affect the engine.
 
-    A call takes the memory of all values as one block, whose inner layout is planned here; beside
-    it comes what some of torch's own kernels allocate for a moment. Concurrent calls, on other
-    threads and streams, each have their own.
+    A call allocates all intermediate values as one block, whose layout is planned in advance; some
+    of torch's kernels allocate workspaces in addition. Concurrent calls, on other threads and
+    streams, allocate a block each.
 
-    unet: the network; dropout counts as off. Its device is the engine's.
-    batch, image_size: what every call has; image_size is a side or (height, width).
-    dtype: of weights and activations: float16, bfloat16 or float32; float64 with backend
-        "reference". GroupNorm's statistics, softmax and embeddings are float32 in any case.
-    backend: "auto" takes the fastest of what can run, as timed by the tuner; "reference" runs the
-        plan in plain PyTorch; "cpu", "triton" and "cuda" name the kernels of normalisation and
-        attention.
-    num_timesteps: the timesteps are 0 .. num_timesteps - 1; None takes the network's own number, or
-        1000.
-    norms_add: where a block's residual is added: by the next normalisation (True) or by the
-        convolution (False). None: by the convolution where it can do that on its way out.
-    tuner: what chooses implementations; None makes one that keeps its choices on disk.
+    Args:
+        unet: the network, on the device to use; dropout is disabled.
+        batch: images in a batch, at least 1.
+        image_size: side of the images, or (height, width).
+        dtype: dtype of weights and activations: float16, bfloat16 or float32; float64 with backend
+            "reference". GroupNorm statistics, softmax and embeddings are computed in float32 or
+            more.
+        backend: "auto" for the fastest implementations, as timed by the tuner; "reference" for
+            plain PyTorch; "cpu", "triton" or "cuda" for the kernels of normalisation and attention.
+        num_timesteps: timesteps are 0 .. num_timesteps - 1; None for the network's number, or 1000.
+        norms_add: add a block's residual in the next normalisation (True) or in the convolution
+            (False); None for the convolution if it can fuse the sum.
+        tuner: chooses implementations; None for one that records its choices on disk.
+
+    Attributes:
+        config: options of the network.
+        device: device of the engine.
+        dtype: dtype of weights and activations.
 
     Raises:
-        TypeError, ValueError: an argument, named.
+        TypeError: an argument has the wrong type or an unsupported dtype.
+        ValueError: an argument is out of range.
         RuntimeError: the backend cannot run here.
-        MemoryError: the batch does not fit; the message says what it needs and what would fit.
+        MemoryError: the batch does not fit into the free memory.
     """
 
     def __init__(
@@ -79,8 +86,7 @@ class UNetEngine:
         self.tuner = tuner if tuner is not None else Tuner(self.device)
         if self.tuner.device.type != self.device.type:
             raise ValueError(
-                f"tuner must be one for {self.device.type}, where the network is; it is for"
-                f" {self.tuner.device}"
+                f"tuner must be for {self.device.type}, the device of unet; got {self.tuner.device}"
             )
         if norms_add is None:
             norms_add = not adds_residuals(self.device)
@@ -106,13 +112,13 @@ class UNetEngine:
             self._shape = (self._batch, self.config.in_channels, height, width)
             self._bind()
             if self.device.type == "cuda":
-                # Calls on any stream find the weights written.
+                # Calls on other streams read the weights.
                 torch.cuda.current_stream().synchronize()
-        self._free: list[Slots] = []  # on the CPU: the memory of calls that have ended
+        self._free: list[Slots] = []  # CPU only: memory of finished calls
 
     @property
     def batch(self) -> int:
-        """How many images a call has."""
+        """Images in a batch."""
         return self._batch
 
     @property
@@ -129,13 +135,13 @@ class UNetEngine:
         )
 
     def plan(self) -> EnginePlan:
-        """Every operation with shapes, bytes, FLOPs and implementation; printing it is a table."""
+        """Return every operation with shapes, bytes, FLOPs and implementation."""
         table = self._table.nbytes if self._table is not None else 0
         offsets = {id(value): self._offsets[slot] for slot, value in self._values.items()}
         return describe(self._program, self._steps, offsets, self._arena_bytes, table)
 
     def identity(self) -> dict[str, Any]:
-        """What a run's last bits depend on, ready for JSON: versions, device and chosen kernels."""
+        """Return what determines the bits of a result, for JSON: versions, device and kernels."""
         return {
             "environment": self.tuner.environment,
             "dtype": checks.dtype_name(self.dtype),
@@ -147,26 +153,33 @@ class UNetEngine:
             ],
         }
 
-    @torch.inference_mode(False)  # the memory serves calls inside and outside of it
+    @torch.inference_mode(False)  # the memory is used inside and outside of inference mode
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
-        """The network's prediction for noisy images ``x`` at 0-based timesteps ``t``.
+        """Predict the network's output for noisy images.
 
-        x: [batch, in_channels, height, width], any floating dtype and layout, on the engine's
-            device; no copy is made of channels_last images in the engine's dtype.
-        t: int64, [batch] or a single value (0-d or an int) in [0, num_timesteps). On a GPU, where
-            looking would wait, the prediction for a timestep outside is NaN.
-        class_labels: as `UNet` takes them.
+        Args:
+            x: [batch, in_channels, height, width], any floating dtype and memory format, on the
+                engine's device; channels_last images in the engine's dtype are not copied.
+            t: 0-based timesteps, int64 [batch], or a single value (0-d or int), in [0,
+                num_timesteps). On a GPU, where a check would synchronize, the output for a timestep
+                out of range is NaN.
+            class_labels: class labels, as for `UNet`.
 
-        Returns [batch, out_channels, height, width] in the dtype of x, channels_last, new memory.
-        Raises TypeError or ValueError, naming the argument.
+        Returns:
+            [batch, out_channels, height, width] in the dtype of `x`, channels_last, newly
+            allocated.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: an argument has the wrong shape, device or range.
         """
         row = self._checked(x, t)
         with self._here():
             return self._run(x, row, self._labels(x, class_labels)).to(x.dtype)
 
     def _run(self, x: Tensor, row: Tensor, labels: Tensor | None) -> Tensor:
-        # `to` lets views of wider pixels pass; some kernels read by address and shape alone.
+        # `to` keeps views with a larger pixel stride, but some kernels read by address and shape.
         channels_last = x.to(self.dtype, memory_format=torch.channels_last)
         dense = channels_last.is_contiguous(memory_format=torch.channels_last)
         if not dense or channels_last.data_ptr() % _ALIGNED:
@@ -183,25 +196,26 @@ class UNetEngine:
         for step in self._steps:
             step.run(slots)
         if self.device.type == "cpu":
-            # A CPU's new pages cost more than the arithmetic; CUDA's allocator keeps its own, for
-            # each stream and each graph.
+            # New pages cost more than the arithmetic. CUDA's caching allocator reuses its own.
             slots[self._x_slot] = slots[self._out_slot] = None
             self._free.append(slots)
         return out
 
     @contextmanager
     def _here(self) -> Iterator[None]:
-        """On the engine's device, with nothing computed in another dtype than is said."""
+        """Set the engine's device and disable autocast."""
         device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with device, no_autocast(self.device):
             yield
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UNetEngine:
-        """Itself: an engine never changes."""
+        """Return the engine itself, which is immutable."""
         return self
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a UNetEngine cannot be pickled; pickle the UNet and make the engine anew")
+        raise TypeError(
+            "a UNetEngine cannot be pickled; pickle the UNet and create the engine from it"
+        )
 
     def _bind(self) -> None:
         """Choose implementations, then plan the memory that they need."""
@@ -224,14 +238,14 @@ class UNetEngine:
         self._num_slots, self._num_locks = binder.slots, binder.split_k_locks
 
     def _memory(self) -> Slots:
-        """That of a call that has ended, or new."""
+        """Reuse the memory of a finished call, or allocate new memory."""
         try:
             return self._free.pop()
         except IndexError:
             return self._new_slots()
 
     def _new_slots(self) -> Slots:
-        """A call's memory: one block, and a view of it for each value."""
+        """Allocate the memory of a call: one block, and a view of it for each value."""
         block = torch.empty(self._arena_bytes, dtype=torch.uint8, device=self.device)
         slots: Slots = [None] * self._num_slots
         slots[Binder.TABLE] = self._table
@@ -248,7 +262,7 @@ class UNetEngine:
         return slots
 
     def _checked(self, x: Tensor, t: Tensor | int) -> Tensor:
-        """The arguments, checked; the row of the embeddings of each image."""
+        """Check the arguments; return the row of the embedding table for each image."""
         checks.floating("x", x)
         if tuple(x.shape) != self._shape:
             raise ValueError(
@@ -261,14 +275,14 @@ class UNetEngine:
 
 
 def chain_length(unet: UNet, num_timesteps: int | None) -> int:
-    """The number of timesteps asked for, else the network's own, else 1000."""
+    """Return the number of timesteps: `num_timesteps`, the network's own number, or 1000."""
     if num_timesteps is None:
         num_timesteps = unet.config.num_train_timesteps or 1000
     return checks.integer("num_timesteps", num_timesteps, 1, 1 << 24)
 
 
 class _Labels:
-    """Checks class labels as the network does, and embeds them with copies of its weights."""
+    """Check class labels as the network does, and embed them with copies of its weights."""
 
     def __init__(self, unet: UNet) -> None:
         self._network: UNet | None = None
@@ -286,7 +300,7 @@ class _Labels:
 
 
 def _check(unet: Any, image_size: Any, dtype: Any, backend: str) -> tuple[int, int]:
-    """Height and width, after checks of the arguments that need no memory."""
+    """Check the arguments that need no memory; return height and width."""
     if not isinstance(unet, UNet):
         raise TypeError(f"unet must be a ddpm_fast.UNet; got {type(unet).__name__}")
     if dtype not in DTYPES or (dtype == torch.float64 and backend != "reference"):

@@ -1,4 +1,4 @@
-"""Noticing that the weights of a network are no longer what they were."""
+"""Detection of changed network weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class WeightWatcher:
-    """A module's parameters, buffers and submodules as they are now, to be compared with later.
+    """Snapshot of a module's parameters, buffers and submodules, to detect changes.
 
-    Looked at in every call, so it walks over the dictionaries of the modules and not over the tree.
+    It runs in every call, so it walks over the modules' dictionaries instead of the module tree.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -27,11 +27,11 @@ class WeightWatcher:
         self._first = self._written()
 
     def changed(self) -> bool:
-        """Whether anything was replaced, added, removed or written to; not through ``.data``."""
+        """Return True if anything was replaced, added, removed or written to, except by `.data`."""
         return self.state() != self._first
 
     def state(self) -> object:
-        """Equal as long as nothing has changed."""
+        """Return a value that stays equal while nothing changes."""
         for entries, things in self._held:
             now = entries.values()
             if len(now) != len(things) or not all(map(is_, now, things)):
@@ -39,7 +39,7 @@ class WeightWatcher:
         return self._written()
 
     def _written(self) -> tuple[tuple[int, int], ...]:
-        """Addresses, and how often autograd saw a write."""
+        """Return the address and autograd's version counter of each tensor."""
         return tuple(
             (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
             for tensor in self._tensors

@@ -282,7 +282,7 @@ class TestErrors:
             ({"backend": "best"}, ValueError, "backend must be auto, reference, .*; got 'best'"),
             ({"backend": "cuda"}, RuntimeError, "backend 'cuda' cannot run: it runs on CUDA"),
             ({"num_timesteps": 0}, ValueError, r"num_timesteps must be an integer in \[1, .*got 0"),
-            ({"tuner": Tuner(torch.device("cuda"))}, ValueError, "tuner must be one for cpu.*cuda"),
+            ({"tuner": Tuner(torch.device("cuda"))}, ValueError, "tuner must be for cpu.*cuda"),
             ({"unet": torch.nn.Identity()}, TypeError, "unet must be a .*UNet; got Identity"),
         ],
     )

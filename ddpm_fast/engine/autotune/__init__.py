@@ -1,1 +1,1 @@
-"""Timing of implementations, and the choices it kept on disk."""
+"""Autotuning: timing of implementations, and the cache of the choices."""

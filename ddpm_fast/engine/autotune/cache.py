@@ -1,9 +1,9 @@
-"""Recorded choices of kernels, kept on disk between runs.
+"""Cache of kernel choices, kept on disk between runs.
 
-One JSON file for each environment (device, versions, threads), in $DDPM_FAST_CACHE, or else
-$XDG_CACHE_HOME/ddpm_fast or ~/.cache/ddpm_fast. DDPM_FAST_CACHE=off keeps nothing. Whatever is
-wrong with the folder or a file is logged once (logger ``ddpm_fast``, WARNING) and then ignored:
-choices are made again, and sampling goes on.
+There is one JSON file for each environment (device, versions, threads), in $DDPM_FAST_CACHE,
+otherwise in $XDG_CACHE_HOME/ddpm_fast or ~/.cache/ddpm_fast. DDPM_FAST_CACHE=off keeps nothing.
+Errors of the folder or a file are logged once (logger `ddpm_fast`, WARNING) and then ignored:
+choices are made again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ddpm_fast.utils.files import atomic_write, cache_dir
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: writers are not kept apart there, and the last one wins
+except ImportError:  # not a POSIX system: no lock, the last writer wins
     fcntl = None  # type: ignore[assignment]
 
 _log = logging.getLogger("ddpm_fast")
@@ -35,14 +35,19 @@ _PACKAGES = ("ddpm_fast", "triton", "nvidia-cudnn-frontend")
 
 @dataclass(frozen=True)
 class TunerChoice:
-    """What was chosen for one operation, and what its candidates took, in seconds a call."""
+    """Choice for one operation.
+
+    Attributes:
+        name: the chosen candidate.
+        seconds: seconds of one call, for each candidate that was timed.
+    """
 
     name: str
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a choice depends on beside the operation: the device and the versions."""
+    """Return what a choice depends on besides the operation: the device and the versions."""
     found = {
         "torch": torch.__version__,
         **{package: _version(package) for package in _PACKAGES},
@@ -82,8 +87,11 @@ def _processor() -> str:
 class PlanCache:
     """Choices of one environment.
 
-    environment: what they hold for (`environment`). folder: where to keep them; None keeps them
-    in memory alone. The file is read at the first use.
+    The file is read at the first use.
+
+    Args:
+        environment: what the choices are valid for, from `environment`.
+        folder: folder of the file; None keeps choices in memory alone.
     """
 
     def __init__(self, environment: Mapping[str, str], folder: Path | None) -> None:
@@ -96,25 +104,30 @@ class PlanCache:
 
     @classmethod
     def of_device(cls, device: torch.device) -> PlanCache:
-        """The cache of this device in the default folder."""
+        """Return the cache of a device in the default folder."""
         return cls(environment(device), cache_dir())
 
     @property
     def path(self) -> Path | None:
-        """The file of this environment; None without a folder."""
+        """File of this environment; None without a folder."""
         return None if self.folder is None else self.folder / self._file_name
 
     def get(self, key: str) -> TunerChoice | None:
-        """What is recorded for a key."""
+        """Return the recorded choice of a key."""
         if self._choices is None:
             self._choices = self._read()
         return self._choices.get(key)
 
     def record(self, key: str, choice: TunerChoice, accepted: Collection[str]) -> TunerChoice:
-        """Record a choice and return the one that stands.
+        """Record a choice and return the valid one.
 
-        Where another process has recorded a choice for the key in the meantime, and its name is
-        among those accepted, that one stands: several processes end up with the same plan.
+        If another process has recorded a choice for the key in the meantime, and its name is in
+        `accepted`, that one is returned: concurrent processes agree on a plan.
+
+        Args:
+            key: the operation.
+            choice: the new choice.
+            accepted: names of the candidates.
         """
         if self._choices is None:
             self._choices = self._read()
@@ -162,7 +175,7 @@ class PlanCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other writers of the same file out."""
+        """Exclude other writers of the file."""
         path = self.path
         assert path is not None
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +187,7 @@ class PlanCache:
             yield  # closing the file releases the lock
 
     def _write(self, choices: Mapping[str, TunerChoice]) -> None:
-        """Replace the file in one step: a reader sees the old or the new one, never half."""
+        """Replace the file atomically."""
         path = self.path
         assert path is not None
         content = {

@@ -1,4 +1,4 @@
-"""Choosing the fastest of several ways to do the same thing, by timing them on this device."""
+"""Selection of the fastest of several implementations, by timing them on the device."""
 
 from __future__ import annotations
 
@@ -23,31 +23,35 @@ MODES = ("on", "off")
 
 
 class Timer(Protocol):
-    """Measures calls."""
+    """Measurement of calls."""
 
     def prepare(self, call: Call) -> Call:
-        """Warm a call up and return what `seconds` measures. Raises where the call fails."""
+        """Warm up a call and return what `seconds` measures; raises if the call fails."""
         ...
 
     def seconds(self, prepared: Call) -> float:
-        """Of one call, measured once."""
+        """Measure once and return the seconds of one call."""
         ...
 
 
 class CpuTimer:
-    """By the clock, over as many calls as take at least `span` seconds."""
+    """Timer by the clock.
+
+    Args:
+        span: seconds that a measurement lasts at least, by repeating the call.
+    """
 
     def __init__(self, span: float = 2e-3) -> None:
         self.span = span
 
     def prepare(self, call: Call) -> Call:
-        """Two calls: the first may build things."""
+        """Call twice, because the first call may build or allocate."""
         call()
         call()
         return call
 
     def seconds(self, prepared: Call) -> float:
-        """The mean of some calls."""
+        """Return the mean over the calls of one span."""
         calls = 0
         start = now = time.perf_counter()
         while not calls or now - start < self.span:
@@ -58,10 +62,14 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """By events around a captured CUDA graph of several calls, so without the host's share.
+    """Timer by CUDA events around a captured CUDA graph, which excludes the host's overhead.
 
-    The calls follow each other directly: what fits the L2 cache stays there, as activations that
-    the operation before has just written do.
+    The calls follow each other directly: data that fits the L2 cache stays there, like activations
+    that the preceding operation has just written.
+
+    Args:
+        device: a CUDA device.
+        calls: calls in the graph.
     """
 
     def __init__(self, device: torch.device, calls: int = 10) -> None:
@@ -69,7 +77,7 @@ class CudaTimer:
         self.calls = calls
 
     def prepare(self, call: Call) -> Call:
-        """Warm the call up and capture `calls` of it; return the replay."""
+        """Capture `calls` calls and return the replay."""
         (graph,) = capture_graphs(call, (self.calls,), self.device)
         with torch.cuda.device(self.device):
             graph.replay()
@@ -77,7 +85,7 @@ class CudaTimer:
         return graph.replay
 
     def seconds(self, prepared: Call) -> float:
-        """One replay, for each of its calls."""
+        """Return the time of one replay divided by its calls."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(self.device):
             start.record()
@@ -88,12 +96,20 @@ class CudaTimer:
 
 
 class Tuner:
-    """Chooses among candidates: a recorded choice where there is one, else the fastest.
+    """Choose among candidates: the recorded choice if there is one, otherwise the fastest.
 
-    device: where the candidates run. cache: the recorded choices; by default those of the device
-    on disk. mode ``"off"``: always the first candidate, nothing timed, read or kept. rounds: how
-    often each candidate is measured; medians are compared. After the first round those slower than
-    `prune_ratio` times the best are measured no more.
+    Args:
+        device: device of the candidates.
+        cache: recorded choices; None for those of the device on disk.
+        mode: "on", or "off" to take the first candidate always, without timing, reading or
+            recording.
+        rounds: measurements of each candidate, at least 1; medians are compared.
+        prune_ratio: candidates slower than `prune_ratio` times the fastest in the first round are
+            not measured again; at least 1.
+        timer: measures the candidates; None for `CpuTimer` or `CudaTimer`.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -119,43 +135,47 @@ class Tuner:
         self._cache = cache
         self._timer = timer
         self._choices: dict[str, TunerChoice] = {}
-        self._lock = threading.RLock()  # threads take turns: timings would disturb each other
+        self._lock = threading.RLock()  # concurrent timings would disturb each other
 
     @property
     def choices(self) -> dict[str, TunerChoice]:
-        """What this tuner has answered, key by key: part of a run's identity."""
+        """Choices made by this tuner, by key; part of a run's identity."""
         return dict(self._choices)
 
     def seconds(self, key: str) -> dict[str, float]:
-        """What a key's candidates took a call, when they were timed; empty where nobody did."""
+        """Return the seconds of a key's candidates as they were timed; empty if they were not."""
         choice = self._choices.get(key)
         return {} if choice is None else dict(choice.seconds)
 
     @property
     def cache(self) -> PlanCache:
-        """The recorded choices."""
+        """Recorded choices."""
         if self._cache is None:
             self._cache = PlanCache.of_device(self.device)
         return self._cache
 
     @property
     def environment(self) -> dict[str, str]:
-        """The device and the versions that the choices hold for."""
+        """Device and versions that the choices are valid for."""
         return dict(self.cache.environment)
 
     def fastest(self, key: str, candidates: Mapping[str, Call]) -> str:
-        """The name of the candidate to use for an operation.
+        """Return the name of the candidate to use for an operation.
 
-        key: names the operation and all that its speed depends on, beside the environment.
-        candidates: calls that do the same, by name; each is called several times and captured
-        into a CUDA graph on a GPU. One that raises is left out and logged.
+        Args:
+            key: identifies the operation and everything its speed depends on, beyond the
+                environment.
+            candidates: equivalent calls by name. Each is called several times, on a GPU captured
+                into a CUDA graph. One that raises is left out and logged.
 
-        Raises ValueError without candidates; RuntimeError while a CUDA graph is being captured, or
-        where every candidate raises (from the first one's error).
+        Raises:
+            ValueError: `candidates` is empty.
+            RuntimeError: a CUDA graph is being captured, or every candidate raises (chained to the
+                first error).
         """
         if not candidates:
             raise ValueError(f"candidates must not be empty for {key!r}")
-        # A capture's warm-up comes with CAPTURE_LOCK, and then wants this lock: so does everybody.
+        # Lock order: a capture's warm-up holds the capture lock when it calls this.
         with CAPTURE_LOCK if self.device.type == "cuda" else nullcontext(), self._lock:
             if key not in self._choices or self._choices[key].name not in candidates:
                 self._choices[key] = self._choose(key, candidates)
@@ -170,22 +190,18 @@ class Tuner:
             return recorded
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"the kernel of {key!r} is not chosen yet, and choosing it takes timings, which"
-                " cannot be made while a CUDA graph is being captured: run the operation once"
-                " before the capture"
+                f"the kernel of {key!r} is not chosen yet and cannot be timed while a CUDA graph is"
+                " being captured; run the operation once before the capture"
             )
         seconds, short_of_memory = self._measure(key, candidates)
         best = TunerChoice(min(seconds, key=seconds.__getitem__), seconds)
-        # What memory was missing for today may be the fastest tomorrow.
+        # A candidate that ran out of memory may be the fastest in another run.
         standing = best if short_of_memory else self.cache.record(key, best, candidates.keys())
         _log.info("tuned %s: %s of %d", key, standing.name, len(candidates))
         return standing
 
     def _measure(self, key: str, candidates: Mapping[str, Call]) -> tuple[dict[str, float], bool]:
-        """Medians of interleaved rounds, in seconds, of every candidate that runs.
-
-        Also whether one did not for lack of memory.
-        """
+        """Return the median seconds of the candidates, and True if one ran out of memory."""
         short_of_memory = False
         timer = self._timer = self._timer or self._default_timer()
         prepared: dict[str, Call] = {}
@@ -194,7 +210,7 @@ class Tuner:
             try:
                 prepared[name] = timer.prepare(call)
             except Exception as error:
-                # Its traceback would keep the candidates, and with them their memory.
+                # The traceback would keep the candidates and their memory alive.
                 failure = failure or error.with_traceback(None)
                 short_of_memory |= isinstance(error, torch.OutOfMemoryError)
                 _log.info("%s: without %s, which failed: %s", key, name, _short(error))
@@ -203,7 +219,7 @@ class Tuner:
         samples = {name: [timer.seconds(call)] for name, call in prepared.items()}
         limit = self.prune_ratio * min(times[0] for times in samples.values())
         remaining = [name for name in samples if samples[name][0] <= limit]
-        prepared = {name: prepared[name] for name in remaining}  # the others' graphs are freed
+        prepared = {name: prepared[name] for name in remaining}  # frees the other graphs
         for _ in range(self.rounds - 1):
             for name in remaining:
                 samples[name].append(timer.seconds(prepared[name]))
@@ -216,6 +232,6 @@ class Tuner:
 
 
 def _short(error: Exception | None) -> str:
-    """The first line of an error, at most 300 characters."""
+    """Return an error's type and first line, at most 300 characters."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

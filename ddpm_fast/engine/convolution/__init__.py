@@ -1,1 +1,1 @@
-"""The implementations of a convolution, and which is fastest."""
+"""Implementations of a convolution, and the choice of the fastest."""

@@ -1,4 +1,4 @@
-"""Convolutions of the plan by torch's own kernels; every convolution has one here."""
+"""Convolutions by torch's kernels, which support every convolution of a plan."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from torch import Tensor
 from ddpm_fast.engine.specs import ConvSpec
 from ddpm_fast.ops.reference.network import doubling_weight
 
-# Rows and columns of the output that a phase (a, b) of a doubling owns: out[:, :, a::2, b::2].
+# Phase (a, b) of an upsampling convolution writes out[:, :, a::2, b::2].
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of the weight [.., O, C, K, K] in `dtype` whose memory is [.., O, K, K, C]."""
+    """Copy a weight [.., O, C, K, K] in `dtype`, with memory order [.., O, K, K, C]."""
     last = weight.detach().to(dtype).movedim(-3, -1).clone(memory_format=torch.contiguous_format)
     return last.movedim(-1, -3)
 
 
 def copy_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A copy of the bias in `dtype`."""
+    """Return a copy of the bias in `dtype`."""
     return None if bias is None else bias.detach().to(dtype, copy=True).contiguous()
 
 
 def phase_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`doubling_weight`, summed in at least float32 and then rounded, laid out as by `prepared`."""
+    """Return `doubling_weight`, summed in at least float32, rounded and packed."""
     wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     return pack_weight(doubling_weight(wide), dtype)
 
 
 def upsampled_bytes(spec: ConvSpec) -> int:
-    """Size of the enlarged input of an upsampling convolution."""
+    """Return the size of the upsampled input of a convolution."""
     return 4 * spec.batch * spec.in_channels * spec.height * spec.width * spec.dtype.itemsize
 
 
 def upsample_into(workspace: Tensor | None, x: Tensor, spec: ConvSpec) -> Tensor:
-    """x [N, C, H, W] with every pixel repeated 2 x 2, in the workspace, channels_last."""
+    """Upsample x [N, C, H, W] by 2 (nearest neighbour) into the workspace, channels_last."""
     assert workspace is not None
     flat = workspace.flatten()[: upsampled_bytes(spec)].view(spec.dtype)
     shape = (spec.batch, 2 * spec.height, 2 * spec.width, spec.in_channels)
@@ -49,9 +49,10 @@ def upsample_into(workspace: Tensor | None, x: Tensor, spec: ConvSpec) -> Tensor
 
 @dataclass
 class OperatorVariant:
-    """A call of an operator with the schema of ``torch.ops.ddpm_fast.conv_``.
+    """Call of an operator with the schema of `torch.ops.ddpm_fast.conv_`.
 
-    doubled: the spec of an upsampling convolution whose input is enlarged in the workspace first.
+    Attributes:
+        upsampled: spec of a convolution whose input is upsampled into the workspace first.
     """
 
     name: str
@@ -64,7 +65,7 @@ class OperatorVariant:
 
     @property
     def workspace_bytes(self) -> int:
-        """That of the enlarged input."""
+        """Size of the upsampled input."""
         return upsampled_bytes(self.upsampled) if self.upsampled else 0
 
     def __call__(
@@ -82,18 +83,18 @@ class OperatorVariant:
 
 
 class AtenProvider:
-    """``torch.ops.ddpm_fast.conv_``: cuDNN and cuBLAS, or oneDNN and MKL, as torch calls them."""
+    """`torch.ops.ddpm_fast.conv_`: cuDNN and cuBLAS, or oneDNN and MKL, as torch calls them."""
 
     name = "aten"
 
     def unavailable_reason(self, spec: ConvSpec) -> str | None:
-        """It runs everything."""
+        """Return None: every convolution is supported."""
         return None
 
     def variants(
         self, spec: ConvSpec, weight: Tensor, bias: Tensor | None
     ) -> list[OperatorVariant]:
-        """One, or for an upsampling convolution two: by an enlarged input and by four phases."""
+        """Return one variant; two with upsampling, by the upsampled input and by four phases."""
         operator = torch.ops.ddpm_fast.conv_
         common = (copy_bias(bias, spec.dtype), spec.stride, spec.padding)
         whole = pack_weight(weight, spec.dtype)

@@ -1,16 +1,16 @@
-"""Who can run a convolution of the plan, and which way is the fastest here.
+"""Candidates for a convolution of a plan, and the choice of the fastest.
 
 A provider turns a `ConvSpec` and its weights into variants: the same convolution by different
-kernels. `candidates` lists those of all providers, the first by plain ATen, which can do every
-convolution; `fastest` lets a `Tuner` choose one.
+kernels. `candidates` lists those of all providers, plain ATen first; `fastest` lets a `Tuner`
+choose one.
 
 ======== ============================================================ =========================
 provider kernels                                                      runs on
 ======== ============================================================ =========================
 aten     torch's own convolution and matrix product                   any device
-onednn   oneDNN with a packed weight and the sums fused               CPU, where torch has it
+onednn   oneDNN with a packed weight and the sums fused               CPU, if torch has it
 triton   ddpm_fast.ops.triton.conv                                    NVIDIA GPU
-cudnn    cuDNN's graphs, each execution plan by itself                NVIDIA GPU, with the package
+cudnn    cuDNN graphs, each execution plan separately                 NVIDIA GPU, with the package
                                                                       nvidia-cudnn-frontend
 ======== ============================================================ =========================
 """
@@ -35,23 +35,23 @@ from ddpm_fast.engine.specs import ConvSpec
 
 _log = logging.getLogger("ddpm_fast")
 
-# Of a variant's result against ATen's on normal random numbers, as a ratio of Euclidean norms: a
-# kernel that does something else is far above, one that rounds otherwise far below.
+# Error relative to ATen's result on normal random numbers, as a ratio of Euclidean norms: wrong
+# kernels are far above, differences of rounding far below.
 TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 5e-3, torch.float64: 1e-9}
 
 
 class Variant(Protocol):
-    """One way of running a convolution; holds its own copy of the weights.
+    """One implementation of a convolution, with its own copy of the weights.
 
-    Calls may run at the same time. A variant with an attribute `split_k_locks` takes that many
-    int32 zeros by that keyword, not shared between calls, and leaves them at zero.
+    Calls may run concurrently. A variant with an attribute `split_k_locks` takes that many int32
+    zeros by that keyword, not shared between calls, and leaves them at zero.
     """
 
     name: str
 
     @property
     def workspace_bytes(self) -> int:
-        """Scratch memory that a call needs; RuntimeError where the kernel cannot be built."""
+        """Size of the workspace of a call; RuntimeError if the kernel cannot be built."""
         ...
 
     def __call__(
@@ -62,26 +62,31 @@ class Variant(Protocol):
         residual: Tensor | None,
         workspace: Tensor | None,
     ) -> None:
-        """Write the convolution of x (and x2) to `out`, all of them channels_last and dense.
+        """Write the convolution of x (and x2) to `out`.
 
-        workspace: uint8, dense, at least `workspace_bytes`, 256-byte aligned; unused, and None will
-        do, where that is 0.
-        `out` shares no memory with the others.
+        Args:
+            out: output; it shares no memory with the other tensors. All tensors are dense and
+                channels_last.
+            x: first source.
+            x2: second source.
+            residual: added to the result.
+            workspace: uint8, dense, at least `workspace_bytes`, 256-byte aligned; unused, and may
+                be None, if that is 0.
         """
         ...
 
 
 class Provider(Protocol):
-    """A source of variants."""
+    """Source of variants."""
 
     name: str
 
     def unavailable_reason(self, spec: ConvSpec) -> str | None:
-        """Why it cannot run this convolution here; None where it can."""
+        """Return why this convolution is not supported here; None if it is."""
         ...
 
     def variants(self, spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> Sequence[Variant]:
-        """The ways it knows; weight [O, C1 + C2, K, K] and bias [O] as in `candidates`."""
+        """Return the variants; weight [O, C1 + C2, K, K] and bias [O] as for `candidates`."""
         ...
 
 
@@ -94,15 +99,21 @@ PROVIDERS: tuple[Provider, ...] = (
 
 
 def adds_residuals(device: torch.device) -> bool:
-    """Whether convolutions there add a residual on their way out: oneDNN, and cuDNN's graphs."""
+    """Return True if convolutions fuse the residual: by oneDNN, or by cuDNN graphs."""
     return device.type == "cpu" or importlib.util.find_spec("cudnn") is not None
 
 
 def candidates(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> list[Variant]:
-    """All ways to run a convolution here, in a fixed order; the first is plain ATen's.
+    """List the variants of a convolution on its device, in a fixed order, plain ATen first.
 
-    weight [O, C1 + C2, K, K] and bias [O], float32 or of the spec's dtype, on its device. Raises
-    ValueError where they do not fit the spec.
+    Args:
+        spec: the convolution.
+        weight: [out_channels, in_channels + in_channels2, kernel, kernel], float32 or the spec's
+            dtype, on its device.
+        bias: [out_channels], or None without a bias.
+
+    Raises:
+        ValueError: weight, bias or the options do not fit the spec.
     """
     _check(spec, weight, bias)
     found: list[Variant] = []
@@ -115,10 +126,17 @@ def candidates(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> list[Vari
 
 
 def fastest(spec: ConvSpec, weight: Tensor, bias: Tensor | None, tuner: Tuner) -> Variant:
-    """The variant that the tuner chooses, timed on random numbers unless its cache knows.
+    """Return the variant that the tuner chooses.
 
-    A variant that cannot be built, or whose result is not ATen's within `TOLERANCE`, is left out.
-    Kernels are built when they are first needed: with a recorded choice, only the chosen one.
+    Variants are timed on random numbers unless the choice is recorded. One that cannot be built, or
+    whose result differs from ATen's by more than `TOLERANCE`, is left out. Kernels are built when
+    they are first needed: with a recorded choice, only the chosen one.
+
+    Args:
+        spec: the convolution.
+        weight: as for `candidates`.
+        bias: as for `candidates`.
+        tuner: chooses the variant.
     """
     options = candidates(spec, weight, bias)
     if len(options) == 1:
@@ -129,7 +147,7 @@ def fastest(spec: ConvSpec, weight: Tensor, bias: Tensor | None, tuner: Tuner) -
 
 
 class CandidateCheck:
-    """The same random tensors for every variant, made when the first one is timed."""
+    """Comparison of variants with a reference on the same random tensors, created at first use."""
 
     def __init__(self, spec: ConvSpec, reference: Variant) -> None:
         self.spec = spec
@@ -161,7 +179,7 @@ class CandidateCheck:
         return self.tensors
 
     def of(self, variant: Variant) -> Callable[[], None]:
-        """A call of the variant, whose first result is compared with the reference's."""
+        """Return a call of the variant; its first result is compared with the reference."""
         run, compared = with_workspace(variant, self.spec.device), False
 
         def call() -> None:
@@ -178,7 +196,7 @@ class CandidateCheck:
         return call
 
     def _compare(self, variant: Variant, out: Tensor) -> None:
-        """Raise where a result is not the reference's; weights without a finite result pass."""
+        """Raise RuntimeError if a result is wrong; skip a reference that is not finite."""
         assert self.expected is not None
         wide = torch.promote_types(out.dtype, torch.float32)
         size = float(torch.linalg.vector_norm(self.expected, dtype=wide))
@@ -194,15 +212,15 @@ class CandidateCheck:
 
 
 def scratch(variant: Variant, device: torch.device) -> Tensor | None:
-    """A workspace for a variant; None where it needs none."""
+    """Allocate the workspace of a variant; None if it needs none."""
     size = variant.workspace_bytes
     return torch.empty(size, dtype=torch.uint8, device=device) if size else None
 
 
 def with_workspace(variant: Variant, device: torch.device) -> Callable[..., None]:
-    """The variant as a call of (out, x, x2, residual), to be timed as the engine runs it.
+    """Return the variant as a call of (out, x, x2, residual), as the engine runs it.
 
-    Workspace and split_k_locks are made by the first call and serve all of them.
+    The first call allocates workspace and locks, which all calls share.
     """
     workspace: Tensor | None = None
     split_k_locks: dict[str, Tensor] = {}
@@ -242,6 +260,6 @@ def _check(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> None:
         spec.kernel != 3 or spec.stride != 1 or spec.in_channels2 or spec.padding != (1, 1, 1, 1)
     ):
         raise ValueError(
-            "upsample goes before a 3x3 convolution of one source with stride 1 and padding 1;"
+            "upsample must be used with a 3x3 convolution of one source, stride 1 and padding 1;"
             f" got {spec}"
         )

@@ -1,7 +1,7 @@
-"""Convolutions of the plan by cuDNN's graphs: each execution plan is a variant of its own.
+"""Convolutions by cuDNN graphs: each execution plan is a separate variant.
 
-A residual without a bias gets zeros for one: with both, cuDNN has precompiled kernels. A plan is
-built when its workspace is asked for or when it is first run, and not before.
+A residual without a bias gets a bias of zeros, because cuDNN has precompiled kernels for both
+together. A plan is built when its workspace size is queried or when it first runs.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from ddpm_fast.engine.specs import ConvSpec
 
 _log = logging.getLogger("ddpm_fast")
 
-# Plans of a form that are offered, in cuDNN's own order; it has up to 80, which take seconds each
-# to build and to time. A guess, until the ranks of the fastest are known.
+# Plans considered, in the order of cuDNN's heuristics. It proposes up to 80, and each takes seconds
+# to build and to time. The limit has not been tuned on hardware.
 MOST_PLANS = 16
 
 
 @dataclass
 class Launch:
-    """A graph with its own copy of weight and bias."""
+    """Graph with its own copy of weight and bias."""
 
     graph: Graph
     weight: Tensor
@@ -59,22 +59,27 @@ class Launch:
 
 @dataclass
 class CudnnVariant:
-    """A convolution of one or two sources: of two, the second adds the first one's result.
+    """Convolution of one or two sources; the second graph adds the result of the first.
 
-    That result lies in the workspace, rounded to the activations' dtype: one rounding more than a
-    convolution of one source has.
-    doubled: the spec of an upsampling convolution whose input is enlarged in the workspace first.
+    That result is stored in the workspace, rounded to the dtype of the activations: one rounding
+    more than with one source.
+
+    Attributes:
+        launches: the graph of each source.
+        plans: name of the plan of each graph.
+        upsampled: spec of a convolution whose input is upsampled into the workspace first.
+        first_bytes: size of the first graph's result; 0 with one source.
     """
 
     name: str
     launches: list[Launch]
     plans: list[str]
     upsampled: ConvSpec | None = None
-    first_bytes: int = 0  # of the first one's result
+    first_bytes: int = 0
 
     @property
     def workspace_bytes(self) -> int:
-        """The larger of the plans' own; the enlarged input or the first result lies before it."""
+        """Size of the larger plan's workspace, after the upsampled input or first result."""
         sizes = [
             launch.graph.workspace_bytes(plan)
             for launch, plan in zip(self.launches, self.plans, strict=True)
@@ -111,7 +116,7 @@ class CudnnVariant:
 
 @dataclass
 class CudnnPhases:
-    """A doubling with its 3x3 convolution: four convolutions write every other pixel of `out`."""
+    """3x3 convolution after upsampling, as four convolutions that write every other pixel."""
 
     name: str
     launches: list[Launch]
@@ -119,7 +124,7 @@ class CudnnPhases:
 
     @property
     def workspace_bytes(self) -> int:
-        """The largest of the four."""
+        """Size of the largest of the four workspaces."""
         return max(launch.graph.workspace_bytes(self.plan) for launch in self.launches)
 
     def __call__(
@@ -137,7 +142,7 @@ class CudnnPhases:
 
 
 def kernels(spec: ConvSpec) -> list[Kernel]:
-    """The graphs of a convolution: one for each source."""
+    """Return the graph descriptions of a convolution, one for each source."""
     left, right, top, bottom = spec.padding
     scale = 2 if spec.upsample else 1
     size = (spec.batch, spec.in_channels, scale * spec.height, scale * spec.width)
@@ -166,7 +171,7 @@ def kernels(spec: ConvSpec) -> list[Kernel]:
 
 
 def phase_kernels(spec: ConvSpec) -> list[Kernel]:
-    """The four graphs of a doubling with its convolution, in the order of `PHASES`."""
+    """Return the four graph descriptions of an upsampling convolution, in the order of `PHASES`."""
     whole = kernels(replace(spec, upsample=False))[0]
     batch, row, pixel = (
         nhwc((spec.batch, spec.out_channels, *spec.out_size))[i] for i in (0, 2, 3)
@@ -188,12 +193,12 @@ def _installed() -> bool:
 
 
 class CudnnProvider:
-    """cuDNN's graphs."""
+    """cuDNN graphs."""
 
     name = "cudnn"
 
     def unavailable_reason(self, spec: ConvSpec) -> str | None:
-        """It needs an NVIDIA GPU, the package, half precision, and an input."""
+        """Check the GPU, the package, the dtype and that the input is not empty."""
         if spec.device.type != "cuda":
             return f"it runs on NVIDIA GPUs; this is {spec.device}"
         if spec.dtype not in DTYPES:
@@ -204,17 +209,17 @@ class CudnnProvider:
             return "torch finds no NVIDIA GPU (see nvidia-smi)"
         try:
             importlib.import_module("cudnn")
-        except Exception as error:  # whatever a library that does not load raises
+        except Exception as error:  # loading a library may raise anything
             return f"the package nvidia-cudnn-frontend does not load: {error}"
         return None if spec.batch * spec.height * spec.width else "the input is empty"
 
     def variants(
         self, spec: ConvSpec, weight: Tensor, bias: Tensor | None
     ) -> list[CudnnVariant | CudnnPhases]:
-        """One for each plan, best first by cuDNN's estimate.
+        """Return one variant for each plan, ordered by cuDNN's estimate.
 
-        Of two sources, the plans are paired by rank. An upsampling convolution goes by an enlarged
-        input, or by four phases with one plan.
+        With two sources, plans of the same rank are paired. An upsampling convolution runs on the
+        upsampled input, or as four phases with one plan.
         """
         return variants(spec, weight, bias, {"handle": handle_of(spec.device)})
 
@@ -222,7 +227,7 @@ class CudnnProvider:
 def variants(
     spec: ConvSpec, weight: Tensor, bias: Tensor | None, where: dict[str, Any]
 ) -> list[CudnnVariant | CudnnPhases]:
-    """`CudnnProvider.variants` for a device said as to `Graph`; a form without plans is logged."""
+    """Return `CudnnProvider.variants` for a device given as for `Graph`; log failed forms."""
     own = copy_bias(bias, spec.dtype)
     zeros = torch.zeros(spec.out_channels, dtype=spec.dtype, device=weight.device)
 
@@ -263,6 +268,6 @@ def variants(
     for form in (whole, phases) if spec.upsample else (whole,):
         try:
             found.extend(form())
-        except Exception as error:  # cudnn's own, of which some are no RuntimeError
+        except Exception as error:  # some of cudnn's errors are no RuntimeError
             _log.info("%s: without cudnn's %s: %s", spec, form.__name__, str(error)[:300])
     return found

@@ -1,9 +1,8 @@
-"""cuDNN's graphs of a convolution, through NVIDIA's package nvidia-cudnn-frontend.
+"""cuDNN graphs of a convolution, by NVIDIA's package nvidia-cudnn-frontend.
 
-A graph here is one kernel: convolution, plus residual, plus bias, rounded once. The order matters:
-residual before bias is the pattern of cuDNN's precompiled convolutions; with the bias first cuDNN
-falls back on kernels that it compiles at run time. The bias must be in the activations' dtype for
-that.
+A graph is one kernel: convolution, plus residual, plus bias, rounded once. The order matters:
+residual before bias matches cuDNN's precompiled convolutions; with the bias first cuDNN falls back
+on kernels compiled at run time. The bias must have the dtype of the activations for that.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Kernels with other arithmetic than products summed in float32, or another result in every run.
+# Kernels whose sums are not in float32, or whose results are not deterministic.
 _UNWANTED = (
     "NONDETERMINISTIC",
     "REDUCED_PRECISION_REDUCTION",
@@ -27,16 +26,25 @@ _UNWANTED = (
     "WINOGRAD_TILE_6x6",
     "WINOGRAD_TILE_13x13",
 )
-_running = threading.Lock()  # threads share a GPU's handle, which has one stream at a time
+_running = threading.Lock()  # threads share a GPU's handle, which has one stream
 DTYPES = {torch.float16: "HALF", torch.bfloat16: "BFLOAT16"}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one graph computes: out = conv(x, weight) + residual + bias.
+    """Description of a graph: out = conv(x, weight) + residual + bias.
 
-    size: batch, channels, height and width of the input. pre, post: zeros (above, left) and (below,
-    right). out_strides: of out and residual [N, O, H', W'], in elements.
+    Attributes:
+        size: batch, channels, height and width of the input.
+        out_channels: channels of the output.
+        window: height and width of the kernel.
+        stride: stride in both directions.
+        pre: padding (top, left).
+        post: padding (bottom, right).
+        out_strides: strides of output and residual [N, O, H', W'], in elements.
+        residual: add a residual.
+        bias: add a bias.
+        dtype: dtype of the tensors.
     """
 
     size: tuple[int, int, int, int]
@@ -63,20 +71,24 @@ class Kernel:
 
 
 def nhwc(size: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """The strides of a dense channels_last tensor [N, C, H, W]."""
+    """Return the strides of a dense channels_last tensor [N, C, H, W]."""
     _, channels, height, width = size
     return height * width * channels, 1, width * channels, channels
 
 
 class Graph:
-    """A graph of cuDNN with the plans it proposes; tensors are bound when it is run.
+    """cuDNN graph with its proposed execution plans; tensors are bound when it runs.
 
-    where: the keyword arguments that say for which device: ``handle=`` of a GPU at hand, or
-    ``device_property=`` of one that is described only, for which plans can be built but not run.
-    Raises RuntimeError or an error of cudnn where no kernel can do it.
+    Args:
+        kernel: the graph's description.
+        where: keyword arguments for the device: `handle=` of an available GPU, or
+            `device_property=` of a described one, for which plans can be built but not run.
+
+    Raises:
+        RuntimeError: no kernel supports the graph. cudnn may raise errors of its own.
     """
 
-    X, WEIGHT, RESIDUAL, BIAS, OUT = range(1, 6)  # names of the tensors in a call
+    X, WEIGHT, RESIDUAL, BIAS, OUT = range(1, 6)  # identifiers of the tensors
 
     def __init__(self, kernel: Kernel, where: dict[str, Any]) -> None:
         cudnn = importlib.import_module("cudnn")
@@ -118,17 +130,17 @@ class Graph:
         graph.deselect_numeric_notes([getattr(notes, n) for n in _UNWANTED if hasattr(notes, n)])
         self._graph = graph
         names = [graph.get_plan_name_at_index(i) for i in range(graph.get_execution_plan_count())]
-        # The heuristics repeat themselves: the first of a name counts.
+        # The heuristics propose plans repeatedly; keep the first of each name.
         self._index = {name: i for i, name in reversed(list(enumerate(names)))}
         self._built: set[str] = set()
 
     @property
     def plans(self) -> list[str]:
-        """The names of the plans, best first by cuDNN's own estimate."""
+        """Names of the plans, in the order of cuDNN's heuristics."""
         return sorted(self._index, key=self._index.__getitem__)
 
     def workspace_bytes(self, plan: str) -> int:
-        """Scratch memory of a plan, which is built for it. Raises RuntimeError where it cannot."""
+        """Build a plan and return its workspace size; RuntimeError if it cannot be built."""
         index = self._index[plan]
         if plan not in self._built:
             self._graph.build_plan_at_index(index)
@@ -156,7 +168,7 @@ _HANDLES: dict[torch.device, Any] = {}
 
 
 def handle_of(device: torch.device) -> Any:
-    """The process's cuDNN handle of a GPU."""
+    """Return the process's cuDNN handle of a GPU."""
     if device not in _HANDLES:
         with torch.cuda.device(device):
             _HANDLES[device] = importlib.import_module("cudnn").create_handle()

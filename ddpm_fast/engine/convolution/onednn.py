@@ -1,9 +1,8 @@
-"""Convolutions of the plan by oneDNN, with a packed weight and the sum in its accumulator.
+"""Convolutions by oneDNN, with a packed weight and the sum in its accumulator.
 
-torch's inductor calls oneDNN by operators of the namespace ``mkldnn``, which torch does not
-promise to keep: where one is missing, the provider says so. `_convolution_pointwise_.binary` adds
-its result to a tensor that it is given, so that residual and second source cost no pass of their
-own and nothing is allocated.
+torch's inductor calls oneDNN by operators of the namespace `mkldnn`, which torch may change: if one
+is missing, the provider is unavailable. `_convolution_pointwise_.binary` adds its result to an
+existing tensor, so that residual and second source need no separate pass and no allocation.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _OPERATORS = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_con
 
 @dataclass
 class _PackedConv:
-    """A convolution of one source with an even padding, its weight packed for the input's size."""
+    """Convolution of one source with symmetric padding, its weight packed for the input's size."""
 
     weight: Tensor
     bias: Tensor | None
@@ -52,7 +51,7 @@ class _PackedConv:
         return cls(packed, bias, stride, even, skips)
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
-        """out += convolution."""
+        """Compute out += convolution."""
         steps = (list(self.padding), [self.stride] * 2, [1, 1], 1)
         if any(self.skips) or not _is_channels_last(out):
             out.add_(self._new(x, out.shape))
@@ -62,7 +61,7 @@ class _PackedConv:
             )
 
     def write_to(self, out: Tensor, x: Tensor) -> None:
-        """out = convolution."""
+        """Compute out = convolution."""
         if any(self.skips) or not _is_channels_last(out):
             out.copy_(self._new(x, out.shape))
         else:
@@ -82,7 +81,7 @@ def _is_channels_last(out: Tensor) -> bool:
 
 @dataclass
 class OnednnVariant:
-    """A convolution of one or two sources, by oneDNN."""
+    """Convolution of one or two sources."""
 
     name: str
     first: _PackedConv
@@ -91,7 +90,7 @@ class OnednnVariant:
 
     @property
     def workspace_bytes(self) -> int:
-        """That of the enlarged input of an upsampling convolution."""
+        """Size of the upsampled input."""
         return upsampled_bytes(self.upsampled) if self.upsampled else 0
 
     def __call__(
@@ -117,7 +116,7 @@ class OnednnVariant:
 
 @dataclass
 class OnednnPhases:
-    """A doubling with its 3x3 convolution as four 2x2 convolutions of summed weights."""
+    """3x3 convolution after upsampling, as four 2x2 convolutions of summed weights."""
 
     name: str
     parts: list[_PackedConv]
@@ -142,12 +141,12 @@ class OnednnPhases:
 
 
 class OnednnProvider:
-    """oneDNN through torch's private operators."""
+    """oneDNN by torch's private operators."""
 
     name = "onednn"
 
     def unavailable_reason(self, spec: ConvSpec) -> str | None:
-        """It needs the CPU, the operators, a dtype that the processor has, and an input."""
+        """Check the device, the operators, the dtype and that the input is not empty."""
         if spec.device.type != "cpu":
             return f"it runs on the CPU; this is {spec.device}"
         if not torch.backends.mkldnn.is_available():
@@ -162,7 +161,7 @@ class OnednnProvider:
     def variants(
         self, spec: ConvSpec, weight: Tensor, bias: Tensor | None
     ) -> list[OnednnVariant | OnednnPhases]:
-        """One, or for an upsampling convolution two: by an enlarged input and by four phases."""
+        """Return one variant; two with upsampling, by the upsampled input and by four phases."""
         bias = copy_bias(bias, spec.dtype)
         rounded = weight.detach().to(spec.dtype)
         scale = 2 if spec.upsample else 1

@@ -1,4 +1,4 @@
-"""Convolutions of the plan by the Triton kernel of ``ddpm_fast.ops.triton.conv``."""
+"""Convolutions by the Triton kernel of `ddpm_fast.ops.triton.conv`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from ddpm_fast.ops.dispatch import DTYPES, unavailable_reason
 class TritonVariant:
     """The kernel in one configuration.
 
-    split_k_locks: number of int32 zeros, one for each tile of a sum that is split among programs;
-    the kernel leaves them at zero. Concurrent calls must not share them.
+    Attributes:
+        split_k_locks: number of int32 zeros, one for each output tile whose sum is split among
+            programs; the kernel leaves them at zero. Concurrent calls must not share them.
     """
 
     name: str
@@ -39,7 +40,7 @@ class TritonVariant:
         workspace: Tensor | None,
         split_k_locks: Tensor | None = None,
     ) -> None:
-        """Write the convolution to `out`; without split_k_locks, new ones are made."""
+        """Write the convolution to `out`; without `split_k_locks`, locks are allocated."""
         import_module("ddpm_fast.ops.triton.conv").conv(
             *(out, x, x2, self.weight, self.bias, residual, self.stride, list(self.padding)),
             config=self.config,
@@ -48,9 +49,10 @@ class TritonVariant:
 
 
 class TritonProvider:
-    """``ddpm_fast.ops.triton.conv`` in each of its configurations.
+    """`ddpm_fast.ops.triton.conv` in each of its configurations.
 
-    interpreted: take CPU tensors too where Triton is interpreted, for tests.
+    Args:
+        interpreted: support CPU tensors in Triton's interpreter, for tests.
     """
 
     name = "triton"
@@ -59,7 +61,7 @@ class TritonProvider:
         self.interpreted = interpreted
 
     def unavailable_reason(self, spec: ConvSpec) -> str | None:
-        """It needs an NVIDIA GPU, Triton, and a dtype that the kernel takes."""
+        """Check the GPU, Triton and the dtype."""
         if spec.device.type != "cuda" and not self.interpreted:
             return f"it runs on NVIDIA GPUs; this is {spec.device}"
         if spec.dtype not in DTYPES["triton"]:
@@ -67,7 +69,7 @@ class TritonProvider:
         return unavailable_reason("triton", spec.device)
 
     def variants(self, spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> list[TritonVariant]:
-        """One for each configuration; an upsampling convolution goes by its four phases."""
+        """Return one variant for each configuration; upsampling convolutions run as four phases."""
         kernels = import_module("ddpm_fast.ops.triton.conv")
         laid_out = (phase_weight if spec.upsample else pack_weight)(weight, spec.dtype)
         bias = copy_bias(bias, spec.dtype)

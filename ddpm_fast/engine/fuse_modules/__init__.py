@@ -1,1 +1,1 @@
-"""Fused GroupNorm and SiLU inside any network: `optimize_module`."""
+"""`optimize_module`: fused GroupNorm and SiLU in any PyTorch model."""

@@ -1,12 +1,12 @@
-"""nn.GroupNorm and nn.Sequential that run the fused GroupNorm where it gives what torch gives.
+"""nn.GroupNorm and nn.Sequential with the fused GroupNorm, where it has torch's result.
 
-`optimize_module` turns modules into these by changing their class, so that objects, parameters,
-hooks and state dicts stay what they are.
+`optimize_module` changes the class of modules to these, so that objects, parameters, hooks and
+state dicts stay the same.
 
-A norm that was seen to be followed by SiLU alone (`FusedGroupNormSiLU`) computes both at once and
-returns `Activated`: a tensor that holds silu(norm(x)) and still stands for norm(x). F.silu takes
-what it holds; any other operation first makes it norm(x) again. So a path of the model that nobody
-has seen is slow, or an error where the input is gone, but never wrong.
+A norm that is followed by SiLU alone (`FusedGroupNormSiLU`) computes both at once and returns
+`Activated`: a tensor that stores silu(norm(x)) and represents norm(x). F.silu returns the stored
+value; any other operation computes norm(x) first. An unforeseen path through the model is therefore
+slow, or an error if the input no longer exists, but never wrong.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _MAX_WIDTH = 16  # channels a group
 
 @cache
 def _kernel(backend: str, device: torch.device, dtype: torch.dtype) -> Kernel | None:
-    """The fused operator; None where torch's own is the one to run."""
+    """Return the fused operator; None to use torch's."""
     if device.type not in ("cpu", "cuda"):
         return None
     try:
         chosen = get_backend(backend, device, dtype)
-    except (TypeError, RuntimeError):  # the model was moved to where the backend does not run
+    except (TypeError, RuntimeError):  # the model was moved to another device or dtype
         return None
     if backend == "auto" and chosen.name == "reference":
         return None
@@ -46,7 +46,7 @@ def _kernel(backend: str, device: torch.device, dtype: torch.dtype) -> Kernel | 
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches the calls of this module."""
+    """Return True if the module has hooks, or if global hooks are registered."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -57,7 +57,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _is_traced() -> bool:
-    """Whether something looks at the operations that run, and knows only torch's own."""
+    """Return True while the operations are compiled, traced or transformed."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -67,12 +67,12 @@ def _is_traced() -> bool:
 
 
 def _as_image(x: Tensor) -> Tensor:
-    """A view [N, C, H, W] of a dense tensor [N, C, L] or [N, C, D, H, W]."""
+    """View a dense tensor [N, C, L] or [N, C, D, H, W] as [N, C, H, W]."""
     return x.unsqueeze(3) if x.dim() == 3 else x.flatten(2, 3)
 
 
 def _keeps_layout(x: Tensor) -> bool:
-    """Whether torch's group_norm, too, returns the strides of ``x``."""
+    """Return True if torch's group_norm also returns the strides of `x`."""
     if x.is_contiguous():
         return True
     if x.dim() == 4:
@@ -81,11 +81,11 @@ def _keeps_layout(x: Tensor) -> bool:
 
 
 def _faster_on_cpu(x: Tensor, groups: int) -> bool:
-    """Whether the operator of the backend cpu was measured to be faster than torch's own.
+    """Return True if the CPU operator was measured to be faster than torch's.
 
-    It was on one core in channels-last memory, for float32, float16 and bfloat16, for small maps
-    (torch has a faster kernel from 1024 pixels on) of narrow groups, once there is enough work to
-    hide the call. Elsewhere it was slower, or faster in some dtypes and only with SiLU.
+    That is the case on one core in channels_last memory, in float32, float16 and bfloat16, for
+    small maps (torch has a faster kernel from 1024 pixels on) of narrow groups, with enough work to
+    hide the overhead of the call. Otherwise it was slower, or faster only with SiLU in some dtypes.
     """
     pixels = x.numel() // (x.shape[0] * x.shape[1])
     return (
@@ -98,33 +98,33 @@ def _faster_on_cpu(x: Tensor, groups: int) -> bool:
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """nn.GroupNorm that runs `ddpm_fast.group_norm` where torch's own has no advantage.
+    """nn.GroupNorm that runs `ddpm_fast.group_norm` unless torch's kernel has an advantage.
 
-    That is: a dense tensor [N, C, L], [N, C, H, W] or [N, C, D, H, W] of the dtype and device of
-    the parameters, which the backend takes, with no gradient to record and no autocast; and with
-    the backend "auto" on a CPU, where it was measured to be faster. Everything else, as in
-    training, under torch.compile, tracing or torch.func, is nn.GroupNorm's forward.
+    The fused operator runs on dense tensors [N, C, L], [N, C, H, W] or [N, C, D, H, W] of the dtype
+    and device of the parameters that the backend supports, without gradients and autocast; with the
+    backend "auto" on a CPU, only where it was measured to be faster. Everything else, such as
+    training, torch.compile, tracing and torch.func, runs nn.GroupNorm's forward.
     """
 
     _backend = "auto"
 
     def forward(self, input: Tensor) -> Tensor:
-        """norm(input)."""
+        """Return norm(input)."""
         out = self._fused(input, silu=False)
         return super().forward(input) if out is None else out
 
     def activated(self, input: Tensor) -> Tensor:
-        """silu(norm(input))."""
+        """Return silu(norm(input))."""
         out = self._fused(input, silu=True)
         return F.silu(super().forward(input)) if out is None else out
 
     def _fused(self, x: Any, silu: bool) -> Tensor | None:
-        """The output by the fused operator; None where torch's own is to be run."""
+        """Return the output of the fused operator; None to use torch's."""
         if type(x) is not Tensor or _is_traced():
             return None
         if x.layout is not torch.strided or x.is_nested or not 3 <= x.dim() <= 5:
             return None
-        # One value a group is an error in torch, which its own function reports.
+        # torch raises an error for one value in a group.
         if x.shape[1] != self.num_channels or x.numel() <= self.num_groups:
             return None
         dtype, device = x.dtype, x.device
@@ -136,12 +136,12 @@ class FusedGroupNorm(nn.GroupNorm):
             return None
         weight, bias = self.weight, self.bias
         recording = torch.is_grad_enabled()
-        for given in (weight, bias):
-            if given is not None and (
-                given.dtype != dtype
-                or given.device != device
-                or (recording and given.requires_grad)
-                or not given.is_contiguous()
+        for parameter in (weight, bias):
+            if parameter is not None and (
+                parameter.dtype != dtype
+                or parameter.device != device
+                or (recording and parameter.requires_grad)
+                or not parameter.is_contiguous()
             ):
                 return None
         if (recording and x.requires_grad) or torch.is_autocast_enabled(device.type):
@@ -161,10 +161,10 @@ class FusedGroupNorm(nn.GroupNorm):
 
 
 class FusedGroupNormSiLU(FusedGroupNorm):
-    """`FusedGroupNorm` that SiLU is known to follow, whose work it does: see `Activated`."""
+    """`FusedGroupNorm` that is followed by SiLU alone and computes it too; see `Activated`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """norm(input), as an `Activated` where the fused operator runs and no hook looks on."""
+        """Return norm(input): an `Activated` if the fused operator runs without hooks."""
         if self._forward_hooks:
             return super().forward(input)
         out = self._fused(input, silu=True)
@@ -175,13 +175,13 @@ FUSED_NORMS = (FusedGroupNorm, FusedGroupNormSiLU)
 
 
 class FusedSequential(nn.Sequential):
-    """nn.Sequential that runs a GroupNorm and the SiLU behind it at once.
+    """nn.Sequential that runs a GroupNorm and the following SiLU at once.
 
-    Only in its own forward: modules that are taken out of it and called are themselves.
+    Modules that are called on their own are not affected.
     """
 
     def forward(self, input: Any) -> Any:
-        """The modules one after another."""
+        """Run the modules in order."""
         if torch.compiler.is_compiling():
             return super().forward(input)
         modules = list(self)
@@ -197,7 +197,7 @@ class FusedSequential(nn.Sequential):
 
 
 def is_pair(module: nn.Module, following: nn.Module | None) -> bool:
-    """Whether these are a GroupNorm and a SiLU whose calls nobody watches."""
+    """Return True for a GroupNorm and a SiLU without hooks and replaced forwards."""
     return (
         type(module) in (nn.GroupNorm, *FUSED_NORMS)
         and type(following) is nn.SiLU
@@ -206,7 +206,7 @@ def is_pair(module: nn.Module, following: nn.Module | None) -> bool:
 
 
 _METADATA = ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "requires_grad", "is_leaf")
-# Questions about a tensor that its values do not answer.
+# Functions that depend on a tensor's metadata alone.
 METADATA_FUNCTIONS = {getattr(Tensor, name).__get__ for name in _METADATA} | {
     Tensor.size,
     Tensor.dim,
@@ -225,9 +225,10 @@ METADATA_FUNCTIONS = {getattr(Tensor, name).__get__ for name in _METADATA} | {
 
 
 class Activated(Tensor):
-    """silu(norm(x)) in memory, norm(x) to everybody but F.silu.
+    """Tensor that stores silu(norm(x)) and represents norm(x) for everything except F.silu.
 
-    ``_source`` is the norm and its input until that has been settled.
+    Attributes:
+        _source: the norm, its input and the input's version, until the value has been determined.
     """
 
     _activated: Tensor
@@ -235,15 +236,15 @@ class Activated(Tensor):
     _consumed: bool
 
     @staticmethod
-    def of(norm: FusedGroupNorm, x: Tensor, held: Tensor) -> Activated:
-        """Stands for norm(x) and holds ``held``, its SiLU."""
-        made = held.as_subclass(Activated)
+    def of(norm: FusedGroupNorm, x: Tensor, activated: Tensor) -> Activated:
+        """Create a tensor that represents norm(x) and stores `activated`, its SiLU."""
+        made = activated.as_subclass(Activated)
         version = None if x.is_inference() else x._version
-        made._activated, made._source, made._consumed = held, (norm, x, version), False
+        made._activated, made._source, made._consumed = activated, (norm, x, version), False
         return made
 
     def _restore_norm(self) -> None:
-        """Become norm(x), which nobody was expected to ask for."""
+        """Replace the stored value by norm(x)."""
         assert self._source is not None
         norm, x, version = self._source
         if version is None or x._version != version:
@@ -259,14 +260,14 @@ class Activated(Tensor):
         self._source = None
 
     def _apply_silu(self, inplace: bool) -> Tensor:
-        """silu of what this stands for."""
+        """Return SiLU of the represented value."""
         if self._consumed:
             self._restore_norm()
             with torch._C.DisableTorchFunctionSubclass():
                 return F.silu(self, inplace)
         self._consumed = True
         if inplace:
-            self._source = None  # from here on it is what it holds
+            self._source = None  # the tensor now represents the stored value
         return self._activated
 
     def _as_plain(self) -> Tensor:

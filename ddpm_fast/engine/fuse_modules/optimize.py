@@ -1,4 +1,4 @@
-"""`optimize_module`: the fused GroupNorm in any model, in place, and back again."""
+"""`optimize_module`: replace GroupNorm and SiLU in a model by the fused operator, and restore."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ _ABSENT: Any = object()
 
 @dataclass(frozen=True)
 class OptimizedNorm:
-    """One GroupNorm of the model: its paths, what was done (``done``), and why not more."""
+    """One GroupNorm of the model.
+
+    Attributes:
+        paths: paths of the module in the model.
+        done: "fused with SiLU", "norm only" or "left alone".
+        reason: why it was not fused; empty if it was.
+    """
 
     paths: tuple[str, ...]
     done: str
@@ -38,14 +44,18 @@ class OptimizedNorm:
 
 @dataclass
 class OptimizeReport:
-    """What `optimize_module` did: printable, and able to undo it."""
+    """Result of `optimize_module`. `print` shows a table.
+
+    Attributes:
+        norms: every GroupNorm of the model.
+    """
 
     norms: tuple[OptimizedNorm, ...]
     _changes: list[_Change] = field(default_factory=list, repr=False)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many norms were fused with SiLU, are norm only, and were left alone."""
+        """Number of norms fused with SiLU, of norms only and of norms left alone."""
         return {
             done: sum(n.done == done for n in self.norms) for done in (FUSED, NORM_ONLY, LEFT_ALONE)
         }
@@ -58,10 +68,10 @@ class OptimizeReport:
         return "\n".join([*lines, f"{len(self.norms)} GroupNorms: {counts}"])
 
     def restore(self) -> None:
-        """Undo everything: the modules are the objects that they were, of the class they were.
+        """Restore the class and attributes of every module; a second call has no effect.
 
-        A second call does nothing. Raises RuntimeError, and undoes nothing, where a module has
-        been given yet another class since.
+        Raises:
+            RuntimeError: the class of a module has changed since; nothing is restored.
         """
         for change in self._changes:
             if type(change.module) is not change.new:
@@ -75,7 +85,7 @@ class OptimizeReport:
 
 @dataclass
 class _Change:
-    """A module's new class and attributes, and the old ones."""
+    """New class and attributes of a module, and the old ones."""
 
     module: nn.Module
     new: type[nn.Module]
@@ -107,32 +117,42 @@ def optimize_module(
     example_inputs: Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any] | None = None,
     backend: str = "auto",
 ) -> OptimizeReport:
-    """Let every nn.GroupNorm of ``model`` run the fused operator, with its SiLU where one follows.
+    """Run every nn.GroupNorm of a model by the fused operator, together with a following SiLU.
 
-    In place: the modules stay the same objects, with their parameters, hooks and state-dict keys;
-    only their class changes (`FusedGroupNorm`, `FusedGroupNormSiLU`, `FusedSequential`). The fused
-    operator runs where no gradient is to be recorded; torch's own does in training, under autocast
-    and torch.compile, and for what the operator does not take, so that gradients keep their bits.
-    Wrap inference in torch.no_grad() or torch.inference_mode(). Call `report.restore()` before
+    The model is changed in place: the modules stay the same objects, with their parameters, hooks
+    and state-dict keys; only their class changes (`FusedGroupNorm`, `FusedGroupNormSiLU`,
+    `FusedSequential`). The fused operator runs without gradients only; training, autocast,
+    torch.compile and unsupported inputs run torch's operator, so that gradients keep their bits.
+    Run inference under torch.no_grad() or torch.inference_mode(). Call `report.restore()` before
     torch.jit.script.
 
-    A SiLU is fused where it follows in an nn.Sequential; and, with ``example_inputs``, wherever
-    one forward pass shows that SiLU (nn.SiLU or F.silu) is all that uses a norm's output. Should
-    another input take another path through the model, the norm's output is made for it after all;
-    where its input has been overwritten meanwhile, or might have been (tensors of
-    torch.inference_mode do not tell), that is a RuntimeError. What reads a tensor's memory behind
-    torch's back, such as a C extension, is not seen.
+    SiLU is fused if it follows in an nn.Sequential and, with `example_inputs`, if one forward pass
+    shows that SiLU (nn.SiLU or F.silu) is the only use of a norm's output. If another input takes
+    another path through the model, the norm's output is computed when it is used; it is a
+    RuntimeError if the norm's input has been overwritten, or may have been (inference tensors do
+    not record it). Reads of a tensor's memory outside of torch, such as by a C extension, are not
+    detected.
 
-    example_inputs: a tensor, a tuple or list of positional or a dict of keyword arguments of the
-    model. The pass runs under no_grad, in eval mode; modes, buffers and the random state are put
-    back. backend: "auto" or one of reference, cpu, triton, cuda. On a CPU "auto" leaves torch's own
-    where the fused operator was not measured to be faster: in contiguous memory (so use
-    torch.channels_last), for maps from 1024 pixels on, groups from 16 channels on, float64 and
-    small tensors. A backend with a name runs wherever it can.
+    Norms with a subclass or a replaced forward are left alone. A second call with the same
+    arguments has no effect. After an error the model is unchanged.
 
-    Norms with a class or a forward of their own are left alone. A second call with the same
-    arguments changes nothing. On an error the model is as it was. Raises TypeError or ValueError
-    naming the argument, RuntimeError where the backend cannot run on the model's device.
+    Args:
+        model: the model.
+        example_inputs: a tensor, a tuple or list of positional or a dict of keyword arguments of
+            the model. The pass runs without gradients in evaluation mode; modes, buffers and the
+            random state are restored.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". On a CPU "auto" runs torch's
+            operator where the fused one was not measured to be faster: in contiguous memory (use
+            torch.channels_last), for maps of 1024 pixels and more, groups of 16 channels and more,
+            float64 and small tensors. Another backend runs wherever it can.
+
+    Returns:
+        A report, which can restore the model.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `backend` is unknown, or the model raises an error on `example_inputs`.
+        RuntimeError: the backend cannot run on the model's device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -170,7 +190,7 @@ def optimize_module(
 
 
 def _check_backend(backend: str, model: nn.Module) -> None:
-    """That a backend with a name can run on the model as it is."""
+    """Check that the backend exists and can run on the model's device and dtype."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {backend!r}")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -179,7 +199,7 @@ def _check_backend(backend: str, model: nn.Module) -> None:
 
 
 def _norms(model: nn.Module) -> dict[nn.GroupNorm, tuple[str, ...]]:
-    """Every GroupNorm and the paths at which it is found."""
+    """Return every GroupNorm with its paths."""
     found: dict[nn.GroupNorm, tuple[str, ...]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.GroupNorm):
@@ -203,7 +223,7 @@ def _reason_not_fused(
     paired: bool,
     seen: Mapping[nn.Module, list[OutputUse]] | None,
 ) -> str:
-    """Why SiLU is not fused into the norm; empty where it is."""
+    """Return why SiLU is not fused into the norm; empty if it is."""
     if has_hooks(norm):
         return "it has hooks"
     if seen is None:

@@ -1,4 +1,4 @@
-"""What a model does with the outputs of some of its modules, seen in one forward pass."""
+"""Recording of the uses of modules' outputs in one forward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ddpm_fast.engine.fuse_modules.modules import METADATA_FUNCTIONS
 
 
 class OutputUse:
-    """What became of the tensor that one call of a module returned."""
+    """Uses of the tensor that one call of a module returned."""
 
     def __init__(self, output: Tensor) -> None:
         self.output: Callable[[], Tensor | None] = weakref.ref(output)
@@ -25,7 +25,7 @@ class OutputUse:
         self.returned = False
 
     def reason_not_silu(self) -> str:
-        """What else than SiLU uses the output; empty where nothing does."""
+        """Return why SiLU is not the only use of the output; empty if it is."""
         if self.returned:
             return "the model returns its output"
         if self.users != ["silu"]:
@@ -37,7 +37,7 @@ class OutputUse:
 
 
 class _UseRecorder(TorchFunctionMode):
-    """Notes every function of torch that takes an output."""
+    """Record every function of torch that takes an output."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -45,13 +45,13 @@ class _UseRecorder(TorchFunctionMode):
         self.alive: dict[int, OutputUse] = {}  # by the identity of the output
 
     def note(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A forward hook."""
+        """Record an output; a forward hook."""
         call = OutputUse(output)
         self.calls[module].append(call)
         self.alive[id(output)] = call
 
     def find(self, value: Any) -> OutputUse | None:
-        """The call that returned this very object."""
+        """Return the call that returned this object."""
         call = self.alive.get(id(value))
         return call if call is not None and call.output() is value else None
 
@@ -69,7 +69,7 @@ class _UseRecorder(TorchFunctionMode):
         for value in tree_leaves((args, kwargs)):
             if (call := self.find(value)) is not None:
                 call.users.append(_name_of(func))
-                if func is F.silu and result is value:  # in place: it is an output no more
+                if func is F.silu and result is value:  # in place: the output no longer exists
                     call.output = lambda: None
         return result
 
@@ -83,10 +83,20 @@ def _name_of(func: Callable[..., Any]) -> str:
 def observe(
     model: nn.Module, modules: Iterable[nn.Module], example_inputs: Any
 ) -> dict[nn.Module, list[OutputUse]]:
-    """The calls of ``modules`` in one forward pass of ``model``, which is left as it was.
+    """Run one forward pass and record the uses of the outputs of `modules`.
 
-    Raises TypeError for other than a tensor, a tuple, a list or a dict, ValueError where the model
-    does not take it.
+    Args:
+        model: the model, whose modes, buffers and random state are restored.
+        modules: the modules to observe.
+        example_inputs: inputs of the model: a tensor, a tuple or list, or a dict of keyword
+            arguments.
+
+    Returns:
+        The calls of each module.
+
+    Raises:
+        TypeError: `example_inputs` has another type.
+        ValueError: the model raised an error.
     """
     args, kwargs = _arguments(example_inputs)
     watch = _UseRecorder(modules)
@@ -124,7 +134,7 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _values(output: Any) -> Iterator[Any]:
-    """The leaves of a model's output, and the attributes of objects among them."""
+    """Yield the leaves of a model's output, and the attributes of objects among them."""
     for value in tree_leaves(output):
         yield value
         if not isinstance(value, Tensor):
@@ -133,7 +143,7 @@ def _values(output: Any) -> Iterator[Any]:
 
 @contextmanager
 def _preserving_state(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards the modes, the buffers and the random state of before."""
+    """Set evaluation mode; afterwards restore modes, buffers and the random state."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module._buffers, name, buffer, buffer.clone(), _version(buffer))
@@ -158,5 +168,5 @@ def _preserving_state(model: nn.Module) -> Iterator[None]:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """How often it was written to; tensors of torch.inference_mode do not count."""
+    """Return the version counter; None for an inference tensor."""
     return None if tensor.is_inference() else tensor._version

@@ -1,1 +1,1 @@
-"""The plan of a network: operations, their memory and what runs each."""
+"""Plan of a network: lowering, memory, binding to implementations, report."""

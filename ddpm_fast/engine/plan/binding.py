@@ -1,4 +1,4 @@
-"""How each operation of a plan is run: the implementations chosen, bound to numbered slots."""
+"""Binding of operations to implementations and of values to numbered slots."""
 
 from __future__ import annotations
 
@@ -28,27 +28,35 @@ from ddpm_fast.ops import get_backend, unavailable_reason
 from ddpm_fast.ops.aten import SDPA, pixels, sdpa
 from ddpm_fast.utils import checks
 
-Slots = list[Any]  # the tensors of a call, by number
+Slots = list[Any]  # tensors of a call
 
 Run = Callable[[Slots], None]
 
 
 class Step(NamedTuple):
-    """An operation with the implementation that runs it."""
+    """Operation with the implementation that runs it.
+
+    Attributes:
+        operation: the operation.
+        implementation: name of the implementation.
+        run: executes the operation on the tensors of a call.
+        weight_bytes: size of the step's copies of the weights.
+        scratch: workspace that the step needs while it runs.
+    """
 
     operation: Operation
     implementation: str
     run: Run
-    weight_bytes: int = 0  # of its own copies
-    scratch: TensorValue | None = None  # memory that it needs while it runs
+    weight_bytes: int = 0
+    scratch: TensorValue | None = None
 
 
 class Binder:
-    """Makes steps: chooses implementations and numbers the tensors that they read and write.
+    """Choose implementations and assign slots to the tensors that they read and write.
 
-    The first slots are the rows of a call, the table of embeddings, the embedded labels, None, and
-    the `split_k_locks` int32 zeros of the kernels that split a sum; the values of the program and
-    the scratch memory of steps follow.
+    The first slots hold the rows of a call, the embedding table, the embedded labels, None, and the
+    `split_k_locks` int32 zeros of the kernels that split a sum; the values of the program and the
+    workspaces of the steps follow.
     """
 
     ROW, TABLE, LABELS, NOTHING, LOCKS, FIRST_VALUE = range(6)
@@ -69,15 +77,15 @@ class Binder:
 
     @property
     def slots(self) -> int:
-        """How many slots there are."""
+        """Number of slots."""
         return self.FIRST_VALUE + len(self.values)
 
     def slot(self, value: TensorValue | None) -> int:
-        """The number of a value; NOTHING without one."""
+        """Return the slot of a value; NOTHING for None."""
         return self.NOTHING if value is None else self._slots[id(value)]
 
     def step(self, operation: Operation) -> Step:
-        """The step of an operation."""
+        """Create the step of an operation."""
         make = {
             Convolution: self._convolution,
             Normalization: self._normalization,
@@ -99,9 +107,8 @@ class Binder:
         scratch = self._scratch(chosen.workspace_bytes)
         memory = self.slot(scratch)
         first, count = self.split_k_locks, getattr(chosen, "split_k_locks", 0)
-        self.split_k_locks += (
-            -(-count // 4) * 4
-        )  # 16 bytes: Triton compiles for the alignment it sees
+        # Multiples of 16 bytes: Triton specialises kernels by the alignment of pointers.
+        self.split_k_locks += -(-count // 4) * 4
 
         def run(slots: Slots) -> None:
             workspace = slots[memory].flatten() if scratch is not None else None
@@ -119,7 +126,7 @@ class Binder:
         return value
 
     def _implementations(self, spec: Any) -> dict[str, Any]:
-        """The backends that can run the network's own operators, fastest first."""
+        """Return the backends that can run the network's operators, fastest first."""
         if self._backend != "auto":
             return {self._backend: get_backend(self._backend, spec.device, spec.dtype)}
         chosen = get_backend("auto", spec.device, spec.dtype)
@@ -167,7 +174,7 @@ class Binder:
         return Step(op, name, found[name], weight.nbytes + bias.nbytes)
 
     def _fastest(self, op: Normalization | SelfAttention, found: Mapping[str, Run]) -> str:
-        """The name of the run that the tuner chooses; nothing is made where it knows already."""
+        """Return the tuner's choice; tensors are only created if it has to time."""
         if len(found) == 1:
             return next(iter(found))
         slots = cache(partial(self._slots_for, op))
@@ -175,7 +182,7 @@ class Binder:
         return self._tuner.fastest(str(op.spec), thunks)
 
     def _slots_for(self, op: Normalization | SelfAttention) -> Slots:
-        """Slots for timing: an operation's tensors, and the embeddings as a call has them."""
+        """Create the slots to time an operation: its tensors, and the embeddings of a call."""
         slots: Slots = [None] * self.slots
         device = op.spec.device
         for value in [*op.writes, *op.reads]:
@@ -245,7 +252,7 @@ def _columns(table: Tensor, columns: Columns) -> Tensor:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """[N, C, H, W] in channels_last memory as a view [N, H W, C]."""
+    """View [N, C, H, W] in channels_last memory as [N, H W, C]."""
     return pixels(x).unflatten(0, (x.shape[0], -1))
 
 

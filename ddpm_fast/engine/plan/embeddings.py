@@ -1,8 +1,8 @@
-"""The time embedding and every layer's projection of it, as one table.
+"""Time embeddings and their projections in every layer, as one table.
 
-A layer adds proj(silu(emb(t))) to its activations, or scales and shifts by it. That depends on the
-timestep alone, so all timesteps of all layers are computed once, in float64, and a step reads rows.
-Where a class label joins the embedding, the sum is made in each call: one product for all layers.
+A layer adds proj(silu(emb(t))) to its activations, or scales and shifts by it. This depends on the
+timestep alone, so the rows of all timesteps and layers are computed once, in float64, and a step
+reads rows. With class labels the embeddings are summed in each call, by one product for all layers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ROWS_AT_ONCE = 256
 
 
 class Projections:
-    """Collects the layers' projections; each gets its columns of the table."""
+    """Projections of all layers; each layer gets its columns of the table."""
 
     def __init__(self) -> None:
         self._weights: list[Tensor] = []
@@ -26,7 +26,7 @@ class Projections:
         self.width = 0
 
     def add(self, linear: nn.Linear, bias: Tensor | None) -> Columns:
-        """The columns of a layer; ``bias`` is added to all of its rows."""
+        """Append a layer's projection and return its columns; `bias` is added to all rows."""
         total = linear.bias.detach().double()
         self._weights.append(linear.weight.detach().double())
         self._biases.append(total if bias is None else total + bias.detach().double())
@@ -35,12 +35,12 @@ class Projections:
         return columns
 
     def stacked(self) -> tuple[Tensor, Tensor]:
-        """Weight [columns, E] and bias [columns] of all layers in one, float64."""
+        """Return the weight [columns, E] and the bias [columns] of all layers, in float64."""
         return torch.cat(self._weights), torch.cat(self._biases)
 
 
 def _embedding(unet: UNet, timesteps: Tensor) -> Tensor:
-    """[n] -> [n, E] float64: the time embedding before its SiLU."""
+    """Return the time embedding before its SiLU: [n] to [n, E] in float64."""
     mlp = unet.time_embedding
     hidden = unet.time_proj(timesteps).double()
     for linear in (mlp.linear_1, mlp.linear_2):
@@ -51,7 +51,7 @@ def _embedding(unet: UNet, timesteps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def time_table(unet: UNet, projections: Projections, num_timesteps: int, like: Tensor) -> Tensor:
-    """[num_timesteps, columns]: row t is every layer's projection at timestep t; like ``like``."""
+    """Return the table [num_timesteps, columns] of all projections; dtype of `like`."""
     weight, bias = projections.stacked()
     table = like.new_empty(num_timesteps, projections.width)
     for first in range(0, num_timesteps, _ROWS_AT_ONCE):
@@ -61,9 +61,9 @@ def time_table(unet: UNet, projections: Projections, num_timesteps: int, like: T
 
 
 class LabelledEmbeddings:
-    """The embeddings of a class-conditional network, made in each call.
+    """Embeddings of a class-conditional network, computed in each call.
 
-    Holds the time embedding of every timestep and all projections, stacked.
+    Stores the time embedding of every timestep and the stacked projections.
     """
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class LabelledEmbeddings:
     ) -> None:
         weight, bias = projections.stacked()
         rows = _embedding(unet, torch.arange(num_timesteps, device=like.device)).to(like.dtype)
-        # The last row is for timesteps outside.
+        # The last row is that of timesteps out of range.
         self._rows = torch.cat([rows, rows.new_full((1, rows.shape[1]), torch.nan)])
         self._weight, self._bias = weight.t().to(like.dtype), bias.to(like.dtype)
 
@@ -85,5 +85,5 @@ class LabelledEmbeddings:
 
     @property
     def nbytes(self) -> int:
-        """Of its tables and weights."""
+        """Size of the tables and weights in bytes."""
         return sum(t.nbytes for t in (self._rows, self._weight, self._bias))

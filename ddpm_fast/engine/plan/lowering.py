@@ -1,4 +1,4 @@
-"""From a `UNet` to a flat plan."""
+"""Lowering of a `UNet` to a program of fused operations."""
 
 from __future__ import annotations
 
@@ -40,9 +40,11 @@ _NONE: Padding = (0, 0, 0, 0)
 
 @dataclass(eq=False)
 class _Sum:
-    """conv + bias + residual, added by whoever comes first: a normalisation as it reads, else an
-    operation of its own. ``value`` is there from then on.
-    """  # noqa: D205
+    """conv + bias + residual, added by the next normalisation or by an operation of its own.
+
+    Attributes:
+        value: the sum, once an operation computes it.
+    """
 
     name: str
     conv: TensorValue
@@ -63,10 +65,19 @@ def lower(
     *,
     norms_add: bool,
 ) -> tuple[Program, Projections]:
-    """The plan of ``unet`` for [batch, in_channels, height, width], and its embeddings' columns.
+    """Lower a network to a program.
 
-    norms_add: bias and residual of a block's second convolution are added by the normalisation
-    that reads the block's output, for convolutions that cannot add them on their way out.
+    Args:
+        unet: the network.
+        batch: images in a batch.
+        height: height of the images.
+        width: width of the images.
+        dtype: dtype of weights and activations.
+        norms_add: add bias and residual of a block's second convolution in the normalisation that
+            reads the block's output, for convolutions that cannot fuse the sum.
+
+    Returns:
+        The program for [batch, in_channels, height, width], and the projections of the embeddings.
     """
     lowering = _Lowering(unet, batch, dtype, norms_add)
     program = lowering.run(height, width)
@@ -143,7 +154,7 @@ class _Lowering:
         upsample: bool = False,
         out: TensorValue | None = None,
     ) -> TensorValue:
-        """A convolution or linear layer of the network; by default with its own parameters."""
+        """Append a convolution or linear layer, with the module's parameters by default."""
         name = self._name(module)
         weight = cast(Tensor, module.weight) if weight is None else weight
         if use_bias:
@@ -176,7 +187,7 @@ class _Lowering:
     def _added(
         self, module: nn.Module, x: TensorValue, residual: TensorValue, scale: float
     ) -> Source:
-        """scale (conv(x) + bias + residual)."""
+        """Append scale (conv(x) + bias + residual)."""
         if self._norms_add and scale == 1:
             conv = self._conv(module, x, use_bias=False)
             bias = cast(Tensor, module.bias).detach()
@@ -201,7 +212,7 @@ class _Lowering:
         return out
 
     def _resolved(self, source: Source) -> TensorValue:
-        """The value of a source, added up here where nobody has done it yet."""
+        """Return the value of a source; append the sum if it is not computed yet."""
         if isinstance(source, TensorValue):
             return source
         if source.value is None:
@@ -220,7 +231,7 @@ class _Lowering:
         vector: Columns | None = None,
         modulation: Columns | None = None,
     ) -> tuple[TensorValue, TensorValue, TensorValue | None]:
-        """The normalised sources, and the values of both."""
+        """Append a normalisation; return its result and the values of both sources."""
         x2 = None if second is None else self._resolved(second)
         constant, residual, total = None, None, None
         if isinstance(source, _Sum) and source.value is None and x2 is None:
@@ -276,7 +287,7 @@ class _Lowering:
             columns = self.projections.add(block.time_emb_proj, None)
             h, _, _ = self._norm(block.norm2, h, silu=True, modulation=columns)
         else:
-            # The first convolution's bias goes the way of the time embedding.
+            # The first convolution's bias is added with the time embedding.
             h = self._conv(block.conv1, h, use_bias=False)
             columns = self.projections.add(block.time_emb_proj, block.conv1.bias)
             h, _, _ = self._norm(block.norm2, h, silu=True, vector=columns)
@@ -324,7 +335,7 @@ class _Lowering:
 
 
 def _stacked(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
-    """The weight and bias of several layers of one input, as one layer."""
+    """Return the concatenated weights and biases of layers with the same input."""
     with torch.no_grad():
         return torch.cat([layer.weight for layer in linears]), torch.cat(
             [layer.bias for layer in linears]

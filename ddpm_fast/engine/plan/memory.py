@@ -1,23 +1,23 @@
-"""Where every value lies: one block of memory, reused as soon as a value has been read last."""
+"""Memory planning: one block for all values, reused after a value's last use."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-ALIGNMENT = 256  # bytes; what libraries ask of a tensor's start, and more than a cache line
+ALIGNMENT = 256  # bytes; required by libraries, and more than a cache line
 
 
 @dataclass(frozen=True)
 class Lifetime:
-    """A block that is needed from operation ``first`` to operation ``last``, both included."""
+    """Memory that is needed from operation `first` to operation `last`, both included."""
 
     nbytes: int
     first: int
     last: int
 
     def meets(self, other: Lifetime) -> bool:
-        """Whether both are needed at once."""
+        """Return True if both are needed at the same time."""
         return self.first <= other.last and other.first <= self.last
 
 
@@ -26,10 +26,16 @@ def _aligned(nbytes: int) -> int:
 
 
 def plan_offsets(lifetimes: Mapping[int, Lifetime]) -> tuple[dict[int, int], int]:
-    """Offsets of blocks such that those needed at once do not overlap, and the bytes of all.
+    """Assign offsets to blocks so that blocks needed at the same time do not overlap.
 
-    Largest first, each at the lowest offset that is free while it lives (greedy by size, Pisarchyk
-    and Lee 2020). Keys and their order do not matter but for ties.
+    Greedy by size (Pisarchyk and Lee 2020): largest first, each at the lowest offset that is free
+    during its lifetime.
+
+    Args:
+        lifetimes: sizes and lifetimes by key. The order of the keys only breaks ties.
+
+    Returns:
+        The offsets by key, multiples of `ALIGNMENT`, and the total size in bytes.
     """
     order = sorted(lifetimes, key=lambda key: (-lifetimes[key].nbytes, lifetimes[key].first, key))
     offsets: dict[int, int] = {}

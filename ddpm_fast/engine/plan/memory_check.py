@@ -1,4 +1,4 @@
-"""Whether a plan fits into the memory that is free, and how large a batch would."""
+"""Check that a plan fits into the free memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ddpm_fast.engine.plan.operations import Program
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that a new plan could have; None where that is not known.
+    """Return the memory available to a new plan; None if unknown.
 
-    On a GPU what is free, and what torch holds without using it; on a CPU what Linux says it could
-    give, within the limit of the control group.
+    On a GPU that is the free memory and the memory that torch holds unused; on a CPU what Linux
+    reports as available, within the limit of the control group.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -33,7 +33,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _number(path: str) -> int | None:
-    """The number in a file; None where there is none."""
+    """Return the number in a file; None without one."""
     try:
         return int(Path(path).read_text())
     except (OSError, ValueError):
@@ -41,7 +41,7 @@ def _number(path: str) -> int | None:
 
 
 def needed_bytes(program: Program) -> int:
-    """The values of a call, its input and output, and the engine's copies of the weights."""
+    """Return the bytes of a call's values, its input and output, and the engine's weight copies."""
     lifetimes = program.lifetimes()
     _, arena = plan_offsets(
         {i: lifetimes[id(v)] for i, v in enumerate(program.values) if not v.external}
@@ -54,9 +54,16 @@ def needed_bytes(program: Program) -> int:
 def check(
     program: Program, lowered: Callable[[int], Program], device: torch.device, more: int
 ) -> None:
-    """Raise MemoryError where a program does not fit.
+    """Check that a program fits into the free memory.
 
-    lowered: the same for another batch size. more: bytes needed beside it, whatever the batch.
+    Args:
+        program: the program.
+        lowered: returns the program for another batch size.
+        device: the device.
+        more: bytes needed in addition, for any batch size.
+
+    Raises:
+        MemoryError: the program does not fit; the message gives the largest batch size that does.
     """
     batch = program.batch
     need, free = needed_bytes(program) + more, free_bytes(device)
@@ -71,7 +78,7 @@ def check(
 
 
 def _largest(fits: Callable[[int], bool], end: int) -> int:
-    """The largest size in [0, end) that fits, found by halving; 0 always does."""
+    """Return the largest size in [0, end) that fits, by bisection; 0 always fits."""
     low, high = 0, end
     while high - low > 1:
         middle = (low + high) // 2

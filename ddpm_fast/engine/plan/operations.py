@@ -1,4 +1,4 @@
-"""The plan of a network: a list of operations over values, in the order in which they run."""
+"""Intermediate representation of a network: operations over tensor values, in execution order."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from ddpm_fast.engine.specs import AttentionSpec, ConvSpec, NormSpec
 
 @dataclass(eq=False)
 class TensorValue:
-    """A tensor that the plan makes and reads: [N, C, H, W] in channels_last memory.
+    """Tensor of the plan, [N, C, H, W] in channels_last memory.
 
-    ``given``: it comes with the call (the input, the output) and takes no planned memory.
+    Attributes:
+        name: name of the module or operation that produces it.
+        shape: [N, C, H, W].
+        dtype: dtype of the elements.
+        external: the caller allocates it (network input and output); it takes no planned memory.
     """
 
     name: str
@@ -27,12 +31,12 @@ class TensorValue:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its elements."""
+        """Size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 class Columns(NamedTuple):
-    """A layer's part of the table of embeddings."""
+    """Columns of one layer in the embedding table."""
 
     start: int
     width: int
@@ -40,23 +44,27 @@ class Columns(NamedTuple):
 
 @dataclass(eq=False)
 class Operation:
-    """One step of the plan. ``name`` is the path of the module whose work it does."""
+    """One step of the plan.
+
+    Attributes:
+        name: path of the module that the step computes.
+    """
 
     name: str
 
     @property
     def kind(self) -> str:
-        """What it is, in a word or two."""
+        """Short description."""
         return type(self).__name__.lower()
 
     @property
     def reads(self) -> list[TensorValue]:
-        """The values it reads."""
+        """Values that are read."""
         return self._values("x", "x2", "residual", "embeddings")
 
     @property
     def writes(self) -> list[TensorValue]:
-        """The values it writes, its main result first."""
+        """Values that are written, the main result first."""
         return self._values("out", "total")
 
     def _values(self, *names: str) -> list[TensorValue]:
@@ -65,21 +73,21 @@ class Operation:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of its matrix products."""
+        """Multiplications and additions of the matrix products."""
         return 0
 
     @property
     def weights(self) -> list[Tensor]:
-        """The parameters it reads, as the network holds them."""
+        """Parameters that are read, as stored in the network."""
         return []
 
     @property
     def weight_elements(self) -> int:
-        """How many there are."""
+        """Number of elements of the parameters."""
         return sum(weight.numel() for weight in self.weights)
 
     def release(self) -> None:
-        """Let go of the network's parameters; their shapes stay."""
+        """Drop the references to the network's parameters; their shapes remain."""
         for name in ("weight", "bias", "constant"):
             tensor = getattr(self, name, None)
             if tensor is not None:
@@ -87,7 +95,7 @@ class Operation:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it must move: every value and weight once."""
+        """Bytes that must be moved: every value and parameter once."""
         values = [*self.reads, *self.writes]
         weights = self.weight_elements * self.writes[0].dtype.itemsize
         return sum(value.nbytes for value in values) + weights
@@ -95,7 +103,7 @@ class Operation:
 
 @dataclass(eq=False)
 class Convolution(Operation):
-    """out = conv(x, x2) + bias + residual; a linear layer over the pixels is one of 1x1."""
+    """out = conv(x, x2) + bias + residual; a linear layer over pixels is a 1x1 convolution."""
 
     spec: ConvSpec
     weight: Tensor  # [O, C, K, K]
@@ -107,7 +115,7 @@ class Convolution(Operation):
 
     @property
     def kind(self) -> str:
-        """The kernel, and what is added."""
+        """Kernel size and fused terms."""
         spec = self.spec
         extras = "".join(
             f" {text}"
@@ -123,7 +131,7 @@ class Convolution(Operation):
 
     @property
     def flops(self) -> int:
-        """Of the matrix products."""
+        """Multiplications and additions of the matrix products."""
         return self.spec.flops
 
     @property
@@ -134,9 +142,13 @@ class Convolution(Operation):
 
 @dataclass(eq=False)
 class Normalization(Operation):
-    """The operator ``group_norm_``; vector and modulation are columns of the embeddings.
+    """The operator `group_norm_`.
 
-    constant: a vector that is the same at every step, in place of ``vector``.
+    Attributes:
+        vector: columns of the embedding table that are added to the input.
+        modulation: columns of the embedding table that scale and shift the result.
+        constant: vector that is added in place of `vector` and does not depend on the timestep.
+        embeddings: embeddings computed in each call; None for the table of all timesteps.
     """
 
     spec: NormSpec
@@ -150,11 +162,11 @@ class Normalization(Operation):
     residual: TensorValue | None
     total: TensorValue | None
     out: TensorValue
-    embeddings: TensorValue | None = None  # where they are made in each call
+    embeddings: TensorValue | None = None
 
     @property
     def kind(self) -> str:
-        """What goes in and what comes out."""
+        """Fused terms before and after the normalisation."""
         spec = self.spec
         parts = ["vector +"] if spec.vector else []
         parts += ["residual +"] if spec.residual else []
@@ -171,7 +183,7 @@ class Normalization(Operation):
 
 @dataclass(eq=False)
 class SelfAttention(Operation):
-    """The operator ``attention_`` on a fused [N, 3 heads head_dim, H, W]."""
+    """The operator `attention_` on fused queries, keys and values [N, 3 heads head_dim, H, W]."""
 
     spec: AttentionSpec
     x: TensorValue  # queries, keys and values
@@ -179,18 +191,18 @@ class SelfAttention(Operation):
 
     @property
     def kind(self) -> str:
-        """Heads and their width."""
+        """Number and width of the heads."""
         return f"attention {self.spec.heads}x{self.spec.head_dim}"
 
     @property
     def flops(self) -> int:
-        """Of the matrix products."""
+        """Multiplications and additions of the matrix products."""
         return self.spec.flops
 
 
 @dataclass(eq=False)
 class Resample(Operation):
-    """Twice the size by repeating pixels (``up``), or half by averaging 2 x 2."""
+    """Upsampling by 2 (nearest neighbour) if `up`, otherwise average pooling over 2 x 2."""
 
     up: bool
     x: TensorValue
@@ -199,7 +211,7 @@ class Resample(Operation):
 
 @dataclass(eq=False)
 class Combine(Operation):
-    """out = scale (x + bias + residual) + shift, element by element."""
+    """out = scale (x + bias + residual) + shift, elementwise."""
 
     x: TensorValue
     out: TensorValue
@@ -211,14 +223,14 @@ class Combine(Operation):
 
 @dataclass(eq=False)
 class Embed(Operation):
-    """The embeddings of a call, [N, columns, 1, 1]: time and class, through every projection."""
+    """Embeddings of a call, [N, columns, 1, 1]: time and class, through every projection."""
 
     out: TensorValue
 
 
 @dataclass(eq=False)
 class Program:
-    """Operations in order, the network's input and output among their values."""
+    """Operations in order, the network's input and output, and all values."""
 
     operations: list[Operation]
     x: TensorValue
@@ -236,7 +248,7 @@ class Program:
         self.values = list(seen.values())
 
     def lifetimes(self) -> dict[int, Lifetime]:
-        """From which operation to which each value is needed, by its id."""
+        """Return the lifetime of each written value, by its id."""
         last: dict[int, int] = {}
         for number, operation in enumerate(self.operations):
             for value in [*operation.reads, *operation.writes]:
@@ -249,5 +261,5 @@ class Program:
 
     @property
     def flops(self) -> int:
-        """Of one forward pass of the batch."""
+        """Multiplications and additions of one forward pass of the batch."""
         return sum(operation.flops for operation in self.operations)

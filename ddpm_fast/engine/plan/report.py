@@ -1,4 +1,4 @@
-"""A plan as people read it: every operation with its shapes, bytes, FLOPs and implementation."""
+"""Report of a plan: a table of operations with shapes, bytes, FLOPs and implementation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from ddpm_fast.engine.plan.operations import Program
 
 @dataclass(frozen=True)
 class PlannedOperation:
-    """A line of the plan. nbytes: what it must move, weights included; offset: of its result."""
+    """One operation of the report.
+
+    Attributes:
+        name: path of the module.
+        kind: short description.
+        inputs: shapes of the values read.
+        output: shape of the main result.
+        implementation: name of the chosen implementation.
+        nbytes: bytes that must be moved, weights included.
+        flops: multiplications and additions of its matrix products.
+        offset: offset of the result in the block of memory; None for the network's output.
+    """
 
     name: str
     kind: str
@@ -25,11 +36,14 @@ class PlannedOperation:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """The operations in order, and what they need. Printing it shows a table.
+    """Operations of an engine in order, and their memory. `print` shows a table.
 
-    arena_bytes: the memory of all intermediate values and scratch, reused as they die.
-    values_bytes: what they would take side by side. weight_bytes: the engine's own copies of the
-    weights. table_bytes: the embeddings of all timesteps.
+    Attributes:
+        operations: the operations.
+        arena_bytes: size of the memory of all intermediate values and workspaces.
+        values_bytes: size that the values would take without reuse of memory.
+        weight_bytes: size of the engine's copies of the weights.
+        table_bytes: size of the embeddings of all timesteps.
     """
 
     operations: tuple[PlannedOperation, ...]
@@ -40,12 +54,12 @@ class EnginePlan:
 
     @property
     def flops(self) -> int:
-        """Of one forward pass of the batch."""
+        """Multiplications and additions of one forward pass of the batch."""
         return sum(operation.flops for operation in self.operations)
 
     @property
     def nbytes(self) -> int:
-        """That one forward pass must move."""
+        """Bytes that one forward pass must move."""
         return sum(operation.nbytes for operation in self.operations)
 
     def __str__(self) -> str:
@@ -92,7 +106,7 @@ def describe(
     arena_bytes: int,
     table_bytes: int,
 ) -> EnginePlan:
-    """The plan of a program; ``offsets`` by the id of a value."""
+    """Create the report of a program; `offsets` are by the id of a value."""
     lines = []
     for step in steps:
         operation = step.operation

@@ -196,7 +196,7 @@ def test_weights_that_do_not_fit(weight, bias, message):
 
 def test_upsampling_with_a_stride_is_refused():
     case = spec(8, 8, upsample=True, stride=2)
-    with pytest.raises(ValueError, match="upsample goes before"):
+    with pytest.raises(ValueError, match="upsample must be used with"):
         candidates(case, *conv_cases.weights(case))
 
 
