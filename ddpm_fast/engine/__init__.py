@@ -1,4 +1,4 @@
-"""The U-Net as a flat plan of fused operations over memory that is planned once."""
+"""Compiled U-Net: fused operations in a flat plan, with memory planned in advance."""
 
 from ddpm_fast.engine.accelerated_unet import AcceleratedUNet
 from ddpm_fast.engine.autotune.tuner import Tuner

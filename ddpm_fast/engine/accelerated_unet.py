@@ -24,17 +24,21 @@ from ddpm_fast.utils import checks
 from ddpm_fast.utils.cuda_graphs import CAPTURE_LOCK, is_capturing, retain_for_graph
 
 _log = logging.getLogger("ddpm_fast")
-_RUNNERS_KEPT = 4  # shapes whose engines are kept; the one used longest ago goes first
+_RUNNERS_KEPT = 4  # shapes whose engines are kept; the least recently used is dropped
 
 Run = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs one shape: its name, what else was timed, and how far it is from the network.
+    """Implementation chosen for one shape.
 
-    drift: the largest difference from the network as given, relative to its largest output, on
-    random images; None where they were not compared. failed: what raised when it was timed.
+    Attributes:
+        name: the implementation.
+        seconds: seconds of one call of everything that was timed.
+        drift: largest difference from the original network, relative to its largest output, on
+            random images; None if they were not compared.
+        failed: implementations that raised when they were timed.
     """
 
     name: str
@@ -45,7 +49,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Runner:
-    """What runs a shape; the engine where it is one."""
+    """Implementation of a shape, and its engine if it is one."""
 
     run: Run
     chosen: Choice
@@ -71,7 +75,7 @@ class AcceleratedUNet:
         tuner: Measures and caches choices. None: a `Tuner` with its cache on disk.
 
     Attributes:
-        given: The network.
+        network: The network.
         config: Its options.
         device: Device of the network.
         dtype: Dtype of images that are read without a copy.
@@ -93,7 +97,7 @@ class AcceleratedUNet:
         if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32):
             got = checks.dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
             raise TypeError(f"dtype must be float16, bfloat16 or float32; got {got}")
-        self.given = unet
+        self.network = unet
         self._options: dict[str, Any] = {"dtype": dtype, "num_timesteps": num_timesteps}
         self._unet = _as_unet(unet)
         if self._unet.dtype == torch.float64:
@@ -102,7 +106,7 @@ class AcceleratedUNet:
         self.num_timesteps = chain_length(self._unet, num_timesteps)
         on_gpu = self.device.type == "cuda"
         self._engine_dtype = dtype or (torch.float16 if on_gpu else self._unet.dtype)
-        # On a CPU what runs may be the network itself, which then reads all of the digits.
+        # On a CPU the network itself may run, which reads images in its own dtype.
         self.dtype = self._engine_dtype if on_gpu else self._unet.dtype
         self._tuner = tuner if tuner is not None else Tuner(self.device)
         self._lock = threading.Lock()
@@ -111,13 +115,23 @@ class AcceleratedUNet:
         self._weights: WeightWatcher | None = WeightWatcher(unet)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(AcceleratedUNet, **self._options), (self.given,)
+        return partial(AcceleratedUNet, **self._options), (self.network,)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
-        """The network's prediction, [N, out_channels, H, W] in the dtype of x, channels_last.
+        """Predict the network's output for any batch and image size.
 
-        Arguments and errors are those of `UNetEngine`, for any batch and any image size.
+        Args:
+            x: noisy images, as for `UNetEngine`.
+            t: timesteps, as for `UNetEngine`.
+            class_labels: class labels, as for `UNet`.
+
+        Returns:
+            [N, out_channels, H, W] in the dtype of `x`, channels_last.
+
+        Raises:
+            TypeError: an argument has the wrong type or dtype.
+            ValueError: an argument has the wrong shape, device or range.
         """
         x = self._checked(x)
         t = checks.index("t", t, x, self.num_timesteps)
@@ -127,13 +141,13 @@ class AcceleratedUNet:
 
     @property
     def chosen(self) -> dict[tuple[int, ...], Choice]:
-        """What runs each shape [N, C, H, W] that was seen, the one used last at the end."""
+        """Choices by shape [N, C, H, W], the most recently used last."""
         with self._lock:
             return {shape: runner.chosen for shape, runner in self._runners.items()}
 
     def report(self) -> str:
-        """What was chosen for each shape, with the times and the drift that were measured."""
-        lines = [f"{type(self.given).__name__} on {self.device}"]
+        """Return the choices of all shapes, with the measured times and drift."""
+        lines = [f"{type(self.network).__name__} on {self.device}"]
         for shape, choice in self.chosen.items():
             times = ", ".join(f"{name} {s * 1e3:.3g} ms" for name, s in choice.seconds.items())
             drift = "" if choice.drift is None else f"; differs by {choice.drift:.1e}"
@@ -143,10 +157,10 @@ class AcceleratedUNet:
                 + drift
                 + "".join(f"; {name} failed" for name in choice.failed)
             )
-        return "\n".join(lines if len(lines) > 1 else [*lines, "nothing has run yet"])
+        return "\n".join(lines if len(lines) > 1 else [*lines, "no shape has run yet"])
 
     def identity(self) -> dict[str, Any]:
-        """What a run's last bits depend on, ready for JSON: what runs each shape that was seen."""
+        """Return what determines the bits of a result, for JSON: the choice for each shape."""
         with self._lock:
             runners = dict(self._runners)
         return {
@@ -159,12 +173,12 @@ class AcceleratedUNet:
         }
 
     def refresh(self) -> None:
-        """Make everything anew at the next call, from the network's weights as they are now."""
+        """Rebuild everything at the next call, from the network's current weights."""
         with self._lock:
             self._weights = None
 
     def captured_state(self) -> object:
-        """Changes when a CUDA graph that holds a call must be captured anew."""
+        """Return a value that changes when a CUDA graph of a call must be captured again."""
         with self._lock:
             return self._weights is not None and self._weights.state()
 
@@ -183,14 +197,14 @@ class AcceleratedUNet:
         return x
 
     def _runner(self, shape: tuple[int, ...]) -> _Runner:
-        """What runs images of this shape; made at first use, and again where weights changed."""
-        # A capture's warm-up comes with CAPTURE_LOCK, and then wants this lock: so does everybody.
+        """Return the runner of a shape; build it at first use and after changes of the weights."""
+        # Lock order: a capture's warm-up holds the capture lock when it calls this.
         with CAPTURE_LOCK if self.device.type == "cuda" else nullcontext(), self._lock:
             if self._weights is None or self._weights.changed():
                 self._let_go(list(self._runners))
                 self._pinned.clear()
-                self._unet = _as_unet(self.given)
-                self._weights = WeightWatcher(self.given)
+                self._unet = _as_unet(self.network)
+                self._weights = WeightWatcher(self.network)
             found = self._runners.pop(shape, None)
             if found is None:
                 found = self._choose(shape)
@@ -202,12 +216,12 @@ class AcceleratedUNet:
         return found
 
     def _pin(self, runner: _Runner) -> None:
-        """Keep what a graph of the caller's own reads: it may live on."""
+        """Keep what a graph of the caller reads, which may outlive the runner."""
         if not any(other is runner for other in self._pinned):
             self._pinned.append(runner)
 
     def _let_go(self, shapes: list[tuple[int, ...]]) -> None:
-        """Drop the runners of these shapes, once no stream reads their weights any more."""
+        """Drop the runners of these shapes after all streams have finished."""
         if shapes and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         for shape in shapes:
@@ -234,8 +248,8 @@ class AcceleratedUNet:
         if self._engine_dtype != self._unet.dtype:
             exact = {f"engine {checks.dtype_name(self._unet.dtype)}": engine(self._unet.dtype)}
             made = exact | made
-        runs: dict[str, Run] = {"module": EvalMode(self.given)}
-        if self.given is not self._unet:
+        runs: dict[str, Run] = {"module": EvalMode(self.network)}
+        if self.network is not self._unet:
             runs["channels_last"] = EvalMode(self._unet)
         runs |= made
         x, t, labels = _example(self._unet, shape)
@@ -253,7 +267,7 @@ class AcceleratedUNet:
 
 
 def _as_unet(module: nn.Module) -> UNet:
-    """The network itself, or diffusers' UNet2DModel as a `UNet`."""
+    """Return the network itself, or diffusers' UNet2DModel as a `UNet`."""
     if isinstance(module, UNet):
         return module
     if type(module).__name__ != "UNet2DModel" or not isinstance(module, nn.Module):
@@ -272,11 +286,11 @@ def _as_unet(module: nn.Module) -> UNet:
 
 
 class EvalMode:
-    """A network without dropout, whatever its mode; the tensor of diffusers' output objects."""
+    """Network without dropout in any mode, whose output is always a tensor."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._lock = threading.Lock()  # nobody sets modes back while another call runs
+        self._lock = threading.Lock()  # modes are restored before another call runs
 
     def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
         """Run the network in evaluation mode and return its output tensor."""
@@ -294,7 +308,7 @@ class EvalMode:
 
 
 def _example(unet: UNet, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Random images, timesteps and labels to time a network with."""
+    """Create random images, timesteps and labels to time a network."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(unet.device, unet.dtype)
     x = x.to(memory_format=torch.channels_last)
@@ -308,7 +322,7 @@ def _example(unet: UNet, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor
 
 
 def _key(unet: UNet, shape: tuple[int, ...], names: list[str]) -> str:
-    """The choice among ``names`` for a network of these options and this dtype."""
+    """Return the tuner's key for the choice among `names`."""
     text = json.dumps(unet.config.to_dict(), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     size, dtype = "x".join(map(str, shape)), checks.dtype_name(unet.dtype)

@@ -54,7 +54,7 @@ def test_the_choice_runs_and_is_reported(wanted, caplog):
     unet = small()
     x, t = arguments(unet.config)
     model = accelerate(unet, tuner=Prefers(wanted))
-    assert model.report().splitlines() == ["UNet on cpu", "nothing has run yet"]
+    assert model.report().splitlines() == ["UNet on cpu", "no shape has run yet"]
     with caplog.at_level(logging.INFO, "ddpm_fast"):
         got = model(x, t)
     assert f"accelerate: {wanted} for [3, 2, 4, 8]" in caplog.text
@@ -292,7 +292,7 @@ def test_a_copy_runs_the_same(copied):
     assert again.num_timesteps == 500
     assert relative_error(again(x, t % 500), expected) < 1e-5
     with torch.no_grad():
-        again.given.conv_out.bias.add_(1)
+        again.network.conv_out.bias.add_(1)
     assert same_bits(model(x, t % 500), expected)
 
 
