@@ -267,7 +267,7 @@ def test_bad_options_are_named(
 
 @pytest.mark.parametrize(
     ("package", "source"),
-    [pytest.param("torchvision.transforms", ".", id="torchvision"),
+    [pytest.param("torchvision.transforms.v2", ".", id="torchvision"),
      pytest.param("sklearn.datasets", "digits", id="scikit-learn")],
 )  # fmt: skip
 def test_a_missing_package_is_named(
