@@ -11,9 +11,7 @@ from torch import Tensor
 
 from ddpm_fast.diffusion.parameterization import check_prediction, epsilon_factors, x0_factors
 from ddpm_fast.diffusion.schedule import NoiseSchedule
-from ddpm_fast.diffusion.thresholding import Clip, clip_bound
 from ddpm_fast.diffusion.timesteps import timesteps
-from ddpm_fast.ops.row import ROW_WIDTH, column
 from ddpm_fast.utils import checks
 
 Start = int | Literal["random"] | None
@@ -120,16 +118,6 @@ class NoiseLevels:
     def epsilon_from_x0(self) -> tuple[Tensor, Tensor]:
         """Factors of x_t and x0 in the epsilon that a (clipped) x0 stands for."""
         return 1 / self.one_minus_abar.sqrt(), -self.abar.sqrt() / self.one_minus_abar.sqrt()
-
-    def rows(self, clip: Clip, **columns: Tensor) -> Tensor:
-        """Rows with the given columns, x0 of the prediction unless given, and G0 = Cin = 1."""
-        P, Q = self.x0()
-        one = torch.ones_like(P)
-        columns = {"G0": one, "P": P, "Q": Q, "clip": clip_bound(clip) * one, "Cin": one} | columns
-        rows = one.new_zeros(len(one), ROW_WIDTH)
-        for name, values in columns.items():
-            rows[:, column(name)] = values
-        return rows
 
 
 def check_start(start: Any, T: int | None = None) -> Start:

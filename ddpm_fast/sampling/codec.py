@@ -15,7 +15,7 @@ from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip
 from ddpm_fast.ops.philox import STREAM_PARTNER, STREAM_X_T
 from ddpm_fast.sampling.sampler import Sampler
-from ddpm_fast.sampling.solvers.ddpm import Variance
+from ddpm_fast.sampling.solvers.ddpm import SamplerVariance
 from ddpm_fast.sampling.step_loop import Model
 from ddpm_fast.sampling.step_table import StepTable
 from ddpm_fast.utils import checks
@@ -101,7 +101,7 @@ class Codec:
         prediction: Prediction = "epsilon",
         clip: Clip = None,
         spacing: str | Sequence[int] = "linspace",
-        variance: Variance = "posterior",
+        variance: SamplerVariance = "posterior",
         guidance: float | None = None,
         **options: Any,
     ) -> None:

@@ -358,7 +358,7 @@ def refused(case, error, message, make, *args, **kwargs):
         refused("rederive", TypeError, "rederive", StepTable.ddim, LINEAR, rederive_epsilon=1),
         refused("too-short", ValueError, "one per row", StepTable, rows_with(), [1]),
         refused("negative", ValueError, r"timesteps\[1\]", StepTable, rows_with(), [1, -1]),
-        refused("beyond-float32", ValueError, "P is 1e\\+39", StepTable, rows_with(P=1e39), [1, 0]),
+        refused("beyond-float32", ValueError, "P = 1e\\+39", StepTable, rows_with(P=1e39), [1, 0]),
         refused("past-of-nothing", ValueError, "push is 0", flags_for, rows_with(Xh1=1)),
         refused("push", ValueError, "push must be 0 or 1", flags_for, rows_with(push=2)),
         refused(

@@ -1,4 +1,1 @@
-"""The solvers: functions that turn a schedule into the rows of a `StepTable`.
-
-Each takes the class of the table first, and is one of its classmethods.
-"""
+"""Solvers: functions from a noise schedule to the rows of a `StepTable`."""

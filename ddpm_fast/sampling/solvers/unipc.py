@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,15 +12,13 @@ from ddpm_fast.diffusion.noise_levels import NoiseLevels
 from ddpm_fast.diffusion.parameterization import Prediction
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.thresholding import Clip, threshold_from_clip
-from ddpm_fast.sampling.solvers.dpm_solver import multistep_chain, of_second_order
+from ddpm_fast.sampling.solvers.dpm_solver import multistep_levels, second_order_coef
+from ddpm_fast.sampling.solvers.table import Table, rows_for
 from ddpm_fast.utils import checks
-
-if TYPE_CHECKING:
-    from ddpm_fast.sampling.step_table import StepTable
 
 
 def unipc(
-    cls: type[StepTable],
+    cls: type[Table],
     schedule: NoiseSchedule,
     steps: int | None = None,
     prediction: Prediction = "epsilon",
@@ -28,19 +26,36 @@ def unipc(
     spacing: str | Sequence[int] = "linspace",
     solver_type: Literal["bh1", "bh2"] = "bh2",
     start: int | None = None,
-) -> StepTable:
-    """UniPC-2 (Algorithms 5 and 6, Zhao et al. 2023), its predictor and corrector in one row.
+) -> Table:
+    """Make the table of UniPC-2 (Algorithms 5 and 6, Zhao et al. 2023).
 
-    The state x is the predicted sample, which the network reads; y is the corrected one. With m the
-    x0 of a step, a row first corrects y (UniC): y' = (sigma/sigma_1) y + alpha (1 - exp(-h)) m_1 -
-    alpha B (r_0 (m_2 - m_1)/r + r_1 (m - m_1)), where h leads here from the step before, and then
-    predicts x' (UniP) from y' and m. B is expm1(-h) ("bh2") or -h ("bh1"). Orders rise from 1 at
-    the start and the last step, which leads to x_0 itself, is of first order. The arguments and
-    errors are those of dpmpp_2m.
+    A row has the corrector and the predictor. The state x is the predicted sample, which the model
+    reads; y is the corrected one. With m the x0 of a step and h the step that led to it, a row
+    first corrects y (UniC): y' = (sigma/sigma_1) y + alpha (1 - exp(-h)) m_1 - alpha B (r_0 (m_2 -
+    m_1)/r + r_1 (m - m_1)), and then predicts x' (UniP) from y' and m. The first step, and the
+    last, which ends at x_0, are of first order.
+
+    Args:
+        cls: Class of the table.
+        schedule: Noise schedule of T timesteps.
+        steps: As for `ddpm`.
+        prediction: As for `ddpm`.
+        clip: As for `ddpm`.
+        spacing: As for `dpmpp_2m`.
+        solver_type: B is expm1(-h) for "bh2", -h for "bh1".
+        start: As for `ddpm`; not "random".
+
+    Returns:
+        The step table.
+
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: An argument is out of range, or as for `ddpm`.
     """
-    c, h, second = multistep_chain(schedule, steps, spacing, start, prediction, "unipc")
+    c, h, second = multistep_levels(schedule, steps, spacing, start, prediction, "unipc")
     rows = unipc_rows(c, h, second, clip, solver_type)
-    return cls(rows, c.timesteps, prediction, start, "unipc", threshold=threshold_from_clip(clip))
+    threshold = threshold_from_clip(clip)
+    return cls(rows, c.timesteps, prediction, start, "unipc", threshold=threshold)
 
 
 def unipc_rows(
@@ -51,10 +66,16 @@ def unipc_rows(
     solver_type: str,
     uncorrected: Sequence[int] = (),
 ) -> Tensor:
-    """The rows of unipc for the steps of a chain.
+    """Return the rows of `unipc` for given noise levels.
 
-    second: the steps whose predictor is of second order; a corrector has the order of the predictor
-    that led to it. uncorrected: steps after which nothing is corrected.
+    Args:
+        c: Noise levels of the steps.
+        h: Steps in lambda = log(alpha/sigma).
+        second: True for the steps whose predictor is of second order. The corrector has the order
+            of the predictor before it.
+        clip: As for `ddpm`.
+        solver_type: "bh1" or "bh2".
+        uncorrected: Steps after which the corrector is skipped.
     """
     checks.choice("solver_type", solver_type, ("bh1", "bh2"))
     if solver_type == "bh1" and c.abar[0] == 0:
@@ -72,10 +93,11 @@ def unipc_rows(
             columns[name][i] = value
     decay = (c.one_minus_abar_prev / c.one_minus_abar).sqrt()
     gain = c.abar_prev.sqrt() * -torch.expm1(-h)
-    # Half of B times the step before it over h.
+    # Half of B, divided by the ratio of the previous step to h.
     rise = (gain if solver_type == "bh2" else c.abar_prev.sqrt() * h) / 2
-    rise = of_second_order(rise, h, second)
-    return c.rows(
+    rise = second_order_coef(rise, h, second)
+    return rows_for(
+        c,
         clip,
         **columns,
         Xx=decay * columns["Yx"],
@@ -91,7 +113,7 @@ def unipc_rows(
 def _corrector(
     c: NoiseLevels, h: Tensor, i: int, second_order: bool, solver_type: str
 ) -> tuple[Tensor, ...]:
-    """Factors of y, m, m_1 and m_2 in the corrected sample of step i >= 1 (UniC, Algorithm 5)."""
+    """Return the factors of y, m, m_1 and m_2 in the corrected sample of step i >= 1 (UniC)."""
     step = h[i - 1]
     expm1 = torch.expm1(-step)
     B = expm1 if solver_type == "bh2" else -step
@@ -99,17 +121,17 @@ def _corrector(
     first = phi_2 / B
     r_0, r_1, r = torch.zeros_like(step), torch.full_like(step, 0.5), torch.ones_like(step)
     if second_order:
-        # The system [[1, 1], [r, 1]] (r_0, r_1) = (first, second), solved by hand: r may be -inf.
+        # The system [[1, 1], [r, 1]] (r_0, r_1) = (first, second), in closed form: r may be -inf.
         second = 2 * (phi_2 / -step - 0.5) / B
         r = -h[i - 2] / step
         r_0 = (second - first) / (r - 1)
         r_1 = first - r_0
     alpha = c.abar[i].sqrt()
-    of_m2 = -alpha * B * r_0 / r
-    of_m = -alpha * B * r_1
+    m2_coef = -alpha * B * r_0 / r
+    m_coef = -alpha * B * r_1
     return (
         (c.one_minus_abar[i] / c.one_minus_abar[i - 1]).sqrt(),
-        of_m,
-        -alpha * expm1 - of_m - of_m2,
-        of_m2,
+        m_coef,
+        -alpha * expm1 - m_coef - m2_coef,
+        m2_coef,
     )
