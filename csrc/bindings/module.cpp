@@ -78,7 +78,7 @@ PYBIND11_MODULE(_C, module) {
              "cuda_architectures, and the cpu_kernels that run on this processor.");
   module.def("row_fields", &row_fields, "The columns of a step table's row, in order.");
   module.def("philox4x32_10", &philox, py::arg("counter"), py::arg("key"),
-             "Four uint32 words of Philox4x32-10 (Salmon et al. 2011).");
+             "Vec4 uint32 words of Philox4x32-10 (Salmon et al. 2011).");
   module.def("philox_normal", &philox_normal, py::arg("num"), py::arg("elements"), py::arg("seed"),
              py::arg("stream"), py::arg("first_sample") = 0, py::arg("kernels") = "auto",
              "float32 [num, elements]: the normals of samples first_sample .. of a seed and "

@@ -158,11 +158,11 @@ void a_source_with_terms_that_keep_something_is_refused() {
 
 // Every four of every sample has one thread, however many samples there are.
 template <class Mapping>
-void check_mapping(int64_t samples, int64_t elements, int fours_of_a_thread) {
+void check_mapping(int64_t samples, int64_t elements, int vec4s_of_a_thread) {
   const Grid grid = make_grid(samples, elements);
   const Blocks blocks = Mapping::blocks(grid);
   CHECK(blocks.y <= 65535 && blocks.z <= 65535, blocks.y, blocks.z);
-  std::vector<uint8_t> seen(static_cast<size_t>(samples * fours_of(elements)), 0);
+  std::vector<uint8_t> seen(static_cast<size_t>(samples * vec4s_of(elements)), 0);
   for (uint32_t z = 0; z < blocks.z; ++z) {
     for (uint32_t y = 0; y < blocks.y; ++y) {
       for (uint32_t x = 0; x < blocks.x; ++x) {
@@ -170,9 +170,9 @@ void check_mapping(int64_t samples, int64_t elements, int fours_of_a_thread) {
           const Place place =
               Mapping::place(grid, {x, y, z, static_cast<uint32_t>(blocks.y)}, thread);
           if (place.sample >= samples) continue;
-          for (int i = 0; i < fours_of_a_thread; ++i) {
+          for (int i = 0; i < vec4s_of_a_thread; ++i) {
             if (!grid.has(place, i)) continue;
-            ++seen[static_cast<size_t>(place.sample * grid.fours + place.four(i))];
+            ++seen[static_cast<size_t>(place.sample * grid.vec4s + place.vec4(i))];
           }
         }
       }
@@ -181,7 +181,7 @@ void check_mapping(int64_t samples, int64_t elements, int fours_of_a_thread) {
   CHECK(std::all_of(seen.begin(), seen.end(), [](uint8_t n) { return n == 1; }), samples, elements);
 }
 
-void every_four_has_one_thread() {
+void every_vec4_has_one_thread() {
   using Pieces = BlocksFor<PieceTensor>;
   check_mapping<Pieces>(3, 512, 2);
   check_mapping<Pieces>(2, 1028, 2);
@@ -196,7 +196,7 @@ void every_four_has_one_thread() {
   const uint32_t last_x = static_cast<uint32_t>(blocks.x - 1);
   const Place end = Pieces::place(large, {last_x, 4464, 1, 65535}, 0);
   CHECK(end.sample == 69999, end.sample);
-  CHECK(end.four(0) == elements / 4 - 1 && large.has(end, 0) && !large.has(end, 1), end.four(0));
+  CHECK(end.vec4(0) == elements / 4 - 1 && large.has(end, 0) && !large.has(end, 1), end.vec4(0));
   const Grid tiny = make_grid(int64_t{1} << 36, 5);
   const Place far = Flat::place(tiny, {0x7FFFFFFF, 0, 0, 1}, 127);
   CHECK(far.sample == (int64_t{1} << 37) - 1 && far.first == 1, far.sample, far.first);
@@ -280,6 +280,6 @@ int main() {
   return run(q_sample_same_as_cpu, q_posterior_same_as_cpu, reverse_step_same_as_cpu,
              step_terms_in_pieces_same_as_cpu, philox_normal_same_as_cpu,
              empty_samples_have_a_variance, nan_passes_the_clip, float64_is_refused,
-             a_source_with_terms_that_keep_something_is_refused, every_four_has_one_thread,
+             a_source_with_terms_that_keep_something_is_refused, every_vec4_has_one_thread,
              offsets_beyond_2_31, elements_beyond_2_31);
 }

@@ -1,6 +1,6 @@
 // Which thread works on which elements: the launch configuration is here and nowhere else.
 //
-// The unit is a four: four elements in a row of one sample, a Philox block, 16 bytes of float32.
+// The unit is a Vec4: four elements in a row of one sample, a Philox block, 16 bytes of float32.
 #pragma once
 
 #include "core/macros.h"
@@ -16,8 +16,9 @@ namespace ddpm {
 
 constexpr uint32_t kThreads = 128;  // of a block
 
-// Fours of a sample that the 32-bit arithmetic below and the counter of Philox have room for.
-constexpr int64_t kMaxFours = 0xFFFF0000;
+// Vectors of four of a sample that the 32-bit arithmetic below and the counter of Philox have room
+// for.
+constexpr int64_t kMaxVec4s = 0xFFFF0000;
 
 struct Blocks {
   int64_t x, y, z;
@@ -28,53 +29,53 @@ struct BlockIndex {
   uint32_t blocks_y;
 };
 
-// Where a thread works: the fours `first` and, kThreads further on, those after it.
+// Where a thread works: the Vec4s `first` and, kThreads further on, those after it.
 struct Place {
   int64_t sample;
   uint32_t first;
 
-  DDPM_HD uint32_t four(int i) const { return first + static_cast<uint32_t>(i) * kThreads; }
+  DDPM_HD uint32_t vec4(int i) const { return first + static_cast<uint32_t>(i) * kThreads; }
 };
 
 struct Grid {
   int64_t samples;
   int64_t elements;  // of a sample
-  uint32_t fours;    // of a sample
+  uint32_t vec4s;    // of a sample
 
-  DDPM_HD bool has(const Place& place, int i) const { return place.four(i) < fours; }
+  DDPM_HD bool has(const Place& place, int i) const { return place.vec4(i) < vec4s; }
 };
 
-inline int64_t fours_of(int64_t elements) {
+inline int64_t vec4s_of(int64_t elements) {
   return (elements + 3) / 4;
 }
 
 inline Grid make_grid(int64_t samples, int64_t elements) {
-  return {samples, elements, static_cast<uint32_t>(fours_of(elements))};
+  return {samples, elements, static_cast<uint32_t>(vec4s_of(elements))};
 }
 
 // Blocks that stay within a sample, which they have from their index without a division; the
-// threads of a warp lie side by side. For samples that fill a block's first fours.
-template <int kFours>
+// threads of a warp lie side by side. For samples that fill a block's first Vec4s.
+template <int kVec4s>
 struct BlocksOfSamples {
   static constexpr int64_t kMaxY = 65535;
 
   static Blocks blocks(const Grid& grid) {
-    const int64_t per_block = int64_t{kThreads} * kFours;
+    const int64_t per_block = int64_t{kThreads} * kVec4s;
     const int64_t y = grid.samples < kMaxY ? grid.samples : kMaxY;
-    return {(grid.fours + per_block - 1) / per_block, y, y ? (grid.samples + y - 1) / y : 0};
+    return {(grid.vec4s + per_block - 1) / per_block, y, y ? (grid.samples + y - 1) / y : 0};
   }
 
   static DDPM_HD Place place(const Grid&, const BlockIndex& block, uint32_t thread) {
     const int64_t sample = static_cast<int64_t>(block.z) * block.blocks_y + block.y;
-    return {sample, block.x * (kThreads * kFours) + thread};
+    return {sample, block.x * (kThreads * kVec4s) + thread};
   }
 };
 
-// One four a thread, sample after sample without a gap. An empty sample has a thread all the same:
+// One Vec4 a thread, sample after sample without a gap. An empty sample has a thread all the same:
 // q_posterior writes a variance for it.
 struct Flat {
   static DDPM_HD int64_t threads_of_sample(const Grid& grid) {
-    return grid.fours > 0 ? grid.fours : 1;
+    return grid.vec4s > 0 ? grid.vec4s : 1;
   }
 
   static Blocks blocks(const Grid& grid) {

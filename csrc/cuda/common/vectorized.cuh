@@ -1,8 +1,8 @@
-// Fours of a sample from and to a tensor of any type and layout.
+// Vectors of four of a sample from and to a tensor of any type and layout.
 //
 // A load leaves the bits as they came and the conversion is a second call, so that the loads of all
 // the tensors are on their way before the first is waited for. Types are asked at run time, once
-// for all the fours of a thread; every thread takes the same branch.
+// for all the Vec4s of a thread; every thread takes the same branch.
 #pragma once
 
 #include <type_traits>
@@ -13,8 +13,8 @@
 
 namespace ddpm {
 
-// The elements of a four.
-struct Four {
+// The elements of a Vec4.
+struct Vec4 {
   float v[4];
 };
 
@@ -30,7 +30,7 @@ struct __attribute__((may_alias, aligned(8))) Piece8 {
   uint32_t w[2];
 };
 
-// What is left of a View where every four is one aligned piece of memory.
+// What is left of a View where every Vec4 is one aligned piece of memory.
 struct PieceTensor {
   char* data;
   int64_t sample_bytes;
@@ -39,11 +39,11 @@ struct PieceTensor {
 };
 
 template <class Tensor>
-constexpr int kFours = std::is_same_v<Tensor, View> ? 1 : 2;  // of a thread
+constexpr int kVec4s = std::is_same_v<Tensor, View> ? 1 : 2;  // of a thread
 
 template <class Tensor>
 using BlocksFor =
-    std::conditional_t<std::is_same_v<Tensor, View>, Flat, BlocksOfSamples<kFours<Tensor>>>;
+    std::conditional_t<std::is_same_v<Tensor, View>, Flat, BlocksOfSamples<kVec4s<Tensor>>>;
 
 inline uint32_t piece_bytes_of(DType dtype) {
   return dtype == DType::f32 ? 16 : 8;
@@ -75,12 +75,12 @@ DDPM_HD uint32_t to_bits(DType dtype, float value) {
 
 // The values after a round trip through a type.
 template <int kN>
-DDPM_HD void round_to(DType dtype, Four (&fours)[kN]) {
+DDPM_HD void round_to(DType dtype, Vec4 (&vec4s)[kN]) {
   if (dtype == DType::f32) return;
   DDPM_UNROLL
   for (int i = 0; i < kN; ++i) {
     DDPM_UNROLL
-    for (float& v : fours[i].v) v = to_float(dtype, to_bits(dtype, v));
+    for (float& v : vec4s[i].v) v = to_float(dtype, to_bits(dtype, v));
   }
 }
 
@@ -117,19 +117,19 @@ DDPM_HD void load(const PieceTensor& tensor, const Grid& grid, const Place& plac
 }
 
 template <int kN>
-DDPM_HD void convert(const PieceTensor& tensor, const Bits (&bits)[kN], Four (&fours)[kN]) {
+DDPM_HD void convert(const PieceTensor& tensor, const Bits (&bits)[kN], Vec4 (&vec4s)[kN]) {
   if (tensor.dtype == DType::f32) {
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
       DDPM_UNROLL
-      for (int j = 0; j < 4; ++j) fours[i].v[j] = float_of(bits[i].w[j]);
+      for (int j = 0; j < 4; ++j) vec4s[i].v[j] = float_of(bits[i].w[j]);
     }
   } else {
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
       DDPM_UNROLL
       for (int j = 0; j < 4; ++j) {
-        fours[i].v[j] = to_float(tensor.dtype, bits[i].w[j / 2] >> (16 * (j % 2)));
+        vec4s[i].v[j] = to_float(tensor.dtype, bits[i].w[j / 2] >> (16 * (j % 2)));
       }
     }
   }
@@ -137,13 +137,13 @@ DDPM_HD void convert(const PieceTensor& tensor, const Bits (&bits)[kN], Four (&f
 
 template <int kN>
 DDPM_HD void store(const PieceTensor& tensor, const Grid& grid, const Place& place,
-                   const Four (&fours)[kN], int64_t bytes_on = 0) {
+                   const Vec4 (&vec4s)[kN], int64_t bytes_on = 0) {
   char* to = piece_of(tensor, place, bytes_on);
   const DType dtype = tensor.dtype;
   if (dtype == DType::f32) {
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
-      const float* v = fours[i].v;
+      const float* v = vec4s[i].v;
       if (!grid.has(place, i)) continue;
       reinterpret_cast<Piece16*>(to)[i * kThreads] = {
           {bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])}};
@@ -151,7 +151,7 @@ DDPM_HD void store(const PieceTensor& tensor, const Grid& grid, const Place& pla
   } else {
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
-      const float* v = fours[i].v;
+      const float* v = vec4s[i].v;
       if (!grid.has(place, i)) continue;
       reinterpret_cast<Piece8*>(to)[i * kThreads] = {
           {to_bits(dtype, v[0]) | to_bits(dtype, v[1]) << 16,
@@ -177,11 +177,11 @@ DDPM_HD int64_t outer_offset(const View& view, int64_t index) {
   return view.ndim > 1 ? offset + index * view.strides[0] : 0;
 }
 
-// Of a four that was loaded one element a word.
-DDPM_HD void convert_words(DType dtype, const Bits& bits, Four& four) {
+// Of a Vec4 that was loaded one element a word.
+DDPM_HD void convert_words(DType dtype, const Bits& bits, Vec4& vec4) {
   DDPM_UNROLL
   for (int j = 0; j < 4; ++j) {
-    four.v[j] = dtype == DType::f32 ? float_of(bits.w[j]) : to_float(dtype, bits.w[j]);
+    vec4.v[j] = dtype == DType::f32 ? float_of(bits.w[j]) : to_float(dtype, bits.w[j]);
   }
 }
 
@@ -189,7 +189,7 @@ struct Offsets {
   int64_t at[4];
 };
 
-// offset_in_sample of the elements of a four, with one division by the innermost size.
+// offset_in_sample of the elements of a Vec4, with one division by the innermost size.
 DDPM_HD Offsets offsets_of(const View& view, int64_t first) {
   Offsets offsets;
   if (view.linear) {
@@ -227,11 +227,11 @@ DDPM_HD void load(const View& view, const Grid& grid, const Place& place, Bits (
   }
 }
 
-DDPM_HD void convert(const View& view, const Bits (&bits)[1], Four (&fours)[1]) {
-  convert_words(view.dtype, bits[0], fours[0]);
+DDPM_HD void convert(const View& view, const Bits (&bits)[1], Vec4 (&vec4s)[1]) {
+  convert_words(view.dtype, bits[0], vec4s[0]);
 }
 
-DDPM_HD void store(const View& view, const Grid& grid, const Place& place, const Four (&fours)[1],
+DDPM_HD void store(const View& view, const Grid& grid, const Place& place, const Vec4 (&vec4s)[1],
                    int64_t bytes_on = 0) {
   const int64_t first = int64_t{4} * place.first;
   if (first >= grid.elements) return;
@@ -243,10 +243,10 @@ DDPM_HD void store(const View& view, const Grid& grid, const Place& place, const
     if (first + j >= grid.elements) continue;
     const int64_t at = sample + offsets.at[j];
     if (view.dtype == DType::f32) {
-      reinterpret_cast<float*>(data)[at] = fours[0].v[j];
+      reinterpret_cast<float*>(data)[at] = vec4s[0].v[j];
     } else {
       reinterpret_cast<uint16_t*>(data)[at] =
-          static_cast<uint16_t>(to_bits(view.dtype, fours[0].v[j]));
+          static_cast<uint16_t>(to_bits(view.dtype, vec4s[0].v[j]));
     }
   }
 }

@@ -3,7 +3,7 @@
 // No CUDA header: the kernels call run_thread(), and so do the tests on the host. The arithmetic is
 // in core/updates.h. A thread loads everything, computes, and then stores, so that x may be updated
 // in place. A variant is where the noise comes from and a kind of tensor: PieceTensor where every
-// tensor comes in aligned fours, View where one does not.
+// tensor comes in aligned Vec4s, View where one does not.
 #pragma once
 
 #include <initializer_list>
@@ -50,9 +50,9 @@ struct QSample {
   }
 
   static DDPM_HD void run(const Params& p, const Place& place) {
-    constexpr int kN = kFours<Tensor>;
+    constexpr int kN = kVec4s<Tensor>;
     Bits x0_bits[kN] = {}, noise_bits[kN] = {};
-    Four x0[kN], noise[kN], x_t[kN];
+    Vec4 x0[kN], noise[kN], x_t[kN];
     NoiseKey key{};
     const int64_t t = p.t[place.sample * p.t_stride];
     load(p.x0, p.grid, place, x0_bits);
@@ -109,9 +109,9 @@ struct QPosterior {
   }
 
   static DDPM_HD void run(const Params& p, const Place& place) {
-    constexpr int kN = kFours<Tensor>;
+    constexpr int kN = kVec4s<Tensor>;
     Bits x0_bits[kN] = {}, x_t_bits[kN] = {};
-    Four x0[kN], x_t[kN], mean[kN];
+    Vec4 x0[kN], x_t[kN], mean[kN];
     const int64_t t = p.t[place.sample * p.t_stride];
     load(p.x0, p.grid, place, x0_bits);
     load(p.x_t, p.grid, place, x_t_bits);
@@ -166,9 +166,9 @@ struct ReverseStep {
   }
 
   static DDPM_HD void run(const Params& p, const Place& place) {
-    constexpr int kN = kFours<Tensor>;
+    constexpr int kN = kVec4s<Tensor>;
     Bits x_bits[kN] = {}, out_bits[kN] = {}, noise_bits[kN] = {};
-    Four x[kN], out[kN], noise[kN], x0[kN], next[kN];
+    Vec4 x[kN], out[kN], noise[kN], x0[kN], next[kN];
     NoiseKey key{};
     const int64_t index = p.step[place.sample * p.step_stride];
     load(p.state.before(), p.grid, place, x_bits);
@@ -227,7 +227,7 @@ struct PhiloxNormal {
   }
 
   static DDPM_HD void run(const Params& p, const Place& place) {
-    Four noise[kFours<Tensor>];
+    Vec4 noise[kVec4s<Tensor>];
     make_noise(load_key(p.words), 0, place, noise);
     store(p.out, p.grid, place, noise);
   }
@@ -249,8 +249,8 @@ template <template <Noise, class, bool...> class Variant, Noise kNoise, bool... 
           class Launch>
 int choose(const Args& a, std::initializer_list<const View*> views,
            std::initializer_list<const View*> outputs, bool pieces, Launch launch) {
-  if (fours_of(a.elements) > kMaxFours) return kInvalidValue;
-  pieces = pieces && fours_of(a.elements) >= kThreads;
+  if (vec4s_of(a.elements) > kMaxVec4s) return kInvalidValue;
+  pieces = pieces && vec4s_of(a.elements) >= kThreads;
   bool wide = false;
   for (const View* view : views) {
     if (view->data == nullptr) continue;

@@ -49,8 +49,8 @@ Output output_of(const View& view, int64_t samples, int64_t elements) {
 DDPM_HD void load_output(const View& view, const Grid& grid, const Place& place, Bits (&bits)[1]) {
   load(view, grid, place, bits);
 }
-DDPM_HD void convert_output(const View& view, const Bits (&bits)[1], Four (&fours)[1]) {
-  convert(view, bits, fours);
+DDPM_HD void convert_output(const View& view, const Bits (&bits)[1], Vec4 (&vec4s)[1]) {
+  convert(view, bits, vec4s);
 }
 
 DDPM_HD void load_output(const OutputTensor& output, const Grid& grid, const Place& place,
@@ -74,11 +74,11 @@ DDPM_HD void load_output(const OutputTensor& output, const Grid& grid, const Pla
   }
 }
 
-DDPM_HD void convert_output(const OutputTensor& output, const Bits (&bits)[1], Four (&fours)[1]) {
+DDPM_HD void convert_output(const OutputTensor& output, const Bits (&bits)[1], Vec4 (&vec4s)[1]) {
   if (output.channels == 0) {
-    convert(output.pieces, bits, fours);
+    convert(output.pieces, bits, vec4s);
   } else {
-    convert_words(output.pieces.dtype, bits[0], fours[0]);
+    convert_words(output.pieces.dtype, bits[0], vec4s[0]);
   }
 }
 

@@ -110,11 +110,11 @@ struct StepTerms {
       load_past(p, place, past_bits, [&](int k) { return slot_of_past(row, k, p.depth); });
     }
 
-    Four x[1], out[1], noise[1], y[1], past[kDeepest][1];
+    Vec4 x[1], out[1], noise[1], y[1], past[kDeepest][1];
     convert(p.state.before(), x_bits, x);
     convert_output(p.out, out_bits, out);
     if (p.has(kGuide)) {
-      Four out2[1];
+      Vec4 out2[1];
       convert_output(p.out2, out2_bits, out2);
       each([&](int j) { out[0].v[j] = guided(out[0].v[j], out2[0].v[j], row); });
     }
@@ -122,7 +122,7 @@ struct StepTerms {
     if constexpr (kNoise == Noise::made) make_noise(key, index, place, noise);
     if constexpr (kNoise != Noise::none) {
       if (p.has(kLearned)) {
-        Four v[1];
+        Vec4 v[1];
         convert_output(p.log_variance, v_bits, v);
         each([&](int j) { noise[0].v[j] = scale_noise(noise[0].v[j], v[0].v[j], row); });
       }
@@ -130,24 +130,24 @@ struct StepTerms {
     convert(p.second, y_bits, y);
     DDPM_UNROLL
     for (int k = 0; k < kDeepest; ++k) convert(p.history, past_bits[k], past[k]);
-    const Four x0 = predicted(p, row, x[0], out[0], bound);
+    const Vec4 x0 = predicted(p, row, x[0], out[0], bound);
 
     // Every sum is of what x, y and the past values were.
-    Four next[1];
+    Vec4 next[1];
     each([&](int j) { next[0].v[j] = step_mean<false>(x[0].v[j], x0.v[j], out[0].v[j], row); });
     if (p.has(kRawOut)) add(row.Xo, out[0], next[0]);
     if (p.has(kSecond)) add(row.Xy, y[0], next[0]);
     add_past(p, row, past, next[0], [](const Row& r, int k) { return r.past_of_x(k); });
     if constexpr (kNoise != Noise::none) add(row.S, noise[0], next[0]);
     if (p.has(kSecond)) {
-      Four sum[1];
+      Vec4 sum[1];
       each([&](int j) { sum[0].v[j] = fma(row.Yx0, x0.v[j], row.Yx * x[0].v[j]); });
       add(row.Yy, y[0], sum[0]);
       add_past(p, row, past, sum[0], [](const Row& r, int k) { return r.past_of_y(k); });
       store(p.second, p.grid, place, sum);
     }
     if (p.has(kPush) && row.push != 0.0f) {
-      Four pushed[1];
+      Vec4 pushed[1];
       each([&](int j) { pushed[0].v[j] = fma(row.Hv, x0.v[j], row.Hx * x[0].v[j]); });
       if (p.has(kPushOut)) add(row.Ho, out[0], pushed[0]);
       store(p.history, p.grid, place, pushed, slot_of_past(row, 0, p.depth) * p.slot_bytes);
@@ -155,22 +155,22 @@ struct StepTerms {
     store_state(p, place, row, x0, next);
   }
 
-  static DDPM_HD void add(float coefficient, const Four& term, Four& sum) {
+  static DDPM_HD void add(float coefficient, const Vec4& term, Vec4& sum) {
     each([&](int j) { sum.v[j] = fma(coefficient, term.v[j], sum.v[j]); });
   }
 
   template <class Coefficient>
-  static DDPM_HD void add_past(const Params& p, const Row& row, const Four (&past)[kDeepest][1],
-                               Four& sum, Coefficient coefficient) {
+  static DDPM_HD void add_past(const Params& p, const Row& row, const Vec4 (&past)[kDeepest][1],
+                               Vec4& sum, Coefficient coefficient) {
     DDPM_UNROLL
     for (int k = 1; k <= kDeepest; ++k) {
       if (p.has_past(k)) add(coefficient(row, k), past[k - 1][0], sum);
     }
   }
 
-  static DDPM_HD Four predicted(const Params& p, const Row& row, const Four& x, const Four& out,
+  static DDPM_HD Vec4 predicted(const Params& p, const Row& row, const Vec4& x, const Vec4& out,
                                 float bound) {
-    Four x0;
+    Vec4 x0;
     each([&](int j) { x0.v[j] = predict_x0(x.v[j], out.v[j], row); });
     if (p.has(kThreshold)) {
       each([&](int j) { x0.v[j] = threshold(x0.v[j], bound); });
@@ -181,11 +181,11 @@ struct StepTerms {
   }
 
   static DDPM_HD void store_state(const Params& p, const Place& place, const Row& row,
-                                  const Four& x0, Four (&next)[1]) {
+                                  const Vec4& x0, Vec4 (&next)[1]) {
     store(p.state.x, p.grid, place, next);
     if (p.pred_x0.data) {
-      const Four fours[1] = {x0};
-      store(p.pred_x0, p.grid, place, fours);
+      const Vec4 vec4s[1] = {x0};
+      store(p.pred_x0, p.grid, place, vec4s);
     }
     if (!kInPlace || !p.model_input.data) return;
     if (p.has(kScaleIn)) each([&](int j) { next[0].v[j] = row.Cin * next[0].v[j]; });

@@ -30,11 +30,11 @@ struct State<Tensor, false> {
 // What a sample without a row is given where it has no state of its own to be left at.
 template <int kN, class Params>
 DDPM_HD void store_nan(const Params& p, const Place& place) {
-  Four nan[kN];
+  Vec4 nan[kN];
   DDPM_UNROLL
-  for (Four& four : nan) {
+  for (Vec4& vec4 : nan) {
     DDPM_UNROLL
-    for (float& v : four.v) v = __builtin_nanf("");
+    for (float& v : vec4.v) v = __builtin_nanf("");
   }
   store(p.state.x, p.grid, place, nan);
   if (p.pred_x0.data) store(p.pred_x0, p.grid, place, nan);
