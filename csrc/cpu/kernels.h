@@ -16,7 +16,7 @@ DDPM_HD int64_t blocks_per_sample(int64_t elements) {
   return elements > 0 ? (elements + kBlock - 1) / kBlock : 1;
 }
 
-// How group_norm_ is cut into pieces of work: some whole groups of one sample each, whatever the
+// How group_norm_ is cut into vectors of work: some whole groups of one sample each, whatever the
 // batch. `kept`: their values are kept in the arithmetic's type from pass to pass.
 struct NormSlabs {
   static constexpr int64_t kKept = 65536;             // values: 256 KiB in float32

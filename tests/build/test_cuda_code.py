@@ -77,7 +77,7 @@ def test_arithmetic_is_as_written(nvcc: str, cuobjdump: str, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     functions = done.stdout.split("Function : ")[1:]
     assert len(functions) == 8
-    (code,) = [f for f in functions if re.match(r"\S*QSampleILNS_5NoiseE1ENS_11PieceTensor", f)]
+    (code,) = [f for f in functions if re.match(r"\S*QSampleILNS_5NoiseE1ENS_16VectorizedTensor", f)]
     elements = 8  # of a thread
     assert len(re.findall(r"\bFMUL\b", code)) == elements
     assert len(re.findall(r"\bFFMA\b", code)) == elements
@@ -87,7 +87,7 @@ def test_arithmetic_is_as_written(nvcc: str, cuobjdump: str, tmp_path: Path) -> 
 
 
 def test_group_norm_reads_once_and_writes_once(nvcc: str, cuobjdump: str, tmp_path: Path) -> None:
-    """Kept in registers: a 16-byte load for each piece, and a store, with SiLU or not."""
+    """Kept in registers: a 16-byte load for each vector, and a store, with SiLU or not."""
     cubin = tmp_path / "half.cubin"
     compile_to(cubin, nvcc, ROOT / "csrc" / "cuda" / "group_norm" / "half.cu", "-cubin")
     done = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True)
@@ -95,7 +95,7 @@ def test_group_norm_reads_once_and_writes_once(nvcc: str, cuobjdump: str, tmp_pa
     functions = done.stdout.split("Function : ")[1:]
     assert len(functions) == 9
     for held in (1, 2, 4, 8):
-        kernel = rf"\S*PieceKernelINS_6half_tELb0ELi{held}ELb0E"
+        kernel = rf"\S*VectorizedKernelINS_6half_tELb0ELi{held}ELb0E"
         (code,) = [f for f in functions if re.match(kernel, f)]
         assert len(re.findall(r"\bLDG\.E\.128\b", code)) == held
         assert len(re.findall(r"\bSTG\.E\.128\b", code)) == 2 * held

@@ -32,16 +32,16 @@ int run_bodies(const Args& args) {
 }
 
 template <class Args>
-bool runs_in_pieces(const Args& args) {
+bool runs_vectorized(const Args& args) {
   constexpr int kYes = 2, kNo = 3;
   return dispatch(args, [](auto variant, const auto&) {
            return std::is_same_v<typename decltype(variant)::Blocks, Flat> ? kNo : kYes;
          }) == kYes;
 }
 
-// `wanted` problems that are served in pieces, or that are not.
+// `wanted` problems that are served in vectors, or that are not.
 template <class Problem>
-void same_as_cpu(const std::vector<Shape>& from, bool made, bool pieces, int wanted,
+void same_as_cpu(const std::vector<Shape>& from, bool made, bool vectors, int wanted,
                  bool tidy = false) {
   Random random(5 + made);
   Choices choices;
@@ -51,14 +51,14 @@ void same_as_cpu(const std::vector<Shape>& from, bool made, bool pieces, int wan
   int run = 0;
   for (int trial = 0; run < wanted && trial < 100 * wanted; ++trial) {
     const Problem on_cpu(choices, random);
-    if (runs_in_pieces(on_cpu.args()) != pieces) continue;
+    if (runs_vectorized(on_cpu.args()) != vectors) continue;
     const Problem on_threads(on_cpu);
     run_cpu(on_cpu);
     CHECK(run_bodies(on_threads.args()) == 0);
-    CHECK(same_outputs(on_cpu, on_threads), on_cpu.shape, pieces, made);
+    CHECK(same_outputs(on_cpu, on_threads), on_cpu.shape, vectors, made);
     ++run;
   }
-  CHECK(run == wanted, run, pieces, made);
+  CHECK(run == wanted, run, vectors, made);
 }
 
 const std::vector<Shape> large = {{{3, 4, 16, 16}, "one-block"},
@@ -85,7 +85,7 @@ void reverse_step_same_as_cpu() {
   same_as_cpu<ReverseStepProblem>(true);
 }
 // With the terms that the plain step has not, and outputs that are halves of a tensor.
-void step_terms_in_pieces_same_as_cpu() {
+void vectorized_step_terms_same_as_cpu() {
   static const std::vector<Shape> images = {{{2, 3, 32, 32}, "cifar"},
                                             {{3, 4, 16, 16}, "one-block"},
                                             {{2, 1, 23, 44}, "ragged"},
@@ -182,19 +182,19 @@ void check_mapping(int64_t samples, int64_t elements, int vec4s_of_a_thread) {
 }
 
 void every_vec4_has_one_thread() {
-  using Pieces = BlocksFor<PieceTensor>;
-  check_mapping<Pieces>(3, 512, 2);
-  check_mapping<Pieces>(2, 1028, 2);
-  check_mapping<Pieces>(65535, 16, 2);
-  check_mapping<Pieces>(65537, 16, 2);
+  using Vectors = BlocksFor<VectorizedTensor>;
+  check_mapping<Vectors>(3, 512, 2);
+  check_mapping<Vectors>(2, 1028, 2);
+  check_mapping<Vectors>(65535, 16, 2);
+  check_mapping<Vectors>(65537, 16, 2);
   check_mapping<Flat>(3, 7, 1);
   check_mapping<Flat>(200001, 5, 1);
   // Beyond 2^31: the last block's threads, without the others.
   const int64_t elements = (int64_t{1} << 33) + 4;
   const Grid large = make_grid(70000, elements);
-  const Blocks blocks = Pieces::blocks(large);
+  const Blocks blocks = Vectors::blocks(large);
   const uint32_t last_x = static_cast<uint32_t>(blocks.x - 1);
-  const Place end = Pieces::place(large, {last_x, 4464, 1, 65535}, 0);
+  const Place end = Vectors::place(large, {last_x, 4464, 1, 65535}, 0);
   CHECK(end.sample == 69999, end.sample);
   CHECK(end.vec4(0) == elements / 4 - 1 && large.has(end, 0) && !large.has(end, 1), end.vec4(0));
   const Grid tiny = make_grid(int64_t{1} << 36, 5);
@@ -278,7 +278,7 @@ void elements_beyond_2_31() {
 int main() {
   using namespace ddpm::test;
   return run(q_sample_same_as_cpu, q_posterior_same_as_cpu, reverse_step_same_as_cpu,
-             step_terms_in_pieces_same_as_cpu, philox_normal_same_as_cpu,
+             vectorized_step_terms_same_as_cpu, philox_normal_same_as_cpu,
              empty_samples_have_a_variance, nan_passes_the_clip, float64_is_refused,
              a_source_with_terms_that_keep_something_is_refused, every_vec4_has_one_thread,
              offsets_beyond_2_31, elements_beyond_2_31);

@@ -27,13 +27,13 @@ std::vector<std::string> kernel_names() {
   return names;
 }
 
-void run_on_cpu(const GroupNormArgs& a, int64_t pieces) {
+void run_on_cpu(const GroupNormArgs& a, int64_t vectors) {
   const NormSlabs slabs(a);
   std::vector<char> memory(static_cast<size_t>(slabs.workspace_bytes(a)) + 64);
   void* workspace = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
   const int64_t work = a.samples * slabs.per_sample;
-  for (int64_t i = pieces; i-- > 0;) {
-    cpu_kernels().group_norm(a, work * i / pieces, work * (i + 1) / pieces, workspace);
+  for (int64_t i = vectors; i-- > 0;) {
+    cpu_kernels().group_norm(a, work * i / vectors, work * (i + 1) / vectors, workspace);
   }
 }
 
@@ -63,8 +63,8 @@ struct Seen {
   int strided = 0, shuffled = 0, by_rows = 0, sums = 0;
 
   void add(const GroupNormArgs& a, const NormPlan& plan) {
-    strided += !plan.in_pieces;
-    if (!plan.in_pieces) return;
+    strided += !plan.vectorized;
+    if (!plan.vectorized) return;
     clusters.insert(plan.cluster());
     units.insert(plan.unit);
     held.insert(plan.held);
@@ -108,7 +108,7 @@ void cuda_bodies_are_right() {
     NormPlan plan = choose_group_norm(a, devices[random.below(4)]);
     seen.add(a, plan);
     check_plan(problem, oracle, plan);
-    if (!plan.in_pieces) continue;
+    if (!plan.vectorized) continue;
     const int64_t values = 16 / element_bytes(a.dtype);
     const int64_t smallest = a.group_size() / greatest_divisor(a.group_size(), values) * values;
     const int64_t times = 1 + random.below(a.channels() / smallest);
@@ -144,7 +144,7 @@ void streams_are_right() {
 }
 
 bool same_plan(const NormPlan& plan, uint32_t slab, uint32_t cluster, bool stream) {
-  return plan.in_pieces && plan.slab == slab && plan.cluster() == cluster && plan.stream == stream;
+  return plan.vectorized && plan.slab == slab && plan.cluster() == cluster && plan.stream == stream;
 }
 
 // What an H100 is given: everything in registers from 4x4 to 256x256, also where there is a sum.
@@ -172,7 +172,7 @@ void plans_of_an_h100() {
   CHECK(same_plan(plan(1, 128, 128, true), 8, 8, false));
   CHECK(plan(1, 128, 256, true).stream);
   a.x.row += 8;  // a cropped map
-  CHECK(!choose_group_norm(a, {132, 3}).in_pieces);
+  CHECK(!choose_group_norm(a, {132, 3}).vectorized);
 }
 
 // Samples, pixels and channels that lie more than 2^31 elements apart.
@@ -191,7 +191,7 @@ void offsets_beyond_2_31() {
   choices.width = 2;
   const NormProblem near(choices, random);
   const NormOracle oracle(near);
-  const auto compare = [&](int64_t sample, int64_t channel, int64_t column, bool in_pieces) {
+  const auto compare = [&](int64_t sample, int64_t channel, int64_t column, bool vectorized) {
     GroupNormArgs a = near.args();
     const auto offset = [&](const Sizes& at) {
       return at[0] * sample + at[1] * channel + at[3] * column;
@@ -201,7 +201,7 @@ void offsets_beyond_2_31() {
     near.x.each(
         [&](const Sizes& at) { from.floats()[offset(at)] = static_cast<float>(near.x.get(at)); });
     const NormPlan plan = choose_group_norm(a, {132, 3});
-    CHECK(plan.in_pieces == in_pieces);
+    CHECK(plan.vectorized == vectorized);
     for (bool on_cpu : {false, true}) {
       if (on_cpu) {
         run_on_cpu(a, 1);

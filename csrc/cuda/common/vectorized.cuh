@@ -18,23 +18,23 @@ struct Vec4 {
   float v[4];
 };
 
-// The same, not yet converted: packed in a PieceTensor, one element a word in a View.
+// The same, not yet converted: packed in a VectorizedTensor, one element a word in a View.
 struct Bits {
   uint32_t w[4];
 };
 
-struct __attribute__((may_alias, aligned(16))) Piece16 {
+struct __attribute__((may_alias, aligned(16))) Vector16 {
   uint32_t w[4];
 };
-struct __attribute__((may_alias, aligned(8))) Piece8 {
+struct __attribute__((may_alias, aligned(8))) Vector8 {
   uint32_t w[2];
 };
 
-// What is left of a View where every Vec4 is one aligned piece of memory.
-struct PieceTensor {
+// What is left of a View where every Vec4 is one aligned vector of memory.
+struct VectorizedTensor {
   char* data;
   int64_t sample_bytes;
-  uint32_t piece_bytes;  // 16, or 8 where the elements have 16 bits
+  uint32_t vector_bytes;  // 16, or 8 where the elements have 16 bits
   DType dtype;
 };
 
@@ -45,13 +45,13 @@ template <class Tensor>
 using BlocksFor =
     std::conditional_t<std::is_same_v<Tensor, View>, Flat, BlocksOfSamples<kVec4s<Tensor>>>;
 
-inline uint32_t piece_bytes_of(DType dtype) {
+inline uint32_t vector_bytes_of(DType dtype) {
   return dtype == DType::f32 ? 16 : 8;
 }
 
-inline bool in_pieces(const View& view, int64_t samples, int64_t elements) {
+inline bool is_vectorizable(const View& view, int64_t samples, int64_t elements) {
   return view.linear && elements % 4 == 0 && (samples < 2 || view.sample_stride % 4 == 0) &&
-         reinterpret_cast<uintptr_t>(view.data) % piece_bytes_of(view.dtype) == 0;
+         reinterpret_cast<uintptr_t>(view.data) % vector_bytes_of(view.dtype) == 0;
 }
 
 template <class Tensor>
@@ -59,8 +59,8 @@ Tensor tensor_of(const View& view) {
   if constexpr (std::is_same_v<Tensor, View>) {
     return view;
   } else {
-    const uint32_t piece = piece_bytes_of(view.dtype);
-    return {static_cast<char*>(view.data), view.sample_stride * (piece / 4), piece, view.dtype};
+    const uint32_t vector = vector_bytes_of(view.dtype);
+    return {static_cast<char*>(view.data), view.sample_stride * (vector / 4), vector, view.dtype};
   }
 }
 
@@ -84,40 +84,40 @@ DDPM_HD void round_to(DType dtype, Vec4 (&vec4s)[kN]) {
   }
 }
 
-DDPM_HD Bits unpacked(const Piece16& piece) {
-  return {{piece.w[0], piece.w[1], piece.w[2], piece.w[3]}};
+DDPM_HD Bits unpacked(const Vector16& vector) {
+  return {{vector.w[0], vector.w[1], vector.w[2], vector.w[3]}};
 }
-DDPM_HD Bits unpacked(const Piece8& piece) {
-  return {{piece.w[0], piece.w[1], 0, 0}};
+DDPM_HD Bits unpacked(const Vector8& vector) {
+  return {{vector.w[0], vector.w[1], 0, 0}};
 }
 
 // bytes_on, here and below: how far the memory lies behind the tensor's, for a slot of a ring.
-DDPM_HD char* piece_of(const PieceTensor& tensor, const Place& place, int64_t bytes_on) {
+DDPM_HD char* vector_at(const VectorizedTensor& tensor, const Place& place, int64_t bytes_on) {
   return tensor.data + bytes_on + place.sample * tensor.sample_bytes +
-         static_cast<uint64_t>(place.first) * tensor.piece_bytes;
+         static_cast<uint64_t>(place.first) * tensor.vector_bytes;
 }
 
 template <int kN>
-DDPM_HD void load(const PieceTensor& tensor, const Grid& grid, const Place& place, Bits (&bits)[kN],
-                  int64_t bytes_on = 0) {
-  const char* from = piece_of(tensor, place, bytes_on);
+DDPM_HD void load(const VectorizedTensor& tensor, const Grid& grid, const Place& place,
+                  Bits (&bits)[kN], int64_t bytes_on = 0) {
+  const char* from = vector_at(tensor, place, bytes_on);
   if (tensor.dtype == DType::f32) {
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
       if (!grid.has(place, i)) continue;
-      bits[i] = unpacked(reinterpret_cast<const Piece16*>(from)[i * kThreads]);
+      bits[i] = unpacked(reinterpret_cast<const Vector16*>(from)[i * kThreads]);
     }
   } else {
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
       if (!grid.has(place, i)) continue;
-      bits[i] = unpacked(reinterpret_cast<const Piece8*>(from)[i * kThreads]);
+      bits[i] = unpacked(reinterpret_cast<const Vector8*>(from)[i * kThreads]);
     }
   }
 }
 
 template <int kN>
-DDPM_HD void convert(const PieceTensor& tensor, const Bits (&bits)[kN], Vec4 (&vec4s)[kN]) {
+DDPM_HD void convert(const VectorizedTensor& tensor, const Bits (&bits)[kN], Vec4 (&vec4s)[kN]) {
   if (tensor.dtype == DType::f32) {
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
@@ -136,16 +136,16 @@ DDPM_HD void convert(const PieceTensor& tensor, const Bits (&bits)[kN], Vec4 (&v
 }
 
 template <int kN>
-DDPM_HD void store(const PieceTensor& tensor, const Grid& grid, const Place& place,
+DDPM_HD void store(const VectorizedTensor& tensor, const Grid& grid, const Place& place,
                    const Vec4 (&vec4s)[kN], int64_t bytes_on = 0) {
-  char* to = piece_of(tensor, place, bytes_on);
+  char* to = vector_at(tensor, place, bytes_on);
   const DType dtype = tensor.dtype;
   if (dtype == DType::f32) {
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
       const float* v = vec4s[i].v;
       if (!grid.has(place, i)) continue;
-      reinterpret_cast<Piece16*>(to)[i * kThreads] = {
+      reinterpret_cast<Vector16*>(to)[i * kThreads] = {
           {bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])}};
     }
   } else {
@@ -153,7 +153,7 @@ DDPM_HD void store(const PieceTensor& tensor, const Grid& grid, const Place& pla
     for (int i = 0; i < kN; ++i) {
       const float* v = vec4s[i].v;
       if (!grid.has(place, i)) continue;
-      reinterpret_cast<Piece8*>(to)[i * kThreads] = {
+      reinterpret_cast<Vector8*>(to)[i * kThreads] = {
           {to_bits(dtype, v[0]) | to_bits(dtype, v[1]) << 16,
            to_bits(dtype, v[2]) | to_bits(dtype, v[3]) << 16}};
     }

@@ -2,8 +2,8 @@
 //
 // No CUDA header: the kernels call run_thread(), and so do the tests on the host. The arithmetic is
 // in core/updates.h. A thread loads everything, computes, and then stores, so that x may be updated
-// in place. A variant is where the noise comes from and a kind of tensor: PieceTensor where every
-// tensor comes in aligned Vec4s, View where one does not.
+// in place. A variant is where the noise comes from and a kind of tensor: VectorizedTensor where
+// every tensor comes in aligned Vec4s, View where one does not.
 #pragma once
 
 #include <initializer_list>
@@ -244,28 +244,29 @@ DDPM_HD void run_thread(const typename Variant::Params& params, const BlockIndex
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
 // Calls launch(variant, params) for the kind of tensor that serves every view, and returns what it
-// returns. `outputs` may also come in pixels. Not pieces: nothing comes in them.
+// returns. `outputs` may also come in pixels. Not vectors: nothing comes in them.
 template <template <Noise, class, bool...> class Variant, Noise kNoise, bool... kChosen, class Args,
           class Launch>
 int choose(const Args& a, std::initializer_list<const View*> views,
-           std::initializer_list<const View*> outputs, bool pieces, Launch launch) {
+           std::initializer_list<const View*> outputs, bool vectors, Launch launch) {
   if (vec4s_of(a.elements) > kMaxVec4s) return kInvalidValue;
-  pieces = pieces && vec4s_of(a.elements) >= kThreads;
+  vectors = vectors && vec4s_of(a.elements) >= kThreads;
   bool wide = false;
   for (const View* view : views) {
     if (view->data == nullptr) continue;
     wide = wide || view->dtype == DType::f64;
-    pieces = pieces && in_pieces(*view, a.samples, a.elements);
+    vectors = vectors && is_vectorizable(*view, a.samples, a.elements);
   }
   for (const View* view : outputs) {
     if (view->data == nullptr) continue;
     wide = wide || view->dtype == DType::f64;
-    pieces = pieces && (in_pieces(*view, a.samples, a.elements) || in_pixels(*view, a.elements));
+    vectors =
+        vectors && (is_vectorizable(*view, a.samples, a.elements) || in_pixels(*view, a.elements));
   }
   if (wide) return kInvalidValue;
-  using Pieces = Variant<kNoise, PieceTensor, kChosen...>;
+  using Vectors = Variant<kNoise, VectorizedTensor, kChosen...>;
   using Views = Variant<kNoise, View, kChosen...>;
-  return pieces ? launch(Pieces{}, Pieces::params(a)) : launch(Views{}, Views::params(a));
+  return vectors ? launch(Vectors{}, Vectors::params(a)) : launch(Views{}, Views::params(a));
 }
 
 template <template <Noise, class> class Variant, Noise kNoise, class Args, class Launch>
@@ -287,14 +288,14 @@ int dispatch(const QPosteriorArgs& a, Launch launch) {
 
 template <template <Noise, class, bool> class Variant, bool kInPlace, class Launch>
 int choose_step(const ReverseStepArgs& a, std::initializer_list<const View*> views,
-                std::initializer_list<const View*> outputs, bool pieces, Launch launch) {
+                std::initializer_list<const View*> outputs, bool vectors, Launch launch) {
   if constexpr (kInPlace) {
     if (a.rng.words) {
-      return choose<Variant, Noise::made, kInPlace>(a, views, outputs, pieces, launch);
+      return choose<Variant, Noise::made, kInPlace>(a, views, outputs, vectors, launch);
     }
   }
-  return a.noise.data ? choose<Variant, Noise::given, kInPlace>(a, views, outputs, pieces, launch)
-                      : choose<Variant, Noise::none, kInPlace>(a, views, outputs, pieces, launch);
+  return a.noise.data ? choose<Variant, Noise::given, kInPlace>(a, views, outputs, vectors, launch)
+                      : choose<Variant, Noise::none, kInPlace>(a, views, outputs, vectors, launch);
 }
 
 template <bool kInPlace, class Launch>
@@ -303,8 +304,8 @@ int dispatch_step(const ReverseStepArgs& a, Launch launch) {
     const auto views = {&a.x,       &a.source, &a.noise,  &a.model_input,
                         &a.pred_x0, &a.second, &a.history};
     const auto outputs = {&a.out, &a.out2, &a.log_variance};
-    const bool pieces = a.depth < 2 || a.slot_stride % 4 == 0;  // of the other slots too
-    return choose_step<StepTerms, kInPlace>(a, views, outputs, pieces, launch);
+    const bool vectors = a.depth < 2 || a.slot_stride % 4 == 0;  // of the other slots too
+    return choose_step<StepTerms, kInPlace>(a, views, outputs, vectors, launch);
   }
   const auto views = {&a.x, &a.source, &a.out, &a.noise, &a.model_input, &a.pred_x0};
   return choose_step<ReverseStep, kInPlace>(a, views, {}, true, launch);

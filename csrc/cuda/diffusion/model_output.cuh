@@ -1,4 +1,4 @@
-// A model's output where the other tensors come in pieces: it may be some channels of a
+// A model's output where the other tensors come in vectors: it may be some channels of a
 // channels-last tensor that has more, such as the half beside a variance. Its elements come in
 // pixels then, and are loaded one by one.
 #pragma once
@@ -8,8 +8,8 @@
 namespace ddpm {
 
 struct OutputTensor {
-  PieceTensor pieces;
-  uint32_t channels;  // of a pixel; 0 where the tensor is in pieces
+  VectorizedTensor vectors;
+  uint32_t channels;  // of a pixel; 0 where the tensor is in vectors
   uint32_t gap;       // elements from the end of a pixel to the next one
   uint32_t multiplier, shift;
 };
@@ -32,8 +32,8 @@ Output output_of(const View& view, int64_t samples, int64_t elements) {
   if constexpr (std::is_same_v<Output, View>) {
     return view;
   } else {
-    Output output{tensor_of<PieceTensor>(view), 0, 0, 0, 0};
-    if (view.data == nullptr || in_pieces(view, samples, elements)) return output;
+    Output output{tensor_of<VectorizedTensor>(view), 0, 0, 0, 0};
+    if (view.data == nullptr || is_vectorizable(view, samples, elements)) return output;
     const int64_t channels = view.ndim == 2 ? view.sizes[1] : 1;
     output.channels = static_cast<uint32_t>(channels);
     output.gap = static_cast<uint32_t>(view.strides[0] - channels);
@@ -56,7 +56,7 @@ DDPM_HD void convert_output(const View& view, const Bits (&bits)[1], Vec4 (&vec4
 DDPM_HD void load_output(const OutputTensor& output, const Grid& grid, const Place& place,
                          Bits (&bits)[1]) {
   if (output.channels == 0) {
-    load(output.pieces, grid, place, bits);
+    load(output.vectors, grid, place, bits);
     return;
   }
   if (!grid.has(place, 0)) return;
@@ -64,10 +64,10 @@ DDPM_HD void load_output(const OutputTensor& output, const Grid& grid, const Pla
   const uint32_t pixel = static_cast<uint32_t>(mul_wide(first, output.multiplier) >> output.shift);
   uint32_t channel = first - pixel * output.channels;
   uint32_t at = first + pixel * output.gap;
-  const char* sample = output.pieces.data + place.sample * output.pieces.sample_bytes;
+  const char* sample = output.vectors.data + place.sample * output.vectors.sample_bytes;
   DDPM_UNROLL
   for (int j = 0; j < 4; ++j) {
-    bits[0].w[j] = word_at(sample, output.pieces.dtype, at);
+    bits[0].w[j] = word_at(sample, output.vectors.dtype, at);
     const bool last = ++channel == output.channels;
     channel = last ? 0 : channel;
     at += last ? output.gap + 1 : 1;
@@ -76,9 +76,9 @@ DDPM_HD void load_output(const OutputTensor& output, const Grid& grid, const Pla
 
 DDPM_HD void convert_output(const OutputTensor& output, const Bits (&bits)[1], Vec4 (&vec4s)[1]) {
   if (output.channels == 0) {
-    convert(output.pieces, bits, vec4s);
+    convert(output.vectors, bits, vec4s);
   } else {
-    convert_words(output.pieces.dtype, bits[0], vec4s[0]);
+    convert_words(output.vectors.dtype, bits[0], vec4s[0]);
   }
 }
 

@@ -55,7 +55,7 @@ struct StepTerms {
             output(a.out),
             output(a.out2),
             output(a.log_variance),
-            a.slot_stride * (piece_bytes_of(a.history.dtype) / 4),
+            a.slot_stride * (vector_bytes_of(a.history.dtype) / 4),
             static_cast<int32_t>(a.depth),
             static_cast<const float*>(a.rows),
             a.num_rows,

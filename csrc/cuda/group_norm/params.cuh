@@ -7,8 +7,8 @@
 
 namespace ddpm {
 
-// A map in pieces.
-struct PieceMap {
+// A map in vectors.
+struct VectorizedMap {
   char* data;
   int64_t sample_bytes, pixel_bytes;
 };
@@ -18,7 +18,7 @@ struct NormParams {
   NormPlan plan;
   uint32_t pixels, group_size;
   int64_t samples, channels, first;  // channels of x
-  PieceMap out, x, x2, residual, total;
+  VectorizedMap out, x, x2, residual, total;
   SampleTable vector, modulation;
   const int64_t* row;
   int64_t row_stride;
@@ -29,7 +29,7 @@ struct NormParams {
   float eps;
 };
 
-inline PieceMap pieces_of(const Map& map, const GroupNormArgs& a) {
+inline VectorizedMap vectors_of(const Map& map, const GroupNormArgs& a) {
   const int64_t bytes = element_bytes(a.dtype);
   const int64_t pixel = a.width == 1 ? map.row : map.column;
   return {static_cast<char*>(map.data), bytes * map.sample, bytes * pixel};
@@ -42,11 +42,11 @@ inline NormParams norm_params(const GroupNormArgs& a, const NormPlan& plan) {
           a.samples,
           a.channels(),
           a.first,
-          pieces_of(a.out, a),
-          pieces_of(a.x, a),
-          pieces_of(a.x2, a),
-          pieces_of(a.residual, a),
-          pieces_of(a.total, a),
+          vectors_of(a.out, a),
+          vectors_of(a.x, a),
+          vectors_of(a.x2, a),
+          vectors_of(a.residual, a),
+          vectors_of(a.total, a),
           a.vector,
           a.modulation,
           a.row,

@@ -66,8 +66,8 @@ DDPM_HD void reduce(const NormParams& p, Exec& exec, uint32_t pass) {
 }
 
 template <class T, bool kSum, int kHeld, bool kStream, class Exec>
-DDPM_HD void run_pieces(const NormParams& p, Exec& exec) {
-  using Thread = PieceThread<T, kSum, kHeld, kStream>;
+DDPM_HD void run_vectorized(const NormParams& p, Exec& exec) {
+  using Thread = VectorizedThread<T, kSum, kHeld, kStream>;
   if (p.plan.cluster_bits > 0) exec.cluster_arrive();
   exec.each([&p](Thread& t) { t.prefetch(p); });
   exec.wait_for_previous();
@@ -111,15 +111,15 @@ DDPM_HD void run_strided(const StridedParams& p, Exec& exec) {
 
 // The kernels: what their threads are, what they are told, and how they run.
 template <class T, bool kSum, int kHeld, bool kStream>
-struct PieceKernel {
-  using Thread = PieceThread<T, kSum, kHeld, kStream>;
+struct VectorizedKernel {
+  using Thread = VectorizedThread<T, kSum, kHeld, kStream>;
   using Params = NormParams;
   static constexpr bool kFull = !kStream && kHeld == (kSum ? kMostHeldSum : kMostHeld);
   static constexpr uint32_t kMostThreads = kFull ? kNormThreads : kNormFewThreads;
 
   template <class Exec>
   static DDPM_HD void run(const Params& p, Exec& exec) {
-    run_pieces<T, kSum, kHeld, kStream>(p, exec);
+    run_vectorized<T, kSum, kHeld, kStream>(p, exec);
   }
 };
 
@@ -157,14 +157,14 @@ int choose_held(const NormParams& p, const NormLaunch& how, Launch launch) {
   if constexpr (kHeld > 1) {
     if (p.plan.held < kHeld) return choose_held<T, kSum, kHeld / 2>(p, how, launch);
   }
-  return launch(PieceKernel<T, kSum, kHeld, false>{}, p, how);
+  return launch(VectorizedKernel<T, kSum, kHeld, false>{}, p, how);
 }
 
 // Calls launch(kernel, params, how) for the kernel that serves the arguments, and returns what it
 // returns.
 template <class T, class Launch>
 int choose_norm(const GroupNormArgs& a, const NormPlan& plan, Launch launch) {
-  if (!plan.in_pieces) {
+  if (!plan.vectorized) {
     const NormLaunch how{norm_blocks(a.samples, a.groups), kStridedThreads, 0,
                          2 * kStridedWarps * 4};
     return launch(StridedKernel<T>{}, strided_params(a), how);
@@ -172,7 +172,7 @@ int choose_norm(const GroupNormArgs& a, const NormPlan& plan, Launch launch) {
   const NormParams p = norm_params(a, plan);
   const NormLaunch how{norm_blocks(a.samples, a.channels() / plan.slab * plan.cluster()),
                        plan.threads, plan.cluster_bits, plan.shared_bytes};
-  if (plan.stream) return launch(PieceKernel<T, true, kNormStreamed, true>{}, p, how);
+  if (plan.stream) return launch(VectorizedKernel<T, true, kNormStreamed, true>{}, p, how);
   return keeps_sum(a) ? choose_held<T, true, kMostHeldSum>(p, how, launch)
                       : choose_held<T, false, kMostHeld>(p, how, launch);
 }

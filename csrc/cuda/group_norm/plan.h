@@ -13,21 +13,21 @@ struct NormDevice {
 
 // The most threads that a block has: where they hold as much as they can, and else.
 constexpr uint32_t kNormThreads = 1024, kNormFewThreads = 512;
-constexpr uint32_t kNormColumns = 256;        // the most pieces of a pixel's slab
+constexpr uint32_t kNormColumns = 256;        // the most vectors of a pixel's slab
 constexpr uint32_t kNormWanted = 256;         // threads, where they have enough to do
 constexpr uint32_t kNormSharedBytes = 48000;  // the most that a block asks for
-constexpr uint32_t kNormStreamed = 4;         // pieces of a thread at once where they are not held
+constexpr uint32_t kNormStreamed = 4;         // vectors of a thread at once where they are not held
 
 // A slab is some whole groups of one image; a cluster of blocks works on one, each on its share of
 // the pixels. A thread has one piece of 16 bytes of a pixel's slab (a column), in several pixels.
 struct NormPlan {
-  bool in_pieces;    // else by single elements, whatever the strides
+  bool vectorized;   // else by single elements, whatever the strides
   bool stream;       // values are read again for every pass, because they do not fit in registers
   uint32_t slab;     // channels
   uint32_t unit;     // channels of a piece that are summed as one: they lie in one group
-  uint32_t columns;  // pieces of a pixel's slab
+  uint32_t columns;  // vectors of a pixel's slab
   uint32_t rows;     // pixels at once
-  uint32_t held;     // pieces of a thread at once: 1, 2, 4 or 8
+  uint32_t held;     // vectors of a thread at once: 1, 2, 4 or 8
   uint32_t threads;  // columns * rows, filled up to whole warps
   uint32_t cluster_bits;  // of 1, 2, 4 or 8 blocks: 0 .. 3
   uint32_t share;         // pixels of a block
@@ -56,7 +56,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 // Pixels one after another, channels side by side, every 16 bytes aligned.
-inline bool in_pieces(const Map& map, int64_t channels, const GroupNormArgs& a) {
+inline bool is_vectorizable(const Map& map, int64_t channels, const GroupNormArgs& a) {
   if (map.data == nullptr) return true;
   const int64_t values = 16 / element_bytes(a.dtype);
   const bool dense = (a.width == 1 || a.height == 1 || map.row == a.width * map.column) &&
@@ -97,7 +97,7 @@ inline bool keeps_sum(const GroupNormArgs& a) {
          (a.dtype == DType::f32 && a.vector.data != nullptr);
 }
 
-// Pieces that a thread holds at the most: 32 registers of them, so that 1024 threads have room; or
+// Vectors that a thread holds at the most: 32 registers of them, so that 1024 threads have room; or
 // of the sum's two maps while they are loaded.
 constexpr uint32_t kMostHeld = 8, kMostHeldSum = 4;
 
@@ -121,7 +121,7 @@ inline bool plan_slab(const GroupNormArgs& a, int64_t slab, uint32_t cluster_bit
     held = kNormStreamed;
     rows = kNormFewThreads / columns;
   }
-  plan->in_pieces = true;
+  plan->vectorized = true;
   plan->slab = static_cast<uint32_t>(slab);
   plan->unit = static_cast<uint32_t>(greatest_divisor(a.group_size(), values));
   plan->columns = static_cast<uint32_t>(columns);
@@ -139,13 +139,14 @@ inline bool plan_slab(const GroupNormArgs& a, int64_t slab, uint32_t cluster_bit
 // Chooses slab and cluster. None of the numbers here and above was tuned on a GPU; they are
 // guesses: 64 bytes of a pixel side by side where that leaves two blocks for each multiprocessor,
 // else the smallest slab; a larger cluster where the values do not fit in one block's registers, or
-// where the multiprocessors are not all busy and a block still has 512 pieces.
+// where the multiprocessors are not all busy and a block still has 512 vectors.
 inline NormPlan choose_group_norm(const GroupNormArgs& a, const NormDevice& device) {
   NormPlan plan{};
-  const bool pieces = in_pieces(a.x, a.first, a) && in_pieces(a.x2, a.second, a) &&
-                      in_pieces(a.out, a.channels(), a) && in_pieces(a.residual, a.first, a) &&
-                      in_pieces(a.total, a.first, a) && a.pixels() < (int64_t{1} << 30);
-  if (!pieces) return plan;
+  const bool vectors = is_vectorizable(a.x, a.first, a) && is_vectorizable(a.x2, a.second, a) &&
+                       is_vectorizable(a.out, a.channels(), a) &&
+                       is_vectorizable(a.residual, a.first, a) &&
+                       is_vectorizable(a.total, a.first, a) && a.pixels() < (int64_t{1} << 30);
+  if (!vectors) return plan;
   const int64_t values = 16 / element_bytes(a.dtype);
   const int64_t smallest =
       a.group_size() / greatest_divisor(a.group_size(), values) * values;  // least common multiple

@@ -1,6 +1,6 @@
 // GroupNorm of maps of any strides, one element at a time: a block for each group of an image,
 // which reads its elements once for the mean, once for the variance and once for the result.
-// The slow path, for what the pieces cannot serve.
+// The slow path, for what the vectors cannot serve.
 #pragma once
 
 #include "cuda/group_norm/vectorized.cuh"

@@ -1,4 +1,5 @@
-// GroupNorm of channels-last maps in pieces of 16 bytes: what one thread does between the barriers.
+// GroupNorm of channels-last maps in vectors of 16 bytes: what one thread does between the
+// barriers.
 //
 // A block, or a cluster of blocks that exchange their totals, keeps a slab of whole groups of one
 // image in registers from one read to one write. The mean comes first and the variance from the
@@ -14,7 +15,7 @@ namespace ddpm {
 // kSum: the sum is kept (keeps_sum). Else x is kept as it was loaded, and the vector is added each
 // time it is used.
 template <class T, bool kSum, int kHeld, bool kStream>
-struct PieceThread {
+struct VectorizedThread {
   using Type = T;
   static constexpr int kValues = Words<T>::kValues;    // of a piece
   static constexpr int kPerWord = Words<T>::kPerWord;  // of 32 bits
@@ -31,7 +32,7 @@ struct PieceThread {
   NormPlace place;
   float* shared;
   uint32_t column, first_pixel;
-  int pieces;  // of this thread, in all its chunks
+  int vectors;  // of this thread, in all its chunks
 
   // `place` and `shared` are set.
   DDPM_HD void begin(const NormParams& p) {
@@ -41,9 +42,9 @@ struct PieceThread {
     const uint32_t from = at.rank * p.plan.share;
     const uint32_t end = from + p.plan.share < p.pixels ? from + p.plan.share : p.pixels;
     first_pixel = from + row;
-    pieces = 0;
+    vectors = 0;
     if (row < p.plan.rows && first_pixel < end) {
-      pieces = static_cast<int>((end - first_pixel + p.plan.rows - 1) / p.plan.rows);
+      vectors = static_cast<int>((end - first_pixel + p.plan.rows - 1) / p.plan.rows);
     }
   }
 
@@ -51,16 +52,18 @@ struct PieceThread {
   DDPM_HD int64_t channel(const NormParams& p) const {  // the piece's first
     return static_cast<int64_t>(place.slab) * p.plan.slab + column * kValues;
   }
-  DDPM_HD bool has(int chunk, int i) const { return chunk * kHeld + i < pieces; }
-  DDPM_HD int chunks() const { return kStream ? (pieces + kHeld - 1) / kHeld : 1; }
-  // Where the chunk's pieces lie, and how far apart.
-  struct Pieces {
+  DDPM_HD bool has(int chunk, int i) const { return chunk * kHeld + i < vectors; }
+  DDPM_HD int chunks() const { return kStream ? (vectors + kHeld - 1) / kHeld : 1; }
+  // Where the chunk's vectors lie, and how far apart.
+  struct Vectors {
     char* at;
     int64_t step;
-    DDPM_HD Piece16& operator[](int i) const { return *reinterpret_cast<Piece16*>(at + i * step); }
+    DDPM_HD Vector16& operator[](int i) const {
+      return *reinterpret_cast<Vector16*>(at + i * step);
+    }
   };
-  DDPM_HD Pieces pieces_in(const NormParams& p, const PieceMap& map, int64_t from_channel,
-                           int chunk) const {
+  DDPM_HD Vectors vectors_in(const NormParams& p, const VectorizedMap& map, int64_t from_channel,
+                             int chunk) const {
     const int64_t step = p.plan.rows * map.pixel_bytes;
     return {map.data + place.sample * map.sample_bytes + first_pixel * map.pixel_bytes +
                 from_channel * static_cast<int64_t>(sizeof(T)) + chunk * kHeld * step,
@@ -69,8 +72,8 @@ struct PieceThread {
 
   DDPM_HD void load(const NormParams& p, int chunk) {
     const int64_t at = channel(p);
-    const Pieces from =
-        at < p.first ? pieces_in(p, p.x, at, chunk) : pieces_in(p, p.x2, at - p.first, chunk);
+    const Vectors from =
+        at < p.first ? vectors_in(p, p.x, at, chunk) : vectors_in(p, p.x2, at - p.first, chunk);
     Bits bits[kHeld] = {};
     DDPM_UNROLL
     for (int i = 0; i < kHeld; ++i) {
@@ -85,7 +88,7 @@ struct PieceThread {
     } else {
       Bits more[kHeld] = {};
       if (p.residual.data != nullptr) {
-        const Pieces residual = pieces_in(p, p.residual, at, chunk);
+        const Vectors residual = vectors_in(p, p.residual, at, chunk);
         DDPM_UNROLL
         for (int i = 0; i < kHeld; ++i) {
           if (has(chunk, i)) more[i] = unpacked(residual[i]);
@@ -173,11 +176,11 @@ struct PieceThread {
   }
 
   DDPM_HD void store_total(const NormParams& p, int chunk) const {
-    const Pieces to = pieces_in(p, p.total, channel(p), chunk);
+    const Vectors to = vectors_in(p, p.total, channel(p), chunk);
     DDPM_UNROLL
     for (int i = 0; i < kHeld; ++i) {
       if (!has(chunk, i)) continue;
-      Piece16 made;
+      Vector16 made;
       DDPM_UNROLL
       for (int w = 0; w < 4; ++w) {
         float v[kPerWord];
@@ -194,7 +197,7 @@ struct PieceThread {
     for (int chunk = 0; chunk < chunks(); ++chunk) {
       if constexpr (kStream) load(p, chunk);
       if constexpr (kSum) add_vector(p, chunk);
-      const float count = static_cast<float>(pieces < kHeld ? pieces : kHeld);
+      const float count = static_cast<float>(vectors < kHeld ? vectors : kHeld);
       DDPM_UNROLL
       for (int w = 0; w < 4; ++w) {
         float total[kPerWord] = {};
@@ -259,7 +262,7 @@ struct PieceThread {
       for (uint32_t j = 0; j < count / 2; ++j) part[j] = part[2 * j] + part[2 * j + 1];
     }
   }
-  DDPM_HD uint32_t units_of_piece(const NormParams& p) const { return kValues / p.plan.unit; }
+  DDPM_HD uint32_t units_of_vector(const NormParams& p) const { return kValues / p.plan.unit; }
 
   DDPM_HD void store_parts(const NormParams& p) const {
     const uint32_t lane = place.thread % 32;
@@ -268,7 +271,7 @@ struct PieceThread {
     if (!writes) return;
     const NormShared s = layout(p);
     const uint32_t writer = p.plan.shuffled ? place.thread / 32 : row;
-    const uint32_t units = units_of_piece(p);
+    const uint32_t units = units_of_vector(p);
     float* to = shared + s.partials + writer * s.partial_stride() + column * units;
     DDPM_UNROLL
     for (uint32_t k = 0; k < kValues; ++k) {
@@ -356,7 +359,7 @@ struct PieceThread {
         held[i][w] = Words<T>::pack(v);  // what was kept there has been used
       }
     }
-    const Pieces to = pieces_in(p, p.out, channel(p), chunk);
+    const Vectors to = vectors_in(p, p.out, channel(p), chunk);
     DDPM_UNROLL
     for (int i = 0; i < kHeld; ++i) {
       if (!has(chunk, i)) continue;
