@@ -21,10 +21,10 @@ KERNEL_COUNT = 28 + 27 + 1
 
 
 def find(tool: str, extra: list[Path]) -> str | None:
-    """A tool of the CUDA toolkit: of CUDA_HOME, the usual place, `extra`, or the PATH."""
+    """A tool of the CUDA toolkit: of CUDA_HOME, the usual position, `extra`, or the PATH."""
     homes = [os.environ.get("CUDA_HOME") or "/usr/local/cuda", "/usr/local/cuda"]
     places = [Path(home) / "bin" for home in homes] + extra
-    found = [place / tool for place in places if (place / tool).is_file()]
+    found = [position / tool for position in places if (position / tool).is_file()]
     return str(found[0]) if found else shutil.which(tool)
 
 

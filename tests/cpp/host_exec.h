@@ -29,7 +29,7 @@ class HostExec {
       index.x += block;
       for (uint32_t thread = 0; thread < threads_; ++thread) {
         Thread& t = states_[block * threads_ + thread];
-        t.place = norm_place(index, how.cluster_bits, thread);
+        t.position = norm_position(index, how.cluster_bits, thread);
         t.shared = shared_[block][0].v;
       }
     }

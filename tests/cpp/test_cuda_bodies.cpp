@@ -167,12 +167,12 @@ void check_mapping(int64_t samples, int64_t elements, int vec4s_of_a_thread) {
     for (uint32_t y = 0; y < blocks.y; ++y) {
       for (uint32_t x = 0; x < blocks.x; ++x) {
         for (uint32_t thread = 0; thread < kThreads; ++thread) {
-          const Place place =
-              Mapping::place(grid, {x, y, z, static_cast<uint32_t>(blocks.y)}, thread);
-          if (place.sample >= samples) continue;
+          const Position position =
+              Mapping::position(grid, {x, y, z, static_cast<uint32_t>(blocks.y)}, thread);
+          if (position.sample >= samples) continue;
           for (int i = 0; i < vec4s_of_a_thread; ++i) {
-            if (!grid.has(place, i)) continue;
-            ++seen[static_cast<size_t>(place.sample * grid.vec4s + place.vec4(i))];
+            if (!grid.has(position, i)) continue;
+            ++seen[static_cast<size_t>(position.sample * grid.vec4s + position.vec4(i))];
           }
         }
       }
@@ -194,11 +194,11 @@ void every_vec4_has_one_thread() {
   const Grid large = make_grid(70000, elements);
   const Blocks blocks = Vectors::blocks(large);
   const uint32_t last_x = static_cast<uint32_t>(blocks.x - 1);
-  const Place end = Vectors::place(large, {last_x, 4464, 1, 65535}, 0);
+  const Position end = Vectors::position(large, {last_x, 4464, 1, 65535}, 0);
   CHECK(end.sample == 69999, end.sample);
   CHECK(end.vec4(0) == elements / 4 - 1 && large.has(end, 0) && !large.has(end, 1), end.vec4(0));
   const Grid tiny = make_grid(int64_t{1} << 36, 5);
-  const Place far = Flat::place(tiny, {0x7FFFFFFF, 0, 0, 1}, 127);
+  const Position far = Flat::position(tiny, {0x7FFFFFFF, 0, 0, 1}, 127);
   CHECK(far.sample == (int64_t{1} << 37) - 1 && far.first == 1, far.sample, far.first);
 }
 

@@ -30,7 +30,7 @@ struct BlockIndex {
 };
 
 // Where a thread works: the Vec4s `first` and, kThreads further on, those after it.
-struct Place {
+struct Position {
   int64_t sample;
   uint32_t first;
 
@@ -42,7 +42,7 @@ struct Grid {
   int64_t elements;  // of a sample
   uint32_t vec4s;    // of a sample
 
-  DDPM_HD bool has(const Place& place, int i) const { return place.vec4(i) < vec4s; }
+  DDPM_HD bool has(const Position& position, int i) const { return position.vec4(i) < vec4s; }
 };
 
 inline int64_t vec4s_of(int64_t elements) {
@@ -65,7 +65,7 @@ struct BlocksOfSamples {
     return {(grid.vec4s + per_block - 1) / per_block, y, y ? (grid.samples + y - 1) / y : 0};
   }
 
-  static DDPM_HD Place place(const Grid&, const BlockIndex& block, uint32_t thread) {
+  static DDPM_HD Position position(const Grid&, const BlockIndex& block, uint32_t thread) {
     const int64_t sample = static_cast<int64_t>(block.z) * block.blocks_y + block.y;
     return {sample, block.x * (kThreads * kVec4s) + thread};
   }
@@ -82,7 +82,7 @@ struct Flat {
     return {(grid.samples * threads_of_sample(grid) + kThreads - 1) / kThreads, 1, 1};
   }
 
-  static DDPM_HD Place place(const Grid& grid, const BlockIndex& block, uint32_t thread) {
+  static DDPM_HD Position position(const Grid& grid, const BlockIndex& block, uint32_t thread) {
     const int64_t index = static_cast<int64_t>(block.x) * kThreads + thread;
     const int64_t threads = threads_of_sample(grid);
     const int64_t sample = index / threads;

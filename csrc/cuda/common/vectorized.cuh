@@ -92,25 +92,26 @@ DDPM_HD Bits unpacked(const Vector8& vector) {
 }
 
 // bytes_on, here and below: how far the memory lies behind the tensor's, for a slot of a ring.
-DDPM_HD char* vector_at(const VectorizedTensor& tensor, const Place& place, int64_t bytes_on) {
-  return tensor.data + bytes_on + place.sample * tensor.sample_bytes +
-         static_cast<uint64_t>(place.first) * tensor.vector_bytes;
+DDPM_HD char* vector_at(const VectorizedTensor& tensor, const Position& position,
+                        int64_t bytes_on) {
+  return tensor.data + bytes_on + position.sample * tensor.sample_bytes +
+         static_cast<uint64_t>(position.first) * tensor.vector_bytes;
 }
 
 template <int kN>
-DDPM_HD void load(const VectorizedTensor& tensor, const Grid& grid, const Place& place,
+DDPM_HD void load(const VectorizedTensor& tensor, const Grid& grid, const Position& position,
                   Bits (&bits)[kN], int64_t bytes_on = 0) {
-  const char* from = vector_at(tensor, place, bytes_on);
+  const char* from = vector_at(tensor, position, bytes_on);
   if (tensor.dtype == DType::f32) {
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
-      if (!grid.has(place, i)) continue;
+      if (!grid.has(position, i)) continue;
       bits[i] = unpacked(reinterpret_cast<const Vector16*>(from)[i * kThreads]);
     }
   } else {
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
-      if (!grid.has(place, i)) continue;
+      if (!grid.has(position, i)) continue;
       bits[i] = unpacked(reinterpret_cast<const Vector8*>(from)[i * kThreads]);
     }
   }
@@ -136,15 +137,15 @@ DDPM_HD void convert(const VectorizedTensor& tensor, const Bits (&bits)[kN], Vec
 }
 
 template <int kN>
-DDPM_HD void store(const VectorizedTensor& tensor, const Grid& grid, const Place& place,
+DDPM_HD void store(const VectorizedTensor& tensor, const Grid& grid, const Position& position,
                    const Vec4 (&vec4s)[kN], int64_t bytes_on = 0) {
-  char* to = vector_at(tensor, place, bytes_on);
+  char* to = vector_at(tensor, position, bytes_on);
   const DType dtype = tensor.dtype;
   if (dtype == DType::f32) {
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
       const float* v = vec4s[i].v;
-      if (!grid.has(place, i)) continue;
+      if (!grid.has(position, i)) continue;
       reinterpret_cast<Vector16*>(to)[i * kThreads] = {
           {bits_of(v[0]), bits_of(v[1]), bits_of(v[2]), bits_of(v[3])}};
     }
@@ -152,7 +153,7 @@ DDPM_HD void store(const VectorizedTensor& tensor, const Grid& grid, const Place
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
       const float* v = vec4s[i].v;
-      if (!grid.has(place, i)) continue;
+      if (!grid.has(position, i)) continue;
       reinterpret_cast<Vector8*>(to)[i * kThreads] = {
           {to_bits(dtype, v[0]) | to_bits(dtype, v[1]) << 16,
            to_bits(dtype, v[2]) | to_bits(dtype, v[3]) << 16}};
@@ -213,12 +214,12 @@ DDPM_HD Offsets offsets_of(const View& view, int64_t first) {
   return offsets;
 }
 
-DDPM_HD void load(const View& view, const Grid& grid, const Place& place, Bits (&bits)[1],
+DDPM_HD void load(const View& view, const Grid& grid, const Position& position, Bits (&bits)[1],
                   int64_t bytes_on = 0) {
-  const int64_t first = int64_t{4} * place.first;
+  const int64_t first = int64_t{4} * position.first;
   if (first >= grid.elements) return;
   const Offsets offsets = offsets_of(view, first);
-  const int64_t sample = place.sample * view.sample_stride;
+  const int64_t sample = position.sample * view.sample_stride;
   const char* data = static_cast<const char*>(view.data) + bytes_on;
   DDPM_UNROLL
   for (int j = 0; j < 4; ++j) {
@@ -231,12 +232,12 @@ DDPM_HD void convert(const View& view, const Bits (&bits)[1], Vec4 (&vec4s)[1]) 
   convert_words(view.dtype, bits[0], vec4s[0]);
 }
 
-DDPM_HD void store(const View& view, const Grid& grid, const Place& place, const Vec4 (&vec4s)[1],
-                   int64_t bytes_on = 0) {
-  const int64_t first = int64_t{4} * place.first;
+DDPM_HD void store(const View& view, const Grid& grid, const Position& position,
+                   const Vec4 (&vec4s)[1], int64_t bytes_on = 0) {
+  const int64_t first = int64_t{4} * position.first;
   if (first >= grid.elements) return;
   const Offsets offsets = offsets_of(view, first);
-  const int64_t sample = place.sample * view.sample_stride;
+  const int64_t sample = position.sample * view.sample_stride;
   char* data = static_cast<char*>(view.data) + bytes_on;
   DDPM_UNROLL
   for (int j = 0; j < 4; ++j) {

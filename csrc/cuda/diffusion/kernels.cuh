@@ -49,14 +49,14 @@ struct QSample {
             a.rng.words};
   }
 
-  static DDPM_HD void run(const Params& p, const Place& place) {
+  static DDPM_HD void run(const Params& p, const Position& position) {
     constexpr int kN = kVec4s<Tensor>;
     Bits x0_bits[kN] = {}, noise_bits[kN] = {};
     Vec4 x0[kN], noise[kN], x_t[kN];
     NoiseKey key{};
-    const int64_t t = p.t[place.sample * p.t_stride];
-    load(p.x0, p.grid, place, x0_bits);
-    if constexpr (kNoise == Noise::given) load(p.noise, p.grid, place, noise_bits);
+    const int64_t t = p.t[position.sample * p.t_stride];
+    load(p.x0, p.grid, position, x0_bits);
+    if constexpr (kNoise == Noise::given) load(p.noise, p.grid, position, noise_bits);
     if constexpr (kNoise == Noise::made) key = load_key(p.words);
     const float* coefs = p.coefs + 2 * row_of(t, p.num_timesteps);
     const float signal_scale = coefs[0], noise_scale = coefs[1];
@@ -65,9 +65,9 @@ struct QSample {
       convert(p.noise, noise_bits, noise);
     } else {
       // x_t is made from the noise as it is returned: rounded to its type.
-      make_noise(key, 0, place, noise);
+      make_noise(key, 0, position, noise);
       round_to(p.noise.dtype, noise);
-      store(p.noise, p.grid, place, noise);
+      store(p.noise, p.grid, position, noise);
     }
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
@@ -76,7 +76,7 @@ struct QSample {
         x_t[i].v[j] = q_sample(x0[i].v[j], noise[i].v[j], signal_scale, noise_scale);
       }
     }
-    store(p.x_t, p.grid, place, x_t);
+    store(p.x_t, p.grid, position, x_t);
   }
 };
 
@@ -108,18 +108,18 @@ struct QPosterior {
             static_cast<float*>(a.log_variance)};
   }
 
-  static DDPM_HD void run(const Params& p, const Place& place) {
+  static DDPM_HD void run(const Params& p, const Position& position) {
     constexpr int kN = kVec4s<Tensor>;
     Bits x0_bits[kN] = {}, x_t_bits[kN] = {};
     Vec4 x0[kN], x_t[kN], mean[kN];
-    const int64_t t = p.t[place.sample * p.t_stride];
-    load(p.x0, p.grid, place, x0_bits);
-    load(p.x_t, p.grid, place, x_t_bits);
+    const int64_t t = p.t[position.sample * p.t_stride];
+    load(p.x0, p.grid, position, x0_bits);
+    load(p.x_t, p.grid, position, x_t_bits);
     const float* coefs = p.coefs + 4 * row_of(t, p.num_timesteps);
     const float coef_x0 = coefs[0], coef_x_t = coefs[1];
-    if (place.first == 0) {
-      p.variance[place.sample] = coefs[2];
-      p.log_variance[place.sample] = coefs[3];
+    if (position.first == 0) {
+      p.variance[position.sample] = coefs[2];
+      p.log_variance[position.sample] = coefs[3];
     }
     convert(p.x0, x0_bits, x0);
     convert(p.x_t, x_t_bits, x_t);
@@ -130,7 +130,7 @@ struct QPosterior {
         mean[i].v[j] = q_posterior_mean(x0[i].v[j], x_t[i].v[j], coef_x0, coef_x_t);
       }
     }
-    store(p.mean, p.grid, place, mean);
+    store(p.mean, p.grid, position, mean);
   }
 };
 
@@ -165,25 +165,25 @@ struct ReverseStep {
             a.rng.words};
   }
 
-  static DDPM_HD void run(const Params& p, const Place& place) {
+  static DDPM_HD void run(const Params& p, const Position& position) {
     constexpr int kN = kVec4s<Tensor>;
     Bits x_bits[kN] = {}, out_bits[kN] = {}, noise_bits[kN] = {};
     Vec4 x[kN], out[kN], noise[kN], x0[kN], next[kN];
     NoiseKey key{};
-    const int64_t index = p.step[place.sample * p.step_stride];
-    load(p.state.before(), p.grid, place, x_bits);
-    load(p.out, p.grid, place, out_bits);
-    if constexpr (kNoise == Noise::given) load(p.noise, p.grid, place, noise_bits);
+    const int64_t index = p.step[position.sample * p.step_stride];
+    load(p.state.before(), p.grid, position, x_bits);
+    load(p.out, p.grid, position, out_bits);
+    if constexpr (kNoise == Noise::given) load(p.noise, p.grid, position, noise_bits);
     if constexpr (kNoise == Noise::made) key = load_key(p.words);
     if (index < 0 || index >= p.num_rows) {
-      if constexpr (!kInPlace) store_nan<kN>(p, place);
+      if constexpr (!kInPlace) store_nan<kN>(p, position);
       return;
     }
     const Row<float> row = load_row(p.rows, index);
     convert(p.state.before(), x_bits, x);
     convert(p.out, out_bits, out);
     if constexpr (kNoise == Noise::given) convert(p.noise, noise_bits, noise);
-    if constexpr (kNoise == Noise::made) make_noise(key, index, place, noise);
+    if constexpr (kNoise == Noise::made) make_noise(key, index, position, noise);
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
       DDPM_UNROLL
@@ -198,8 +198,8 @@ struct ReverseStep {
         next[i].v[j] = v;
       }
     }
-    store(p.state.x, p.grid, place, next);
-    if (p.pred_x0.data) store(p.pred_x0, p.grid, place, x0);
+    store(p.state.x, p.grid, position, next);
+    if (p.pred_x0.data) store(p.pred_x0, p.grid, position, x0);
     if (!kInPlace || !p.model_input.data) return;
     if (p.flags & kScaleIn) {
       DDPM_UNROLL
@@ -208,7 +208,7 @@ struct ReverseStep {
         for (float& v : next[i].v) v = row.Cin * v;
       }
     }
-    store(p.model_input, p.grid, place, next);
+    store(p.model_input, p.grid, position, next);
   }
 };
 
@@ -226,10 +226,10 @@ struct PhiloxNormal {
     return {make_grid(a.samples, a.elements), tensor_of<Tensor>(a.out), a.rng.words};
   }
 
-  static DDPM_HD void run(const Params& p, const Place& place) {
+  static DDPM_HD void run(const Params& p, const Position& position) {
     Vec4 noise[kVec4s<Tensor>];
-    make_noise(load_key(p.words), 0, place, noise);
-    store(p.out, p.grid, place, noise);
+    make_noise(load_key(p.words), 0, position, noise);
+    store(p.out, p.grid, position, noise);
   }
 };
 
@@ -237,8 +237,8 @@ struct PhiloxNormal {
 template <class Variant>
 DDPM_HD void run_thread(const typename Variant::Params& params, const BlockIndex& block,
                         uint32_t thread) {
-  const Place place = Variant::Blocks::place(params.grid, block, thread);
-  if (place.sample < params.grid.samples) Variant::run(params, place);
+  const Position position = Variant::Blocks::position(params.grid, block, thread);
+  if (position.sample < params.grid.samples) Variant::run(params, position);
 }
 
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue

@@ -46,25 +46,26 @@ Output output_of(const View& view, int64_t samples, int64_t elements) {
   }
 }
 
-DDPM_HD void load_output(const View& view, const Grid& grid, const Place& place, Bits (&bits)[1]) {
-  load(view, grid, place, bits);
+DDPM_HD void load_output(const View& view, const Grid& grid, const Position& position,
+                         Bits (&bits)[1]) {
+  load(view, grid, position, bits);
 }
 DDPM_HD void convert_output(const View& view, const Bits (&bits)[1], Vec4 (&vec4s)[1]) {
   convert(view, bits, vec4s);
 }
 
-DDPM_HD void load_output(const OutputTensor& output, const Grid& grid, const Place& place,
+DDPM_HD void load_output(const OutputTensor& output, const Grid& grid, const Position& position,
                          Bits (&bits)[1]) {
   if (output.channels == 0) {
-    load(output.vectors, grid, place, bits);
+    load(output.vectors, grid, position, bits);
     return;
   }
-  if (!grid.has(place, 0)) return;
-  const uint32_t first = 4 * place.first;
+  if (!grid.has(position, 0)) return;
+  const uint32_t first = 4 * position.first;
   const uint32_t pixel = static_cast<uint32_t>(mul_wide(first, output.multiplier) >> output.shift);
   uint32_t channel = first - pixel * output.channels;
   uint32_t at = first + pixel * output.gap;
-  const char* sample = output.vectors.data + place.sample * output.vectors.sample_bytes;
+  const char* sample = output.vectors.data + position.sample * output.vectors.sample_bytes;
   DDPM_UNROLL
   for (int j = 0; j < 4; ++j) {
     bits[0].w[j] = word_at(sample, output.vectors.dtype, at);

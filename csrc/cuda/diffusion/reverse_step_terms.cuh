@@ -75,39 +75,39 @@ struct StepTerms {
 
   // The past values, h1 first, of a ring in which slot_of(k) is the slot of h_k.
   template <class SlotOf>
-  static DDPM_HD void load_past(const Params& p, const Place& place, Bits (&past)[kDeepest][1],
-                                SlotOf slot_of) {
+  static DDPM_HD void load_past(const Params& p, const Position& position,
+                                Bits (&past)[kDeepest][1], SlotOf slot_of) {
     DDPM_UNROLL
     for (int k = 1; k <= kDeepest; ++k) {
       if (!p.has_past(k)) continue;
-      load(p.history, p.grid, place, past[k - 1], slot_of(k) * p.slot_bytes);
+      load(p.history, p.grid, position, past[k - 1], slot_of(k) * p.slot_bytes);
     }
   }
 
-  static DDPM_HD void run(const Params& p, const Place& place) {
+  static DDPM_HD void run(const Params& p, const Position& position) {
     Bits x_bits[1] = {}, out_bits[1] = {}, out2_bits[1] = {}, noise_bits[1] = {};
     Bits v_bits[1] = {}, y_bits[1] = {}, past_bits[kDeepest][1] = {};
     NoiseKey key{};
     float bound = 0.0f;
-    const int64_t index = p.step[place.sample * p.step_stride];
-    load(p.state.before(), p.grid, place, x_bits);
-    load_output(p.out, p.grid, place, out_bits);
-    if (p.has(kGuide)) load_output(p.out2, p.grid, place, out2_bits);
-    if constexpr (kNoise == Noise::given) load(p.noise, p.grid, place, noise_bits);
+    const int64_t index = p.step[position.sample * p.step_stride];
+    load(p.state.before(), p.grid, position, x_bits);
+    load_output(p.out, p.grid, position, out_bits);
+    if (p.has(kGuide)) load_output(p.out2, p.grid, position, out2_bits);
+    if constexpr (kNoise == Noise::given) load(p.noise, p.grid, position, noise_bits);
     if constexpr (kNoise == Noise::made) key = load_key(p.words);
     if constexpr (kNoise != Noise::none) {
-      if (p.has(kLearned)) load_output(p.log_variance, p.grid, place, v_bits);
+      if (p.has(kLearned)) load_output(p.log_variance, p.grid, position, v_bits);
     }
-    if (p.has(kSecond)) load(p.second, p.grid, place, y_bits);
-    if (p.has(kThreshold)) bound = p.threshold[place.sample * p.threshold_stride];
-    if (p.depth == 1) load_past(p, place, past_bits, [](int) { return 0; });
+    if (p.has(kSecond)) load(p.second, p.grid, position, y_bits);
+    if (p.has(kThreshold)) bound = p.threshold[position.sample * p.threshold_stride];
+    if (p.depth == 1) load_past(p, position, past_bits, [](int) { return 0; });
     if (index < 0 || index >= p.num_rows) {
-      if constexpr (!kInPlace) store_nan<1>(p, place);
+      if constexpr (!kInPlace) store_nan<1>(p, position);
       return;
     }
     const Row row = load_row(p.rows, index);
     if (p.depth > 1) {
-      load_past(p, place, past_bits, [&](int k) { return slot_of_past(row, k, p.depth); });
+      load_past(p, position, past_bits, [&](int k) { return slot_of_past(row, k, p.depth); });
     }
 
     Vec4 x[1], out[1], noise[1], y[1], past[kDeepest][1];
@@ -119,7 +119,7 @@ struct StepTerms {
       each([&](int j) { out[0].v[j] = guided(out[0].v[j], out2[0].v[j], row); });
     }
     if constexpr (kNoise == Noise::given) convert(p.noise, noise_bits, noise);
-    if constexpr (kNoise == Noise::made) make_noise(key, index, place, noise);
+    if constexpr (kNoise == Noise::made) make_noise(key, index, position, noise);
     if constexpr (kNoise != Noise::none) {
       if (p.has(kLearned)) {
         Vec4 v[1];
@@ -144,15 +144,15 @@ struct StepTerms {
       each([&](int j) { sum[0].v[j] = fma(row.Yx0, x0.v[j], row.Yx * x[0].v[j]); });
       add(row.Yy, y[0], sum[0]);
       add_past(p, row, past, sum[0], [](const Row& r, int k) { return r.past_of_y(k); });
-      store(p.second, p.grid, place, sum);
+      store(p.second, p.grid, position, sum);
     }
     if (p.has(kPush) && row.push != 0.0f) {
       Vec4 pushed[1];
       each([&](int j) { pushed[0].v[j] = fma(row.Hv, x0.v[j], row.Hx * x[0].v[j]); });
       if (p.has(kPushOut)) add(row.Ho, out[0], pushed[0]);
-      store(p.history, p.grid, place, pushed, slot_of_past(row, 0, p.depth) * p.slot_bytes);
+      store(p.history, p.grid, position, pushed, slot_of_past(row, 0, p.depth) * p.slot_bytes);
     }
-    store_state(p, place, row, x0, next);
+    store_state(p, position, row, x0, next);
   }
 
   static DDPM_HD void add(float coefficient, const Vec4& term, Vec4& sum) {
@@ -180,16 +180,16 @@ struct StepTerms {
     return x0;
   }
 
-  static DDPM_HD void store_state(const Params& p, const Place& place, const Row& row,
+  static DDPM_HD void store_state(const Params& p, const Position& position, const Row& row,
                                   const Vec4& x0, Vec4 (&next)[1]) {
-    store(p.state.x, p.grid, place, next);
+    store(p.state.x, p.grid, position, next);
     if (p.pred_x0.data) {
       const Vec4 vec4s[1] = {x0};
-      store(p.pred_x0, p.grid, place, vec4s);
+      store(p.pred_x0, p.grid, position, vec4s);
     }
     if (!kInPlace || !p.model_input.data) return;
     if (p.has(kScaleIn)) each([&](int j) { next[0].v[j] = row.Cin * next[0].v[j]; });
-    store(p.model_input, p.grid, place, next);
+    store(p.model_input, p.grid, position, next);
   }
 };
 

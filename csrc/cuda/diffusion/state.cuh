@@ -29,15 +29,15 @@ struct State<Tensor, false> {
 
 // What a sample without a row is given where it has no state of its own to be left at.
 template <int kN, class Params>
-DDPM_HD void store_nan(const Params& p, const Place& place) {
+DDPM_HD void store_nan(const Params& p, const Position& position) {
   Vec4 nan[kN];
   DDPM_UNROLL
   for (Vec4& vec4 : nan) {
     DDPM_UNROLL
     for (float& v : vec4.v) v = __builtin_nanf("");
   }
-  store(p.state.x, p.grid, place, nan);
-  if (p.pred_x0.data) store(p.pred_x0, p.grid, place, nan);
+  store(p.state.x, p.grid, position, nan);
+  if (p.pred_x0.data) store(p.pred_x0, p.grid, position, nan);
 }
 
 }  // namespace ddpm

@@ -15,17 +15,17 @@ struct DeviceExec {
   uint32_t cluster_bits;
 
   // The place is read again for each phase, so that it takes no registers between them.
-  __device__ __forceinline__ void find_place() {
+  __device__ __forceinline__ void find_position() {
     uint32_t x, y, z, thread;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
     asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
     asm volatile("mov.u32 %0, %%ctaid.z;" : "=r"(z));
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    state.place = norm_place({x, y, z, gridDim.y}, cluster_bits, thread);
+    state.position = norm_position({x, y, z, gridDim.y}, cluster_bits, thread);
   }
   template <class F>
   __device__ __forceinline__ void each(F f) {
-    find_place();
+    find_position();
     f(state);
   }
   template <class Value>
@@ -36,8 +36,8 @@ struct DeviceExec {
   template <class F>
   __device__ __forceinline__ void each_peer(uint32_t blocks, F f) {
 #if __CUDA_ARCH__ >= 900
-    find_place();
-    const uint32_t lane = state.place.thread % 32;
+    find_position();
+    const uint32_t lane = state.position.thread % 32;
     if (lane >= blocks) return;
     float* memory;
     asm("mapa.u64 %0, %1, %2;" : "=l"(memory) : "l"(state.shared), "r"(lane));
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(Kernel::kMostThreads, 1)
   DeviceExec<typename Kernel::Thread> exec;
   exec.cluster_bits = cluster_bits;
   exec.state.shared = norm_shared;
-  exec.find_place();
-  if (exec.state.place.sample >= params.samples) return;
+  exec.find_position();
+  if (exec.state.position.sample >= params.samples) return;
   exec.state.begin(params);
   Kernel::run(params, exec);
 }

@@ -89,7 +89,7 @@ DDPM_HD float vector_of(const Params& p, int64_t row, int64_t channel) {
 }
 
 // Which cluster, block of it, and thread.
-struct NormPlace {
+struct NormPosition {
   int64_t sample;
   uint32_t slab, rank, thread;
 };

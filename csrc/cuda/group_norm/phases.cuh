@@ -146,7 +146,8 @@ inline Blocks norm_blocks(int64_t samples, int64_t blocks_of_sample) {
   return {blocks_of_sample, y, y > 0 ? ceil_div(samples, y) : 0};
 }
 
-DDPM_HD NormPlace norm_place(const BlockIndex& block, uint32_t cluster_bits, uint32_t thread) {
+DDPM_HD NormPosition norm_position(const BlockIndex& block, uint32_t cluster_bits,
+                                   uint32_t thread) {
   const int64_t sample = static_cast<int64_t>(block.z) * block.blocks_y + block.y;
   const uint32_t slab = block.x >> cluster_bits;
   return {sample, slab, block.x - (slab << cluster_bits), thread};

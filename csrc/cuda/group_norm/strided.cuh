@@ -65,7 +65,7 @@ DDPM_HD Quotient divided(int64_t a, int64_t b) {
 
 template <class T>
 struct StridedThread {
-  NormPlace place;  // slab: the group
+  NormPosition position;  // slab: the group
   float* shared;
   float sum, mean, scale;
   int64_t row;
@@ -74,20 +74,20 @@ struct StridedThread {
     int64_t channel, y, x;
   };
 
-  // `place` and `shared` are set.
+  // `position` and `shared` are set.
   DDPM_HD void begin(const StridedParams&) { mean = scale = 0.0f; }
   DDPM_HD void load_row(const StridedParams& p) {
-    row = p.row == nullptr ? 0 : p.row[place.sample * p.row_stride];
+    row = p.row == nullptr ? 0 : p.row[position.sample * p.row_stride];
   }
 
   DDPM_HD Element element(const StridedParams& p, int64_t index) const {
     const Quotient q = divided(index, p.channel_fastest ? p.group_size : p.pixels);
     const Quotient pixel = divided(p.channel_fastest ? q.quotient : q.rest, p.width);
     const int64_t channel = p.channel_fastest ? q.rest : q.quotient;
-    return {place.slab * p.group_size + channel, pixel.quotient, pixel.rest};
+    return {position.slab * p.group_size + channel, pixel.quotient, pixel.rest};
   }
   DDPM_HD T* at(const Map& map, const Element& e, int64_t channel) const {
-    return static_cast<T*>(map.data) + place.sample * map.sample + channel * map.channel +
+    return static_cast<T*>(map.data) + position.sample * map.sample + channel * map.channel +
            e.y * map.row + e.x * map.column;
   }
   DDPM_HD float value(const StridedParams& p, const Element& e) const {
@@ -102,13 +102,13 @@ struct StridedThread {
   template <bool kSquares>
   DDPM_HD void sums(const StridedParams& p) {
     sum = 0.0f;
-    for (int64_t i = place.thread; i < p.elements; i += kStridedThreads) {
+    for (int64_t i = position.thread; i < p.elements; i += kStridedThreads) {
       const float h = value(p, element(p, i));
       sum = kSquares ? fma(h - mean, h - mean, sum) : sum + h;
     }
   }
   DDPM_HD void store_part(uint32_t pass) const {
-    if (place.thread % 32 == 0) shared[pass * kStridedWarps + place.thread / 32] = sum;
+    if (position.thread % 32 == 0) shared[pass * kStridedWarps + position.thread / 32] = sum;
   }
   DDPM_HD void finish(const StridedParams& p, uint32_t pass) {
     sum = 0.0f;
@@ -123,7 +123,7 @@ struct StridedThread {
     }
   }
   DDPM_HD void apply(const StridedParams& p) const {
-    for (int64_t i = place.thread; i < p.elements; i += kStridedThreads) {
+    for (int64_t i = position.thread; i < p.elements; i += kStridedThreads) {
       const Element e = element(p, i);
       const float h = value(p, e);
       const Affine<float> affine = affine_of<T>(p, row, e.channel);

@@ -29,14 +29,14 @@ struct VectorizedThread {
   uint32_t held[kHeld][kSlots];
   float part[kValues];  // sums of channels, then of units
   float sum;
-  NormPlace place;
+  NormPosition position;
   float* shared;
   uint32_t column, first_pixel;
   int vectors;  // of this thread, in all its chunks
 
-  // `place` and `shared` are set.
+  // `position` and `shared` are set.
   DDPM_HD void begin(const NormParams& p) {
-    const NormPlace& at = place;
+    const NormPosition& at = position;
     const uint32_t row = at.thread / p.plan.columns;
     column = at.thread - row * p.plan.columns;
     const uint32_t from = at.rank * p.plan.share;
@@ -50,7 +50,7 @@ struct VectorizedThread {
 
   DDPM_HD NormShared layout(const NormParams& p) const { return {p.plan, p.group_size}; }
   DDPM_HD int64_t channel(const NormParams& p) const {  // the piece's first
-    return static_cast<int64_t>(place.slab) * p.plan.slab + column * kValues;
+    return static_cast<int64_t>(position.slab) * p.plan.slab + column * kValues;
   }
   DDPM_HD bool has(int chunk, int i) const { return chunk * kHeld + i < vectors; }
   DDPM_HD int chunks() const { return kStream ? (vectors + kHeld - 1) / kHeld : 1; }
@@ -65,7 +65,7 @@ struct VectorizedThread {
   DDPM_HD Vectors vectors_in(const NormParams& p, const VectorizedMap& map, int64_t from_channel,
                              int chunk) const {
     const int64_t step = p.plan.rows * map.pixel_bytes;
-    return {map.data + place.sample * map.sample_bytes + first_pixel * map.pixel_bytes +
+    return {map.data + position.sample * map.sample_bytes + first_pixel * map.pixel_bytes +
                 from_channel * static_cast<int64_t>(sizeof(T)) + chunk * kHeld * step,
             step};
   }
@@ -115,8 +115,8 @@ struct VectorizedThread {
   // has ended. Reading them would be wrong where that one writes them.
   DDPM_HD void prefetch(const NormParams& p) const {
 #if defined(__CUDA_ARCH__)
-    const int64_t at = static_cast<int64_t>(place.slab) * p.plan.slab + place.thread;
-    if (place.thread >= p.plan.slab) return;
+    const int64_t at = static_cast<int64_t>(position.slab) * p.plan.slab + position.thread;
+    if (position.thread >= p.plan.slab) return;
     const int64_t byte = at * (p.wide_parameters ? 4 : static_cast<int64_t>(sizeof(T)));
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(p.weight) + byte));
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(p.bias) + byte));
@@ -128,9 +128,9 @@ struct VectorizedThread {
   // The constants of the slab's channels.
   DDPM_HD void stage(const NormParams& p) const {
     const NormShared s = layout(p);
-    const int64_t row_of_table = p.row == nullptr ? 0 : p.row[place.sample * p.row_stride];
-    for (uint32_t c = place.thread; c < p.plan.slab; c += p.plan.threads) {
-      const int64_t at = static_cast<int64_t>(place.slab) * p.plan.slab + c;
+    const int64_t row_of_table = p.row == nullptr ? 0 : p.row[position.sample * p.row_stride];
+    for (uint32_t c = position.thread; c < p.plan.slab; c += p.plan.threads) {
+      const int64_t at = static_cast<int64_t>(position.slab) * p.plan.slab + c;
       const Affine<float> affine = affine_of<T>(p, row_of_table, at);
       shared[s.gain + c] = affine.gain;
       shared[s.offset + c] = affine.offset;
@@ -265,12 +265,12 @@ struct VectorizedThread {
   DDPM_HD uint32_t units_of_vector(const NormParams& p) const { return kValues / p.plan.unit; }
 
   DDPM_HD void store_parts(const NormParams& p) const {
-    const uint32_t lane = place.thread % 32;
-    const uint32_t row = first_pixel - place.rank * p.plan.share;
+    const uint32_t lane = position.thread % 32;
+    const uint32_t row = first_pixel - position.rank * p.plan.share;
     const bool writes = p.plan.shuffled ? lane < p.plan.columns : row < p.plan.rows;
     if (!writes) return;
     const NormShared s = layout(p);
-    const uint32_t writer = p.plan.shuffled ? place.thread / 32 : row;
+    const uint32_t writer = p.plan.shuffled ? position.thread / 32 : row;
     const uint32_t units = units_of_vector(p);
     float* to = shared + s.partials + writer * s.partial_stride() + column * units;
     DDPM_UNROLL
@@ -285,7 +285,7 @@ struct VectorizedThread {
     return (groups + warps - 1) / warps;
   }
   DDPM_HD uint32_t group(const NormParams& p, uint32_t round) const {
-    return round * (p.plan.threads / 32) + place.thread / 32;
+    return round * (p.plan.threads / 32) + position.thread / 32;
   }
 
   DDPM_HD void gather(const NormParams& p, uint32_t round) {
@@ -294,7 +294,7 @@ struct VectorizedThread {
     sum = 0.0f;
     if (group(p, round) >= s.groups) return;
     const float* from = shared + s.partials + group(p, round) * units;
-    for (uint32_t at = place.thread % 32; at < p.plan.writers * units; at += 32) {
+    for (uint32_t at = position.thread % 32; at < p.plan.writers * units; at += 32) {
       const uint32_t writer = at / units;
       sum += from[writer * s.partial_stride() + (at - writer * units)];
     }
@@ -304,7 +304,7 @@ struct VectorizedThread {
   DDPM_HD void send(const NormParams& p, uint32_t round, uint32_t pass, float* memory) const {
     const NormShared s = layout(p);
     if (group(p, round) >= s.groups) return;
-    memory[s.total(pass, p.plan.cluster(), place.rank, group(p, round))] = sum;
+    memory[s.total(pass, p.plan.cluster(), position.rank, group(p, round))] = sum;
   }
   DDPM_HD void receive(const NormParams& p, uint32_t round, uint32_t pass) {
     const NormShared s = layout(p);
@@ -324,7 +324,7 @@ struct VectorizedThread {
     const float mean = sum / count;
     const float scale = pass == 0 ? 0.0f : reciprocal_sqrt(mean + p.eps);
     const uint32_t first = group(p, round) * p.group_size;
-    for (uint32_t c = first + place.thread % 32; c < first + p.group_size; c += 32) {
+    for (uint32_t c = first + position.thread % 32; c < first + p.group_size; c += 32) {
       if (pass == 0) {
         shared[s.shift + c] = kSum ? -mean : shared[s.vector + c] - mean;
       } else {
