@@ -6,10 +6,10 @@
 namespace ddpm {
 
 template <class T>
-struct Words;
+struct Packed;
 
 template <>
-struct Words<float> {
+struct Packed<float> {
   static constexpr int kPerWord = 1, kValues = 4;
   static DDPM_HD float one(float value) { return value; }
   static DDPM_HD float rounded(float value) { return value; }
@@ -18,7 +18,7 @@ struct Words<float> {
 };
 
 template <>
-struct Words<half_t> {
+struct Packed<half_t> {
   static constexpr int kPerWord = 2, kValues = 8;
   static DDPM_HD float one(half_t value) { return to_float(value); }
   static DDPM_HD half_t rounded(float value) { return to_half(value); }
@@ -45,7 +45,7 @@ struct Words<half_t> {
 };
 
 template <>
-struct Words<bfloat16_t> {
+struct Packed<bfloat16_t> {
   static constexpr int kPerWord = 2, kValues = 8;
   static DDPM_HD float one(bfloat16_t value) { return to_float(value); }
   static DDPM_HD bfloat16_t rounded(float value) { return to_bfloat16(value); }

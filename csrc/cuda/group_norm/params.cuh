@@ -67,7 +67,7 @@ DDPM_HD const float* row_for(const SampleTable& table, int64_t row) {
 template <class T>
 DDPM_HD float parameter(const void* from, bool wide, int64_t channel) {
   return wide ? static_cast<const float*>(from)[channel]
-              : Words<T>::one(static_cast<const T*>(from)[channel]);
+              : Packed<T>::one(static_cast<const T*>(from)[channel]);
 }
 
 // Weight, bias and modulation of a channel as one gain and one offset.

@@ -93,8 +93,8 @@ struct StridedThread {
   DDPM_HD float value(const StridedParams& p, const Element& e) const {
     const bool second = e.channel >= p.first;
     const T bits = second ? *at(p.x2, e, e.channel - p.first) : *at(p.x, e, e.channel);
-    float h = Words<T>::one(bits);
-    if (p.residual.data != nullptr) h += Words<T>::one(*at(p.residual, e, e.channel));
+    float h = Packed<T>::one(bits);
+    if (p.residual.data != nullptr) h += Packed<T>::one(*at(p.residual, e, e.channel));
     return p.vector.data == nullptr ? h : h + vector_of(p, row, e.channel);
   }
 
@@ -128,8 +128,8 @@ struct StridedThread {
       const float h = value(p, e);
       const Affine<float> affine = affine_of<T>(p, row, e.channel);
       const float y = fma(h - mean, scale * affine.gain, affine.offset);
-      if (p.total.data != nullptr) *at(p.total, e, e.channel) = Words<T>::rounded(h);
-      *at(p.out, e, e.channel) = Words<T>::rounded(p.silu ? silu(y) : y);
+      if (p.total.data != nullptr) *at(p.total, e, e.channel) = Packed<T>::rounded(h);
+      *at(p.out, e, e.channel) = Packed<T>::rounded(p.silu ? silu(y) : y);
     }
   }
 };

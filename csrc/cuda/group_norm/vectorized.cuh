@@ -17,9 +17,9 @@ namespace ddpm {
 template <class T, bool kSum, int kHeld, bool kStream>
 struct VectorizedThread {
   using Type = T;
-  static constexpr int kValues = Words<T>::kValues;    // of a piece
-  static constexpr int kPerWord = Words<T>::kPerWord;  // of 32 bits
-  static constexpr int kSlots = kSum ? kValues : 4;    // registers of a piece
+  static constexpr int kValues = Packed<T>::kValues;    // of a piece
+  static constexpr int kPerWord = Packed<T>::kPerWord;  // of 32 bits
+  static constexpr int kSlots = kSum ? kValues : 4;     // registers of a piece
   // The shift goes into the offset, which then is rounded at the size of mean / deviation: as in
   // PyTorch, and below the last place of 16 bits unless a group is constant but for some 2^-12 of
   // it.
@@ -99,8 +99,8 @@ struct VectorizedThread {
         DDPM_UNROLL
         for (int w = 0; w < 4; ++w) {
           float a[kPerWord], b[kPerWord];
-          Words<T>::unpack(bits[i].w[w], a);
-          Words<T>::unpack(more[i].w[w], b);
+          Packed<T>::unpack(bits[i].w[w], a);
+          Packed<T>::unpack(more[i].w[w], b);
           DDPM_UNROLL
           for (int j = 0; j < kPerWord; ++j) {
             const float h = p.residual.data != nullptr ? a[j] + b[j] : a[j];
@@ -144,7 +144,7 @@ struct VectorizedThread {
       DDPM_UNROLL
       for (int j = 0; j < kPerWord; ++j) v[j] = float_of(held[i][w * kPerWord + j]);
     } else {
-      Words<T>::unpack(held[i][w], v);
+      Packed<T>::unpack(held[i][w], v);
     }
   }
 
@@ -185,7 +185,7 @@ struct VectorizedThread {
       for (int w = 0; w < 4; ++w) {
         float v[kPerWord];
         word(i, w, v);
-        made.w[w] = Words<T>::pack(v);
+        made.w[w] = Packed<T>::pack(v);
       }
       to[i] = made;
     }
@@ -356,7 +356,7 @@ struct VectorizedThread {
           const float y = fma(difference, gain[j], offset[j]);
           v[j] = kSilu ? silu(y) : y;
         }
-        held[i][w] = Words<T>::pack(v);  // what was kept there has been used
+        held[i][w] = Packed<T>::pack(v);  // what was kept there has been used
       }
     }
     const Vectors to = vectors_in(p, p.out, channel(p), chunk);
