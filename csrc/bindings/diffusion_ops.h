@@ -259,7 +259,7 @@ struct Ops {
       const std::optional<Tensor> model_output2, const std::optional<Tensor> log_variance,
       const std::optional<Tensor> threshold, const std::optional<Tensor> second,
       const std::optional<Tensor> history) {
-    STD_TORCH_CHECK(!(noise && rng), "noise is either given or made, not both");
+    STD_TORCH_CHECK(!(noise && rng), "noise and rng must not both be given");
     STD_TORCH_CHECK((flags & ~int64_t{kKnownFlags}) == 0, "flags ", flags,
                     " has a term that this build has no kernel for");
     const Batch batch(x, /*channels_last=*/rng.has_value());

@@ -9,9 +9,9 @@ namespace ddpm {
 namespace {
 
 // Blocks a thread should have at the least: handing work out costs about as much as one block of
-// made noise, and several of given noise.
-constexpr int64_t kGrainGiven = 16;
-constexpr int64_t kGrainMade = 2;
+// generated noise, and several of noise input.
+constexpr int64_t kGrainNoiseInput = 16;
+constexpr int64_t kGrainNoiseGenerated = 2;
 
 template <class Args>
 void over_blocks(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t grain) {
@@ -29,17 +29,18 @@ void check_timesteps(const int64_t* t, int64_t stride, int64_t samples, int64_t 
 struct CpuLaunch {
   static void q_sample(const QSampleArgs& a, const Tensor&) {
     check_timesteps(a.t, a.t_stride, a.samples, a.num_timesteps);
-    over_blocks(cpu_kernels().q_sample, a, a.rng.words ? kGrainMade : kGrainGiven);
+    over_blocks(cpu_kernels().q_sample, a, a.rng.words ? kGrainNoiseGenerated : kGrainNoiseInput);
   }
   static void q_posterior(const QPosteriorArgs& a, const Tensor&) {
     check_timesteps(a.t, a.t_stride, a.samples, a.num_timesteps);
-    over_blocks(cpu_kernels().q_posterior, a, kGrainGiven);
+    over_blocks(cpu_kernels().q_posterior, a, kGrainNoiseInput);
   }
   static void reverse_step(const ReverseStepArgs& a, const Tensor&) {
-    over_blocks(cpu_kernels().reverse_step, a, a.rng.words ? kGrainMade : kGrainGiven);
+    over_blocks(cpu_kernels().reverse_step, a,
+                a.rng.words ? kGrainNoiseGenerated : kGrainNoiseInput);
   }
   static void philox_normal(const PhiloxNormalArgs& a, const Tensor&) {
-    over_blocks(cpu_kernels().philox_normal, a, kGrainMade);
+    over_blocks(cpu_kernels().philox_normal, a, kGrainNoiseGenerated);
   }
   static void group_norm(const GroupNormArgs& a, const Tensor&) {
     constexpr size_t kLine = 64;

@@ -8,7 +8,7 @@ namespace ddpm {
 // Where a kernel makes its noise: three int64 on the tensors' device, so that a captured CUDA graph
 // can be replayed for another chunk. Sample n of the batch is sample first_sample + n of the seed.
 struct Rng {
-  const int64_t* words;  // seed, stream, first_sample; null where noise is given
+  const int64_t* words;  // seed, stream, first_sample; null where noise is an input
 };
 
 struct QSampleArgs {

@@ -44,10 +44,10 @@ inline void make_normals(float* normals, int64_t first, int64_t count, uint32_t 
 }
 
 // The same in the arithmetic's type: `scratch` is used where that is float64.
-inline const float* made_block(const float* normals, int64_t, float*) {
+inline const float* generated_block(const float* normals, int64_t, float*) {
   return normals;
 }
-inline const double* made_block(const float* normals, int64_t count, double* scratch) {
+inline const double* generated_block(const float* normals, int64_t count, double* scratch) {
   for (int64_t i = 0; i < count; ++i) scratch[i] = normals[i];
   return scratch;
 }

@@ -11,7 +11,7 @@ const R* step_noise(const ReverseStepArgs& a, const Block& b, int64_t index, flo
                  static_cast<uint32_t>(a.rng.words[1]) + static_cast<uint32_t>(index),
                  static_cast<uint64_t>(a.rng.words[2]) + static_cast<uint64_t>(b.sample),
                  static_cast<uint64_t>(a.rng.words[0]));
-    return made_block(normals, b.count, scratch);
+    return generated_block(normals, b.count, scratch);
   }
   return a.noise.data ? read_block(a.noise, b.sample, b.first, b.count, scratch) : nullptr;
 }

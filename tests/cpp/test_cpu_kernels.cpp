@@ -47,7 +47,7 @@ int64_t number_of(const Sizes& index, const Sizes& sizes) {
   return index.size() > 1 ? number * sizes[1] + index[1] : 0;
 }
 
-double made_noise(const Common& p, const Sizes& index, int64_t stream) {
+double generated_noise(const Common& p, const Sizes& index, int64_t stream) {
   const int64_t number = number_of(index, p.sizes);
   const Normal4 n =
       normal4(static_cast<uint32_t>(number / 4), static_cast<uint32_t>(stream),
@@ -60,7 +60,7 @@ void check_outcome(const QSampleProblem& p, const QSampleProblem& before, const 
     const int64_t row = 2 * clamped(p.index_of(index[0]), p.rows);
     if (p.made) {
       Sum noise;
-      noise.add(1, made_noise(p, index, p.words[1]));
+      noise.add(1, generated_noise(p, index, p.words[1]));
       CHECK(close(p.noise.get(index), noise, p.noise.dtype(), true), kernels, p.noise.get(index),
             noise.value);
     }
@@ -179,7 +179,7 @@ void check_outcome(const ReverseStepProblem& p, const ReverseStepProblem& before
       }
       return;
     }
-    const double made = p.made ? made_noise(p, index, p.words[1] + row) : 0.0;
+    const double made = p.made ? generated_noise(p, index, p.words[1] + row) : 0.0;
     const StepSums sums(before, index, row, made);
     check(p.x, index, sums.next);
     check(p.pred_x0, index, sums.x0);
@@ -194,7 +194,7 @@ void check_outcome(const ReverseStepProblem& p, const ReverseStepProblem& before
 void check_outcome(const PhiloxNormalProblem& p, const PhiloxNormalProblem&, const char* kernels) {
   p.out.each([&](const Sizes& index) {
     Sum noise;
-    noise.add(1, made_noise(p, index, p.words[1]));
+    noise.add(1, generated_noise(p, index, p.words[1]));
     CHECK(close(p.out.get(index), noise, p.out.dtype(), true), kernels, p.out.get(index),
           noise.value);
   });

@@ -45,7 +45,7 @@ void same_as_cpu(const std::vector<Shape>& from, bool made, bool vectors, int wa
                  bool tidy = false) {
   Random random(5 + made);
   Choices choices;
-  choices.made = made;
+  choices.made = packed;
   choices.tidy = tidy;
   choices.from = &from;
   int run = 0;

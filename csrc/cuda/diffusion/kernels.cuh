@@ -56,16 +56,16 @@ struct QSample {
     NoiseKey key{};
     const int64_t t = p.t[position.sample * p.t_stride];
     load(p.x0, p.grid, position, x0_bits);
-    if constexpr (kNoise == Noise::given) load(p.noise, p.grid, position, noise_bits);
-    if constexpr (kNoise == Noise::made) key = load_key(p.words);
+    if constexpr (kNoise == Noise::input) load(p.noise, p.grid, position, noise_bits);
+    if constexpr (kNoise == Noise::generated) key = load_key(p.words);
     const float* coefs = p.coefs + 2 * row_of(t, p.num_timesteps);
     const float signal_scale = coefs[0], noise_scale = coefs[1];
     convert(p.x0, x0_bits, x0);
-    if constexpr (kNoise == Noise::given) {
+    if constexpr (kNoise == Noise::input) {
       convert(p.noise, noise_bits, noise);
     } else {
       // x_t is made from the noise as it is returned: rounded to its type.
-      make_noise(key, 0, position, noise);
+      generate_noise(key, 0, position, noise);
       round_to(p.noise.dtype, noise);
       store(p.noise, p.grid, position, noise);
     }
@@ -173,8 +173,8 @@ struct ReverseStep {
     const int64_t index = p.step[position.sample * p.step_stride];
     load(p.state.before(), p.grid, position, x_bits);
     load(p.out, p.grid, position, out_bits);
-    if constexpr (kNoise == Noise::given) load(p.noise, p.grid, position, noise_bits);
-    if constexpr (kNoise == Noise::made) key = load_key(p.words);
+    if constexpr (kNoise == Noise::input) load(p.noise, p.grid, position, noise_bits);
+    if constexpr (kNoise == Noise::generated) key = load_key(p.words);
     if (index < 0 || index >= p.num_rows) {
       if constexpr (!kInPlace) store_nan<kN>(p, position);
       return;
@@ -182,8 +182,8 @@ struct ReverseStep {
     const Row<float> row = load_row(p.rows, index);
     convert(p.state.before(), x_bits, x);
     convert(p.out, out_bits, out);
-    if constexpr (kNoise == Noise::given) convert(p.noise, noise_bits, noise);
-    if constexpr (kNoise == Noise::made) make_noise(key, index, position, noise);
+    if constexpr (kNoise == Noise::input) convert(p.noise, noise_bits, noise);
+    if constexpr (kNoise == Noise::generated) generate_noise(key, index, position, noise);
     DDPM_UNROLL
     for (int i = 0; i < kN; ++i) {
       DDPM_UNROLL
@@ -228,7 +228,7 @@ struct PhiloxNormal {
 
   static DDPM_HD void run(const Params& p, const Position& position) {
     Vec4 noise[kVec4s<Tensor>];
-    make_noise(load_key(p.words), 0, position, noise);
+    generate_noise(load_key(p.words), 0, position, noise);
     store(p.out, p.grid, position, noise);
   }
 };
@@ -277,8 +277,8 @@ int choose(const Args& a, std::initializer_list<const View*> views, Launch launc
 template <class Launch>
 int dispatch(const QSampleArgs& a, Launch launch) {
   const auto views = {&a.x0, &a.noise, &a.x_t};
-  return a.rng.words ? choose<QSample, Noise::made>(a, views, launch)
-                     : choose<QSample, Noise::given>(a, views, launch);
+  return a.rng.words ? choose<QSample, Noise::generated>(a, views, launch)
+                     : choose<QSample, Noise::input>(a, views, launch);
 }
 
 template <class Launch>
@@ -291,10 +291,10 @@ int choose_step(const ReverseStepArgs& a, std::initializer_list<const View*> vie
                 std::initializer_list<const View*> outputs, bool vectors, Launch launch) {
   if constexpr (kInPlace) {
     if (a.rng.words) {
-      return choose<Variant, Noise::made, kInPlace>(a, views, outputs, vectors, launch);
+      return choose<Variant, Noise::generated, kInPlace>(a, views, outputs, vectors, launch);
     }
   }
-  return a.noise.data ? choose<Variant, Noise::given, kInPlace>(a, views, outputs, vectors, launch)
+  return a.noise.data ? choose<Variant, Noise::input, kInPlace>(a, views, outputs, vectors, launch)
                       : choose<Variant, Noise::none, kInPlace>(a, views, outputs, vectors, launch);
 }
 
@@ -320,7 +320,7 @@ int dispatch(const ReverseStepArgs& a, Launch launch) {
 
 template <class Launch>
 int dispatch(const PhiloxNormalArgs& a, Launch launch) {
-  return choose<PhiloxNormal, Noise::made>(a, {&a.out}, launch);
+  return choose<PhiloxNormal, Noise::generated>(a, {&a.out}, launch);
 }
 
 }  // namespace ddpm

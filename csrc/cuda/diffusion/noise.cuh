@@ -6,7 +6,7 @@
 
 namespace ddpm {
 
-enum class Noise { none, given, made };
+enum class Noise { none, input, generated };
 
 struct NoiseKey {
   uint64_t seed, stream, first_sample;
@@ -19,8 +19,8 @@ DDPM_HD NoiseKey load_key(const int64_t* words) {
 
 // The normals of a thread's Vec4s, of the stream `streams_on` after the key's.
 template <int kN>
-DDPM_HD void make_noise(const NoiseKey& key, int64_t streams_on, const Position& position,
-                        Vec4 (&noise)[kN]) {
+DDPM_HD void generate_noise(const NoiseKey& key, int64_t streams_on, const Position& position,
+                            Vec4 (&noise)[kN]) {
   const uint32_t stream = static_cast<uint32_t>(key.stream + static_cast<uint64_t>(streams_on));
   const uint64_t sample = key.first_sample + static_cast<uint64_t>(position.sample);
   DDPM_UNROLL

@@ -93,8 +93,8 @@ struct StepTerms {
     load(p.state.before(), p.grid, position, x_bits);
     load_output(p.out, p.grid, position, out_bits);
     if (p.has(kGuide)) load_output(p.out2, p.grid, position, out2_bits);
-    if constexpr (kNoise == Noise::given) load(p.noise, p.grid, position, noise_bits);
-    if constexpr (kNoise == Noise::made) key = load_key(p.words);
+    if constexpr (kNoise == Noise::input) load(p.noise, p.grid, position, noise_bits);
+    if constexpr (kNoise == Noise::generated) key = load_key(p.words);
     if constexpr (kNoise != Noise::none) {
       if (p.has(kLearned)) load_output(p.log_variance, p.grid, position, v_bits);
     }
@@ -118,8 +118,8 @@ struct StepTerms {
       convert_output(p.out2, out2_bits, out2);
       each([&](int j) { out[0].v[j] = guided(out[0].v[j], out2[0].v[j], row); });
     }
-    if constexpr (kNoise == Noise::given) convert(p.noise, noise_bits, noise);
-    if constexpr (kNoise == Noise::made) make_noise(key, index, position, noise);
+    if constexpr (kNoise == Noise::input) convert(p.noise, noise_bits, noise);
+    if constexpr (kNoise == Noise::generated) generate_noise(key, index, position, noise);
     if constexpr (kNoise != Noise::none) {
       if (p.has(kLearned)) {
         Vec4 v[1];

@@ -180,14 +180,14 @@ struct VectorizedThread {
     DDPM_UNROLL
     for (int i = 0; i < kHeld; ++i) {
       if (!has(chunk, i)) continue;
-      Vector16 made;
+      Vector16 packed;
       DDPM_UNROLL
       for (int w = 0; w < 4; ++w) {
         float v[kPerWord];
         word(i, w, v);
-        made.w[w] = Packed<T>::pack(v);
+        packed.w[w] = Packed<T>::pack(v);
       }
-      to[i] = made;
+      to[i] = packed;
     }
   }
 
