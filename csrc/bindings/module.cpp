@@ -26,7 +26,7 @@ std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter,
 py::array_t<float> philox_normal(int64_t num, int64_t elements, uint64_t seed, uint32_t stream,
                                  int64_t first_sample, const std::string& kernels) {
   if (num < 0 || elements < 0) {
-    throw py::value_error("num and elements must be 0 or more, got " + std::to_string(num) +
+    throw py::value_error("num and elements must be 0 or multistep, got " + std::to_string(num) +
                           " and " + std::to_string(elements));
   }
   if (!ddpm::select_cpu_kernels(kernels.c_str())) {

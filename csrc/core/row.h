@@ -42,7 +42,7 @@ enum RowFlag : int64_t {
 constexpr int kDeepest = 3;  // slots of the longest ring of past values
 constexpr int64_t kPast = kPast1 | kPast2 | kPast3;
 constexpr int64_t kRing = kPast | kPush;  // what needs the ring
-constexpr int64_t kMoreTerms = kGuide | kLearned | kThreshold | kRing | kSecond;
+constexpr int64_t kMultistepTerms = kGuide | kLearned | kThreshold | kRing | kSecond;
 
 // Of a step that changes none of its arguments: it keeps nothing, and makes no input for a model.
 constexpr int64_t kFunctionalFlags = kClip | kRawOut | kLearned | kThreshold;

@@ -116,7 +116,7 @@ void step_in_parts(const ReverseStepArgs& a, const Block& block, int64_t index) 
 template <class R>
 void reverse_step_blocks(const ReverseStepArgs& a, int64_t begin, int64_t end) {
   const int64_t per_sample = blocks_per_sample(a.elements);
-  auto step = a.flags & kMoreTerms ? step_in_parts<R> : plain_step<R>;
+  auto step = a.flags & kMultistepTerms ? step_in_parts<R> : plain_step<R>;
   if constexpr (sizeof(R) == 4) {
     if (is_learned_step(a)) step = learned_step;
   }

@@ -153,5 +153,5 @@ inline void learned_step(const ReverseStepArgs& a, const Block& block, int64_t i
 
 inline bool is_learned_step(const ReverseStepArgs& a) {
   const bool noisy = a.noise.data || a.rng.words;
-  return noisy && (a.flags & kMoreTerms) == kLearned;
+  return noisy && (a.flags & kMultistepTerms) == kLearned;
 }

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 FLAGS = ["-O3", "-std=c++17", "-fmad=false", f"-I{ROOT / 'csrc'}"]
-# q_sample 4, q_posterior 2, reverse_step_ 6 and with more terms 6, reverse_step 4 and 4,
+# q_sample 4, q_posterior 2, reverse_step_ 6 and with multistep terms 6, reverse_step 4 and 4,
 # philox_normal 2; group_norm_ nine for each of three types, and one that is asked what it was
 # compiled for.
 KERNEL_COUNT = 28 + 27 + 1

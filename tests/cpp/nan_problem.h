@@ -13,14 +13,14 @@ namespace ddpm::test {
 struct NanProblem : ReverseStepProblem {
   const Sizes in_x{0, 1, 2, 3}, in_out{1, 2, 8, 10}, below{0, 0, 0, 0};
 
-  NanProblem(const Choices& choices, bool more, Random& random)
+  NanProblem(const Choices& choices, bool multistep, Random& random)
       : ReverseStepProblem(choices, random) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     const DType dtype = wide ? DType::f64 : DType::f32;
     source = out2 = log_variance = second = history = TestTensor();
     depth = 0;
     std::vector<TestTensor*> tensors{&x, &out, &pred_x0, &noise};
-    if (more) tensors.insert(tensors.end(), {&log_variance, &second, &history});
+    if (multistep) tensors.insert(tensors.end(), {&log_variance, &second, &history});
     for (TestTensor* tensor : tensors) {
       *tensor = TestTensor(dtype, sizes, Layout::contiguous, random);
       tensor->fill(random, 2.0);
@@ -37,7 +37,7 @@ struct NanProblem : ReverseStepProblem {
     row[kRow_Xx0] = 0.75;
     row[kRow_S] = 0.125;
     flags = kClip;
-    if (more) {
+    if (multistep) {
       flags = kThreshold | kLearned | kSecond | kPast1 | kPush;
       depth = 1;
       row[kRow_clip] = nan;

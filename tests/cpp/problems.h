@@ -201,13 +201,13 @@ struct QPosteriorProblem : Common {
 
 // Any flags that go together: the plain ones alone as often as not, unless they are to have more,
 // and often a learned variance as the only one more, which has a loop of its own.
-inline int64_t random_flags(bool more, Random& random) {
-  if (!more && random.coin()) return random.below(8);
+inline int64_t random_flags(bool multistep, Random& random) {
+  if (!multistep && random.coin()) return random.below(8);
   if (random.below(3) == 0) return random.below(8) | kLearned;
   int64_t flags = random.below(kKnownFlags + 1);
   if (flags & kPast) flags |= kPush;
   if (!(flags & kPush)) flags &= ~kPushOut;
-  return flags & kMoreTerms ? flags : flags | kGuide;
+  return flags & kMultistepTerms ? flags : flags | kGuide;
 }
 
 struct ReverseStepProblem : Common {

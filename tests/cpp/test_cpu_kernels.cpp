@@ -273,9 +273,9 @@ void nan_passes_the_clip() {
   for (const std::string& name : names()) {
     CHECK(select_cpu_kernels(name.c_str()), name);
     for (bool wide : {false, true}) {
-      for (bool more : {false, true}) {
+      for (bool multistep : {false, true}) {
         Random random(13);
-        const NanProblem problem(NanProblem::choices(wide), more, random);
+        const NanProblem problem(NanProblem::choices(wide), multistep, random);
         run_cpu(problem);
         problem.check_outcome(name.c_str());
       }

@@ -118,8 +118,8 @@ void empty_samples_have_a_variance() {
 
 void nan_passes_the_clip() {
   Random random(13);
-  for (bool more : {false, true}) {
-    const NanProblem problem(NanProblem::choices(false), more, random);
+  for (bool multistep : {false, true}) {
+    const NanProblem problem(NanProblem::choices(false), multistep, random);
     CHECK(run_bodies(problem.args()) == 0);
     problem.check_outcome("bodies");
   }

@@ -300,7 +300,7 @@ int choose_step(const ReverseStepArgs& a, std::initializer_list<const View*> vie
 
 template <bool kInPlace, class Launch>
 int dispatch_step(const ReverseStepArgs& a, Launch launch) {
-  if (a.flags & kMoreTerms) {
+  if (a.flags & kMultistepTerms) {
     const auto views = {&a.x,       &a.source, &a.noise,  &a.model_input,
                         &a.pred_x0, &a.second, &a.history};
     const auto outputs = {&a.out, &a.out2, &a.log_variance};
@@ -314,8 +314,8 @@ int dispatch_step(const ReverseStepArgs& a, Launch launch) {
 template <class Launch>
 int dispatch(const ReverseStepArgs& a, Launch launch) {
   if (!a.source.data) return dispatch_step<true>(a, launch);
-  const bool more = a.rng.words || a.model_input.data || (a.flags & ~kFunctionalFlags);
-  return more ? kInvalidValue : dispatch_step<false>(a, launch);
+  const bool multistep = a.rng.words || a.model_input.data || (a.flags & ~kFunctionalFlags);
+  return multistep ? kInvalidValue : dispatch_step<false>(a, launch);
 }
 
 template <class Launch>
