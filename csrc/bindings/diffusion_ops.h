@@ -56,17 +56,18 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
 // The walk over the elements of one batch [samples, ...], and the views of its tensors.
 class Batch {
  public:
-  Batch(const Tensor& leader, bool channels_last) : leader_(leader) {
-    STD_TORCH_CHECK(leader.dim() > 0, "a tensor of samples needs a batch dimension");
-    const int ndim = static_cast<int>(leader.dim());
-    order_ = channels_last ? channels_last_order(ndim)
-                           : memory_order(ndim, leader.sizes().data(), leader.strides().data());
+  Batch(const Tensor& first_tensor, bool channels_last) : first_tensor_(first_tensor) {
+    STD_TORCH_CHECK(first_tensor.dim() > 0, "a tensor of samples needs a batch dimension");
+    const int ndim = static_cast<int>(first_tensor.dim());
+    order_ = channels_last
+                 ? channels_last_order(ndim)
+                 : memory_order(ndim, first_tensor.sizes().data(), first_tensor.strides().data());
   }
 
-  int64_t samples() const { return leader_.size(0); }
+  int64_t samples() const { return first_tensor_.size(0); }
   int64_t elements() const {
     int64_t count = 1;
-    for (int64_t d = 1; d < leader_.dim(); ++d) count *= leader_.size(d);
+    for (int64_t d = 1; d < first_tensor_.dim(); ++d) count *= first_tensor_.size(d);
     return count;
   }
 
@@ -84,19 +85,20 @@ class Batch {
  private:
   // Of the dimensions after the first `skipped`.
   View view_after(int skipped, const Tensor& tensor, const char* name) const {
-    STD_TORCH_CHECK(same_shape(tensor, leader_, static_cast<size_t>(skipped)), name,
+    STD_TORCH_CHECK(same_shape(tensor, first_tensor_, static_cast<size_t>(skipped)), name,
                     " must have the shape of the state");
-    STD_TORCH_CHECK(same_device(tensor, leader_), name, " must be on the device of the state");
+    STD_TORCH_CHECK(same_device(tensor, first_tensor_), name,
+                    " must be on the device of the state");
     View view{};
-    const bool fits =
-        make_view(&view, tensor.data_ptr(), dtype_of(tensor, name), static_cast<int>(leader_.dim()),
-                  tensor.sizes().data() + skipped, tensor.strides().data() + skipped, order_);
+    const bool fits = make_view(
+        &view, tensor.data_ptr(), dtype_of(tensor, name), static_cast<int>(first_tensor_.dim()),
+        tensor.sizes().data() + skipped, tensor.strides().data() + skipped, order_);
     STD_TORCH_CHECK(fits, name, " has multistep than ", kMaxDims,
                     " dimensions that cannot be walked as one");
     return view;
   }
 
-  Tensor leader_;
+  Tensor first_tensor_;
   WalkOrder order_;
 };
 

@@ -65,8 +65,8 @@ struct Row {
   DDPM_ROW_COLUMNS(DDPM_FIELD)
 #undef DDPM_FIELD
 
-  DDPM_HD R past_of_x(int k) const { return k == 1 ? Xh1 : k == 2 ? Xh2 : Xh3; }
-  DDPM_HD R past_of_y(int k) const { return k == 1 ? Yh1 : k == 2 ? Yh2 : Yh3; }
+  DDPM_HD R history_coef(int k) const { return k == 1 ? Xh1 : k == 2 ? Xh2 : Xh3; }
+  DDPM_HD R history_coef_second(int k) const { return k == 1 ? Yh1 : k == 2 ? Yh2 : Yh3; }
 };
 
 template <class R>

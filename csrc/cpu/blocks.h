@@ -33,11 +33,11 @@ DDPM_HD void walk(const View& view, int64_t first, int64_t count, Body body) {
   if (count == 0) return;  // sizes may be 0
   const int last = view.ndim - 1;
   int64_t index[kMaxDims];
-  int64_t rest = first;
+  int64_t remainder = first;
   int64_t offset = 0;
   for (int d = last; d >= 0; --d) {
-    index[d] = d > 0 ? rest % view.sizes[d] : rest;
-    rest = d > 0 ? rest / view.sizes[d] : 0;
+    index[d] = d > 0 ? remainder % view.sizes[d] : remainder;
+    remainder = d > 0 ? remainder / view.sizes[d] : 0;
     offset += index[d] * view.strides[d];
   }
   const int64_t stride = view.strides[last];

@@ -41,7 +41,7 @@ const CpuKernels* find(const char* name) {
   return nullptr;
 }
 
-std::atomic<const CpuKernels*>& chosen() {
+std::atomic<const CpuKernels*>& selected() {
   static std::atomic<const CpuKernels*> kernels{find("auto")};
   return kernels;
 }
@@ -49,12 +49,12 @@ std::atomic<const CpuKernels*>& chosen() {
 }  // namespace
 
 const CpuKernels& cpu_kernels() {
-  return *chosen().load(std::memory_order_relaxed);
+  return *selected().load(std::memory_order_relaxed);
 }
 
 bool select_cpu_kernels(const char* name) {
   const CpuKernels* kernels = find(name);
-  if (kernels) chosen().store(kernels, std::memory_order_relaxed);
+  if (kernels) selected().store(kernels, std::memory_order_relaxed);
   return kernels != nullptr;
 }
 

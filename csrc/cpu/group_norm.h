@@ -3,7 +3,7 @@
 // The work is cut into slabs: some whole groups of one image, and one thread makes all of a slab,
 // so that the bits do not depend on the number of threads. The values of a slab are rows, one a
 // pixel, in kNormRows at a time. They are used where they lie, or gathered into rows of the
-// arithmetic's type: once, where the slab is small enough to be kept, else again for each pass.
+// arithmetic's type: once, where the slab is small enough to be cached, else again for each pass.
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 
@@ -27,8 +27,8 @@ struct NormSlab {
   const GroupNormArgs& a;
   NormChannels<R> c;
   int64_t sample, first, channels;
-  R* kept;   // [pixels, channels] where it fits, else null
-  R* block;  // [NormSlabs::kBlock], or the channels if they are more
+  R* cached;  // [pixels, channels] where it fits, else null
+  R* block;   // [NormSlabs::kBlock], or the channels if they are more
 
   int64_t pixels() const { return a.pixels(); }
   // Pixels at a time.
@@ -160,14 +160,14 @@ template <class T, class R>
 void gather_slab(const NormSlab<R>& s, int64_t pixel, int64_t count, const NormRows<R>& rows) {
   const GroupNormArgs& a = s.a;
   const int64_t end = s.first + s.channels;
-  const int64_t of_x = s.first >= a.first ? 0 : (end < a.first ? end : a.first) - s.first;
-  if (of_x > 0) {
-    gather_map<false, T>(a.x, a.width, s.sample, s.first, of_x, pixel, count, rows);
+  const int64_t x_count = s.first >= a.first ? 0 : (end < a.first ? end : a.first) - s.first;
+  if (x_count > 0) {
+    gather_map<false, T>(a.x, a.width, s.sample, s.first, x_count, pixel, count, rows);
   }
-  if (of_x < s.channels) {
-    const NormRows<R> rest{rows.data + of_x, rows.stride};
-    gather_map<false, T>(a.x2, a.width, s.sample, s.first + of_x - a.first, s.channels - of_x,
-                         pixel, count, rest);
+  if (x_count < s.channels) {
+    const NormRows<R> remainder{rows.data + x_count, rows.stride};
+    gather_map<false, T>(a.x2, a.width, s.sample, s.first + x_count - a.first, s.channels - x_count,
+                         pixel, count, remainder);
   }
   if (a.residual.data) {
     gather_map<true, T>(a.residual, a.width, s.sample, s.first, s.channels, pixel, count, rows);
@@ -206,9 +206,9 @@ DDPM_HD void over_rows(const NormSlab<R>& s, bool first_pass, Body body) {
       body(rows_of(s, s.a.x, pixel), pixel, count);
       continue;
     }
-    R* to = s.kept ? s.kept + pixel * s.channels : s.block;
+    R* to = s.cached ? s.cached + pixel * s.channels : s.block;
     const NormRows<R> rows{to, s.channels};
-    if (first_pass || !s.kept) gather_slab<T>(s, pixel, count, rows);
+    if (first_pass || !s.cached) gather_slab<T>(s, pixel, count, rows);
     body(rows, pixel, count);
   }
 }
@@ -320,7 +320,7 @@ void norm_slab(const NormSlab<R>& s) {
     if (a.total.data) {
       scatter_map<T>(a.total, a.width, s.sample, s.first, s.channels, pixel, count, rows);
     }
-    const NormRows<R> scratch{s.kept ? s.kept + pixel * s.channels : s.block, s.channels};
+    const NormRows<R> scratch{s.cached ? s.cached + pixel * s.channels : s.block, s.channels};
     const NormRows<R> to = out_in_place ? rows_of(s, a.out, pixel) : scratch;
     a.silu ? apply_rows<true>(c, s.channels, count, rows, to)
            : apply_rows<false>(c, s.channels, count, rows, to);
@@ -344,16 +344,16 @@ void group_norm_slabs(const GroupNormArgs& a, int64_t begin, int64_t end, void* 
   take(c.gain, slabs.channels);
   take(c.offset, slabs.channels);
   take(c.sum, slabs.channels);
-  R* kept = nullptr;
+  R* cached = nullptr;
   R* block = nullptr;
   take(block, slabs.block());
-  if (slabs.kept) take(kept, slabs.channels * a.pixels());
+  if (slabs.cached) take(cached, slabs.channels * a.pixels());
   for (int64_t work = begin; work < end; ++work) {
     const int64_t sample = work / slabs.per_sample;
     const int64_t first = (work - sample * slabs.per_sample) * slabs.channels;
     const int64_t left = a.channels() - first;
     const int64_t count = left < slabs.channels ? left : slabs.channels;
-    norm_slab<T>(NormSlab<R>{a, c, sample, first, count, kept, block});
+    norm_slab<T>(NormSlab<R>{a, c, sample, first, count, cached, block});
   }
 }
 

@@ -17,24 +17,24 @@ DDPM_HD int64_t blocks_per_sample(int64_t elements) {
 }
 
 // How group_norm_ is cut into vectors of work: some whole groups of one sample each, whatever the
-// batch. `kept`: their values are kept in the arithmetic's type from pass to pass.
+// batch. `cached`: their values are cached in the arithmetic's type from pass to pass.
 struct NormSlabs {
-  static constexpr int64_t kKept = 65536;             // values: 256 KiB in float32
+  static constexpr int64_t kCached = 65536;           // values: 256 KiB in float32
   static constexpr int64_t kBlock = 8192;             // values that are gathered at a time
   static constexpr int64_t kNarrow = 16, kWide = 64;  // channels that a slab should have
 
   int64_t channels, per_sample;
-  bool kept;
+  bool cached;
 
   DDPM_HD explicit NormSlabs(const GroupNormArgs& a) {
     const int64_t size = a.group_size();
-    const int64_t fitting = kKept / a.pixels();
+    const int64_t fitting = kCached / a.pixels();
     const int64_t wanted = fitting < kNarrow ? kNarrow : (fitting < kWide ? fitting : kWide);
     int64_t groups = wanted / size;
     groups = groups < 1 ? 1 : (groups < a.groups ? groups : a.groups);
     channels = groups * size;
     per_sample = (a.groups + groups - 1) / groups;
-    kept = channels <= fitting;
+    cached = channels <= fitting;
   }
 
   static DDPM_HD int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -44,7 +44,7 @@ struct NormSlabs {
   DDPM_HD int64_t workspace_bytes(const GroupNormArgs& a) const {
     const int64_t width = a.dtype == DType::f64 ? 8 : 4;
     return 5 * padded(channels * width) + padded(channels * 8) + padded(block() * width) +
-           (kept ? padded(channels * a.pixels() * width) : 0);
+           (cached ? padded(channels * a.pixels() * width) : 0);
   }
 };
 

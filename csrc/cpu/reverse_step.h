@@ -71,14 +71,14 @@ void step_block(const StepBlock<R>& b, const Row<R>& row) {
   }
 }
 
-template <bool... kChosen, class R>
+template <bool... kFlags, class R>
 void choose_step(const StepBlock<R>& b, const Row<R>& row) {
-  step_block<kChosen...>(b, row);
+  step_block<kFlags...>(b, row);
 }
-template <bool... kChosen, class R, class... Rest>
-void choose_step(const StepBlock<R>& b, const Row<R>& row, bool next, Rest... rest) {
-  next ? choose_step<kChosen..., true>(b, row, rest...)
-       : choose_step<kChosen..., false>(b, row, rest...);
+template <bool... kFlags, class R, class... Remaining>
+void choose_step(const StepBlock<R>& b, const Row<R>& row, bool next, Remaining... remainder) {
+  next ? choose_step<kFlags..., true>(b, row, remainder...)
+       : choose_step<kFlags..., false>(b, row, remainder...);
 }
 
 #include "cpu/reverse_step_terms.h"

@@ -64,7 +64,7 @@ DDPM_HD void learned_group(const LearnedBlock& b, const Row<float>& row) {
 
 // Less than a group. Here and below the row is passed by value: then no store may change it.
 template <bool kUsesOut, bool kStoresX0>
-void learned_rest(LearnedBlock b, int64_t count, Row<float> row) {
+void learned_remainder(LearnedBlock b, int64_t count, Row<float> row) {
   alignas(64) float x[kGroup]{}, out[kGroup]{}, v[kGroup]{}, noise[kGroup]{}, x0[kGroup];
   const uint64_t bytes = static_cast<uint64_t>(count) * sizeof(float);
   __builtin_memcpy(x, b.x, bytes);
@@ -81,7 +81,7 @@ template <bool kUsesOut, bool kStoresX0>
 void learned_dense(LearnedBlock b, int64_t count, Row<float> row) {
   const int64_t whole = count - count % kGroup;
   for (int64_t i = 0; i < whole; i += kGroup) learned_group<kUsesOut, kStoresX0>(b.at(i), row);
-  if (whole < count) learned_rest<kUsesOut, kStoresX0>(b.at(whole), count - whole, row);
+  if (whole < count) learned_remainder<kUsesOut, kStoresX0>(b.at(whole), count - whole, row);
 }
 
 #if defined(DDPM_PERMUTES)
@@ -89,11 +89,11 @@ static_assert(kGroup == kTriples);
 
 // They are the halves of one tensor, three channels of six each, and the part begins with a pixel.
 template <bool kUsesOut, bool kStoresX0>
-void learned_halves(LearnedBlock b, int64_t count, Row<float> row) {
+void split_learned_variance(LearnedBlock b, int64_t count, Row<float> row) {
   alignas(64) float out[kGroup], v[kGroup];
   const int64_t whole = count - count % kGroup;
   for (int64_t i = 0; i < whole; i += kGroup) {
-    pack_halves(b.out + 2 * i, out, v);
+    split_halves(b.out + 2 * i, out, v);
     learned_group<kUsesOut, kStoresX0>(b.with(i, out, v), row);
   }
   if (whole == count) return;
@@ -102,10 +102,10 @@ void learned_halves(LearnedBlock b, int64_t count, Row<float> row) {
     out[i] = from[i + i / 3 * 3];
     v[i] = from[i + i / 3 * 3 + 3];
   }
-  learned_rest<kUsesOut, kStoresX0>(b.with(whole, out, v), count - whole, row);
+  learned_remainder<kUsesOut, kStoresX0>(b.with(whole, out, v), count - whole, row);
 }
 
-inline bool are_halves(const View& out, const View& v) {
+inline bool has_learned_variance(const View& out, const View& v) {
   return out.dtype == DType::f32 && v.dtype == DType::f32 && is_pixels(out) && is_pixels(v) &&
          out.sizes[1] == 3 && out.strides[0] == 6 && v.sizes[1] == 3 && v.strides[0] == 6 &&
          static_cast<const float*>(v.data) == static_cast<const float*>(out.data) + 3 &&
@@ -122,9 +122,9 @@ void learned_part(const ReverseStepArgs& a, const Block& b, int64_t index, const
   block.noise = step_noise(a, b, index, s.normals, s.noise);
   block.pred_x0 = kStoresX0 ? target_block(a.pred_x0, b.sample, b.first, s.x0) : nullptr;
 #if defined(DDPM_PERMUTES)
-  if (are_halves(a.out, a.log_variance)) {
+  if (has_learned_variance(a.out, a.log_variance)) {
     block.out = sample_pointer<const float>(a.out, b.sample) + 2 * b.first;
-    learned_halves<kUsesOut, kStoresX0>(block, b.count, row);
+    split_learned_variance<kUsesOut, kStoresX0>(block, b.count, row);
   } else
 #endif
   {

@@ -2,8 +2,8 @@
 // values and a second state.
 //
 // A part of a sample at a time, small enough that all of its blocks stay in the first cache beside
-// the lines that are fetched ahead, and a loop for each of its sums: y', which is kept aside until
-// nothing needs y, then x' and with it h0.
+// the lines that are fetched ahead, and a loop for each of its sums: y', which is cached aside
+// until nothing needs y, then x' and with it h0.
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 
@@ -116,8 +116,8 @@ class StepPart {
     for (int k = 1; k <= kDeepest; ++k) {
       if (!reads_past(a_.flags, k)) continue;
       const R* past = read_block(slot(row, k), b.sample, b.first, b.count, s_.past[k - 1]);
-      next.add(row.past_of_x(k), past);
-      second.add(row.past_of_y(k), past);
+      next.add(row.history_coef(k), past);
+      second.add(row.history_coef_second(k), past);
     }
     if (noise) next.add(row.S, noise);
 

@@ -8,21 +8,21 @@
 
 namespace ddpm::test {
 
-struct Tally {
+struct Counts {
   long checks = 0;
   long failures = 0;
 };
 
-inline Tally& tally() {
-  static Tally value;
+inline Counts& counts() {
+  static Counts value;
   return value;
 }
 
 constexpr long kMostReported = 20;
 
 inline bool check(bool holds, const char* file, int line, const std::string& what) {
-  ++tally().checks;
-  if (!holds && ++tally().failures <= kMostReported) {
+  ++counts().checks;
+  if (!holds && ++counts().failures <= kMostReported) {
     std::fprintf(stderr, "%s:%d: %s\n", file, line, what.c_str());
   }
   return holds;
@@ -54,8 +54,8 @@ std::string text(const Parts&... parts) {
 template <class... Cases>
 int run(const Cases&... cases) {
   (cases(), ...);
-  std::printf("%ld checks, %ld failures\n", tally().checks, tally().failures);
-  return tally().failures == 0 ? 0 : 1;
+  std::printf("%ld checks, %ld failures\n", counts().checks, counts().failures);
+  return counts().failures == 0 ? 0 : 1;
 }
 
 }  // namespace ddpm::test

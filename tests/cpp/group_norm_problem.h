@@ -150,10 +150,10 @@ struct NormProblem {
   }
 };
 
-// The oracle, in float64: made before a problem runs, because total may lie over the residual.
-class NormOracle {
+// The reference, in float64: made before a problem runs, because total may lie over the residual.
+class NormReference {
  public:
-  explicit NormOracle(const NormProblem& problem) : p_(problem) {
+  explicit NormReference(const NormProblem& problem) : p_(problem) {
     const int64_t size = p_.channels() / p_.c.groups;
     const size_t groups = static_cast<size_t>(p_.c.samples * p_.c.groups);
     std::vector<double> mean(groups, 0.0), variance(groups, 0.0);

@@ -303,7 +303,7 @@ void any_slot_is_one_of_the_ring() {
   }
 }
 
-void kernels_are_chosen_by_name() {
+void kernels_are_selected_by_name() {
   const std::vector<std::string> all = names();
   CHECK(!all.empty() && all.front() == "baseline");
   CHECK(!select_cpu_kernels("sse9"));
@@ -320,7 +320,7 @@ void kernels_are_chosen_by_name() {
 
 int main() {
   using namespace ddpm::test;
-  return run(kernels_are_chosen_by_name, against_the_equations<QSampleProblem>,
+  return run(kernels_are_selected_by_name, against_the_equations<QSampleProblem>,
              against_the_equations<QPosteriorProblem>, against_the_equations<ReverseStepProblem>,
              against_the_equations<PhiloxNormalProblem>, normals_do_not_depend_on_the_batch,
              nan_passes_the_clip, any_slot_is_one_of_the_ring);

@@ -13,7 +13,7 @@ namespace {
 
 // Runs every thread that a launch would have.
 template <class Args>
-int run_bodies(const Args& args) {
+int run_kernels(const Args& args) {
   return dispatch(args, [](auto variant, const auto& params) {
     using Variant = decltype(variant);
     const Blocks blocks = Variant::Blocks::blocks(params.grid);
@@ -54,7 +54,7 @@ void same_as_cpu(const std::vector<Shape>& from, bool made, bool vectors, int wa
     if (runs_vectorized(on_cpu.args()) != vectors) continue;
     const Problem on_threads(on_cpu);
     run_cpu(on_cpu);
-    CHECK(run_bodies(on_threads.args()) == 0);
+    CHECK(run_kernels(on_threads.args()) == 0);
     CHECK(same_outputs(on_cpu, on_threads), on_cpu.shape, vectors, made);
     ++run;
   }
@@ -104,7 +104,7 @@ void empty_samples_have_a_variance() {
   choices.from = &empty;
   for (int trial = 0; trial < 20; ++trial) {
     const QPosteriorProblem problem(choices, random);
-    CHECK(run_bodies(problem.args()) == 0);
+    CHECK(run_kernels(problem.args()) == 0);
     for (int64_t n = 0; n < 3; ++n) {
       const int64_t row = row_of(problem.index_of(n), problem.rows);
       CHECK(problem.variance.get({n}) == problem.coefs[4 * row + 2], n);
@@ -112,7 +112,7 @@ void empty_samples_have_a_variance() {
     }
     choices.made = true;
     const PhiloxNormalProblem normal(choices, random);
-    CHECK(run_bodies(normal.args()) == 0);
+    CHECK(run_kernels(normal.args()) == 0);
   }
 }
 
@@ -120,8 +120,8 @@ void nan_passes_the_clip() {
   Random random(13);
   for (bool multistep : {false, true}) {
     const NanProblem problem(NanProblem::choices(false), multistep, random);
-    CHECK(run_bodies(problem.args()) == 0);
-    problem.check_outcome("bodies");
+    CHECK(run_kernels(problem.args()) == 0);
+    problem.check_outcome("kernels");
   }
 }
 
@@ -132,7 +132,7 @@ void float64_is_refused() {
   choices.from = &shapes();
   PhiloxNormalProblem problem(choices, random);
   problem.out = TestTensor(DType::f64, problem.sizes, Layout::contiguous, random);
-  CHECK(run_bodies(problem.args()) == kInvalidValue);
+  CHECK(run_kernels(problem.args()) == kInvalidValue);
 }
 
 void a_source_with_terms_that_keep_something_is_refused() {
@@ -141,18 +141,18 @@ void a_source_with_terms_that_keep_something_is_refused() {
   ReverseStepProblem problem(choices, random);
   while (!problem.source.exists()) problem = ReverseStepProblem(choices, random);
   const ReverseStepArgs args = problem.args();
-  CHECK(run_bodies(args) == 0);
+  CHECK(run_kernels(args) == 0);
   const int64_t words[3] = {};
   ReverseStepArgs makes_noise = args, makes_input = args;
   makes_noise.rng.words = words;
   makes_input.model_input = args.x;
   for (const ReverseStepArgs& bad : {makes_noise, makes_input}) {
-    CHECK(run_bodies(bad) == kInvalidValue);
+    CHECK(run_kernels(bad) == kInvalidValue);
   }
   for (int64_t flag = 1; flag < kKnownFlags; flag *= 2) {
     ReverseStepArgs bad = args;
     bad.flags |= flag;
-    if (!(flag & kFunctionalFlags)) CHECK(run_bodies(bad) == kInvalidValue, flag);
+    if (!(flag & kFunctionalFlags)) CHECK(run_kernels(bad) == kInvalidValue, flag);
   }
 }
 
@@ -230,7 +230,7 @@ void offsets_beyond_2_31() {
     args.out.data = cpu.floats();
     cpu_kernels().philox_normal(args, 0, 2 * blocks_per_sample(elements));
     args.out.data = threads.floats();
-    CHECK(run_bodies(args) == 0);
+    CHECK(run_kernels(args) == 0);
     for (int64_t n = 0; n < 2; ++n) {
       for (int64_t e = 0; e < elements; ++e) {
         const int64_t at = n * view.sample_stride + offset_in_sample(view, e);

@@ -21,16 +21,16 @@ void sweep(Visit visit) {
 }
 
 // Distance of two float32 near `value`, those below the least normal one too.
-double last_place(double value) {
+double ulp(double value) {
   return std::ldexp(1.0, std::max(std::ilogb(value), -126) - 23);
 }
 
-void exponential_is_within_1_1_places() {
+void exponential_is_within_1_1_ulp() {
   double worst = 0, worst_subnormal = 0;
   sweep([&](float x) {
     const double exact = std::exp(static_cast<double>(x));
     if (exact < 0x1p-150 || exact >= 0x1.ffffffp127) return;  // 0 and infinity in float32
-    const double error = std::fabs(static_cast<double>(exponential(x)) - exact) / last_place(exact);
+    const double error = std::fabs(static_cast<double>(exponential(x)) - exact) / ulp(exact);
     double& of_range = exact < 0x1p-126 ? worst_subnormal : worst;
     of_range = std::max(of_range, error);
   });
@@ -71,6 +71,6 @@ void exact_values_and_nan() {
 
 int main() {
   using namespace ddpm::test;
-  return run(exponential_is_within_1_1_places, what_is_out_of_range_is_0_or_infinite,
+  return run(exponential_is_within_1_1_ulp, what_is_out_of_range_is_0_or_infinite,
              the_bits_are_these, exact_values_and_nan);
 }

@@ -13,8 +13,8 @@ namespace ddpm::test {
 namespace {
 
 constexpr DType kDTypes[] = {DType::f16, DType::bf16, DType::f32, DType::f64};
-constexpr Layout kPlaces[] = {Layout::channels_last, Layout::contiguous, Layout::permuted,
-                              Layout::sliced,        Layout::padded,     Layout::unaligned};
+constexpr Layout kLayouts[] = {Layout::channels_last, Layout::contiguous, Layout::permuted,
+                               Layout::sliced,        Layout::padded,     Layout::unaligned};
 
 std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
@@ -42,15 +42,15 @@ void cpu_kernels_are_right() {
   for (int trial = 0; trial < 150; ++trial) {
     NormChoices choices = random_choices(random);
     choices.dtype = kDTypes[trial % 4];
-    choices.layout = kPlaces[random.below(6)];
+    choices.layout = kLayouts[random.below(6)];
     const NormProblem problem(choices, random);
-    const NormOracle oracle(problem);
+    const NormReference reference(problem);
     for (const std::string& name : kernel_names()) {
       CHECK(select_cpu_kernels(name.c_str()), name);
       const NormProblem whole(problem), parts(problem);
       run_on_cpu(whole.args(), 1);
       run_on_cpu(parts.args(), 3);
-      oracle.check(whole, name.c_str());
+      reference.check(whole, name.c_str());
       CHECK(whole.out.same_memory(parts.out), name);
     }
   }
@@ -81,33 +81,33 @@ struct Seen {
   }
 };
 
-void check_plan(const NormProblem& problem, const NormOracle& oracle, const NormPlan& plan) {
+void check_plan(const NormProblem& problem, const NormReference& reference, const NormPlan& plan) {
   const NormProblem forwards(problem), backwards(problem);
   CHECK(run_plan(forwards.args(), plan) == 0);
   CHECK(run_plan(backwards.args(), plan, true) == 0);
   const std::string what = text("slab", plan.slab, "rows", plan.rows, "held", plan.held, "cluster",
                                 plan.cluster(), "stream", plan.stream);
-  oracle.check(forwards, what.c_str());
+  reference.check(forwards, what.c_str());
   CHECK(forwards.out.same_memory(backwards.out), what);
   CHECK(forwards.total.same_memory(backwards.total), what);
 }
 
 // Plans as they are chosen for GPUs of one multiprocessor, of an H100's and of very many, and plans
 // with any slab and cluster that can be.
-void cuda_bodies_are_right() {
+void cuda_kernels_are_right() {
   Random random(4);
   Seen seen;
   for (int trial = 0; trial < 240; ++trial) {
     NormChoices choices = random_choices(random);
     choices.dtype = trial % 2 == 0 ? DType::f16 : DType::f32;
-    if (trial % 5 == 0) choices.layout = kPlaces[random.below(6)];
+    if (trial % 5 == 0) choices.layout = kLayouts[random.below(6)];
     const NormProblem problem(choices, random);
-    const NormOracle oracle(problem);
+    const NormReference reference(problem);
     const GroupNormArgs a = problem.args();
     const NormDevice devices[] = {{1, 3}, {132, 3}, {108, 0}, {100000, 3}};
     NormPlan plan = choose_group_norm(a, devices[random.below(4)]);
     seen.add(a, plan);
-    check_plan(problem, oracle, plan);
+    check_plan(problem, reference, plan);
     if (!plan.vectorized) continue;
     const int64_t values = 16 / element_bytes(a.dtype);
     const int64_t smallest = a.group_size() / greatest_divisor(a.group_size(), values) * values;
@@ -115,7 +115,7 @@ void cuda_bodies_are_right() {
     if (a.channels() / smallest % times != 0) continue;
     if (!plan_slab(a, times * smallest, static_cast<uint32_t>(random.below(4)), &plan)) continue;
     seen.add(a, plan);
-    check_plan(problem, oracle, plan);
+    check_plan(problem, reference, plan);
   }
   seen.check_all();
 }
@@ -133,12 +133,12 @@ void streams_are_right() {
     choices.width = 100;
     choices.vector = choices.residual = choices.total = choices.over_residual = true;
     const NormProblem problem(choices, random);
-    const NormOracle oracle(problem);
+    const NormReference reference(problem);
     for (uint32_t bits : {0u, 1u}) {
       NormPlan plan{};
       CHECK(plan_slab(problem.args(), 16, bits, &plan));
       CHECK(plan.stream);
-      check_plan(problem, oracle, plan);
+      check_plan(problem, reference, plan);
     }
   }
 }
@@ -190,7 +190,7 @@ void offsets_beyond_2_31() {
   choices.height = 1;
   choices.width = 2;
   const NormProblem near(choices, random);
-  const NormOracle oracle(near);
+  const NormReference reference(near);
   const auto compare = [&](int64_t sample, int64_t channel, int64_t column, bool vectorized) {
     GroupNormArgs a = near.args();
     const auto offset = [&](const Sizes& at) {
@@ -214,7 +214,7 @@ void offsets_beyond_2_31() {
         ran.out.set(at, static_cast<double>(value));
         value = 0.0f;
       });
-      oracle.check(ran, on_cpu ? "cpu" : "bodies");
+      reference.check(ran, on_cpu ? "cpu" : "kernels");
     }
   };
   compare(kFar, 1, 8, true);
@@ -250,6 +250,6 @@ void samples_do_not_depend_on_the_batch() {
 
 int main() {
   using namespace ddpm::test;
-  return run(cpu_kernels_are_right, cuda_bodies_are_right, streams_are_right, plans_of_an_h100,
+  return run(cpu_kernels_are_right, cuda_kernels_are_right, streams_are_right, plans_of_an_h100,
              offsets_beyond_2_31, samples_do_not_depend_on_the_batch);
 }

@@ -1,4 +1,4 @@
-// Conversions between float32 and the half types, against an oracle in double arithmetic.
+// Conversions between float32 and the half types, against an reference in double arithmetic.
 #include <cmath>
 #include <limits>
 
@@ -113,8 +113,8 @@ void every_exponent_of_float32() {
       check_encoding(float_of(0x80000000u | exponent << 23 | fraction));
     }
     for (int i = 0; i < 500; ++i) {
-      const uint32_t rest = static_cast<uint32_t>(random.word()) & 0x807FFFFFu;
-      check_encoding(float_of(exponent << 23 | rest));
+      const uint32_t remainder = static_cast<uint32_t>(random.word()) & 0x807FFFFFu;
+      check_encoding(float_of(exponent << 23 | remainder));
     }
   }
 }

@@ -21,7 +21,7 @@ void sweep(Visit visit) {
 }
 
 // Distance of two float32 near `value`.
-double last_place(double value) {
+double ulp(double value) {
   const int exponent = std::max(std::ilogb(value), -126);
   return std::ldexp(1.0, exponent - 23);
 }
@@ -35,13 +35,13 @@ void uniforms_are_rounded_once() {
   });
 }
 
-void logarithm_is_within_one_place() {
+void logarithm_is_within_one_ulp() {
   double worst = 0;
   sweep([&worst](uint32_t word) {
     const float u = uniform_of(word);
     const double exact = std::log(static_cast<double>(u));
     const double error = std::fabs(static_cast<double>(log_unit(u)) - exact);
-    if (exact != 0) worst = std::max(worst, error / last_place(exact));
+    if (exact != 0) worst = std::max(worst, error / ulp(exact));
   });
   CHECK(worst <= 1.0, worst);
   CHECK(worst > 0.1, worst);  // the sweep measures something
@@ -86,6 +86,6 @@ void normals_follow_box_and_muller() {
 
 int main() {
   return ddpm::test::run(
-      ddpm::test::uniforms_are_rounded_once, ddpm::test::logarithm_is_within_one_place,
+      ddpm::test::uniforms_are_rounded_once, ddpm::test::logarithm_is_within_one_ulp,
       ddpm::test::sine_and_cosine_are_within_1e7, ddpm::test::normals_follow_box_and_muller);
 }

@@ -245,7 +245,7 @@ constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
 // Calls launch(variant, params) for the kind of tensor that serves every view, and returns what it
 // returns. `outputs` may also come in pixels. Not vectors: nothing comes in them.
-template <template <Noise, class, bool...> class Variant, Noise kNoise, bool... kChosen, class Args,
+template <template <Noise, class, bool...> class Variant, Noise kNoise, bool... kFlags, class Args,
           class Launch>
 int choose(const Args& a, std::initializer_list<const View*> views,
            std::initializer_list<const View*> outputs, bool vectors, Launch launch) {
@@ -264,8 +264,8 @@ int choose(const Args& a, std::initializer_list<const View*> views,
         vectors && (is_vectorizable(*view, a.samples, a.elements) || in_pixels(*view, a.elements));
   }
   if (wide) return kInvalidValue;
-  using Vectors = Variant<kNoise, VectorizedTensor, kChosen...>;
-  using Views = Variant<kNoise, View, kChosen...>;
+  using Vectors = Variant<kNoise, VectorizedTensor, kFlags...>;
+  using Views = Variant<kNoise, View, kFlags...>;
   return vectors ? launch(Vectors{}, Vectors::params(a)) : launch(Views{}, Views::params(a));
 }
 

@@ -13,7 +13,7 @@ constexpr int64_t kMaxX = 0x7FFFFFFF, kMaxZ = 65535;  // of a grid
 
 template <class Variant>
 __global__ void __launch_bounds__(kThreads)
-    run_body(const __grid_constant__ typename Variant::Params params) {
+    run_kernel(const __grid_constant__ typename Variant::Params params) {
   run_thread<Variant>(params, {blockIdx.x, blockIdx.y, blockIdx.z, gridDim.y}, threadIdx.x);
 }
 
@@ -29,7 +29,7 @@ int run_on(void* stream, const Args& args) {
                           static_cast<unsigned>(blocks.z));
     config.blockDim = dim3(kThreads);
     config.stream = static_cast<cudaStream_t>(stream);
-    const cudaError_t error = cudaLaunchKernelEx(&config, run_body<Variant>, params);
+    const cudaError_t error = cudaLaunchKernelEx(&config, run_kernel<Variant>, params);
     if (error != cudaSuccess) cudaGetLastError();  // reported here, not by a later check
     return error;
   });

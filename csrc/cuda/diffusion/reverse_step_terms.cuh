@@ -137,13 +137,13 @@ struct StepTerms {
     each([&](int j) { next[0].v[j] = step_mean<false>(x[0].v[j], x0.v[j], out[0].v[j], row); });
     if (p.has(kRawOut)) add(row.Xo, out[0], next[0]);
     if (p.has(kSecond)) add(row.Xy, y[0], next[0]);
-    add_past(p, row, past, next[0], [](const Row& r, int k) { return r.past_of_x(k); });
+    add_past(p, row, past, next[0], [](const Row& r, int k) { return r.history_coef(k); });
     if constexpr (kNoise != Noise::none) add(row.S, noise[0], next[0]);
     if (p.has(kSecond)) {
       Vec4 sum[1];
       each([&](int j) { sum[0].v[j] = fma(row.Yx0, x0.v[j], row.Yx * x[0].v[j]); });
       add(row.Yy, y[0], sum[0]);
-      add_past(p, row, past, sum[0], [](const Row& r, int k) { return r.past_of_y(k); });
+      add_past(p, row, past, sum[0], [](const Row& r, int k) { return r.history_coef_second(k); });
       store(p.second, p.grid, position, sum);
     }
     if (p.has(kPush) && row.push != 0.0f) {

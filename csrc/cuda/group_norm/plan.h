@@ -44,9 +44,9 @@ inline uint32_t element_bytes(DType dtype) {
 
 inline int64_t greatest_divisor(int64_t a, int64_t b) {
   while (b != 0) {
-    const int64_t rest = a % b;
+    const int64_t remainder = a % b;
     a = b;
-    b = rest;
+    b = remainder;
   }
   return a;
 }

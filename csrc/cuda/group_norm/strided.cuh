@@ -50,7 +50,7 @@ inline StridedParams strided_params(const GroupNormArgs& a) {
 }
 
 struct Quotient {
-  int64_t quotient, rest;
+  int64_t quotient, remainder;
 };
 
 // A division in 32 bits where that is enough: 64 take many times as long.
@@ -82,9 +82,9 @@ struct StridedThread {
 
   DDPM_HD Element element(const StridedParams& p, int64_t index) const {
     const Quotient q = divided(index, p.channel_fastest ? p.group_size : p.pixels);
-    const Quotient pixel = divided(p.channel_fastest ? q.quotient : q.rest, p.width);
-    const int64_t channel = p.channel_fastest ? q.rest : q.quotient;
-    return {position.slab * p.group_size + channel, pixel.quotient, pixel.rest};
+    const Quotient pixel = divided(p.channel_fastest ? q.quotient : q.remainder, p.width);
+    const int64_t channel = p.channel_fastest ? q.remainder : q.quotient;
+    return {position.slab * p.group_size + channel, pixel.quotient, pixel.remainder};
   }
   DDPM_HD T* at(const Map& map, const Element& e, int64_t channel) const {
     return static_cast<T*>(map.data) + position.sample * map.sample + channel * map.channel +

@@ -12,8 +12,8 @@
 
 namespace ddpm {
 
-// kSum: the sum is kept (keeps_sum). Else x is kept as it was loaded, and the vector is added each
-// time it is used.
+// kSum: the sum is cached (keeps_sum). Else x is cached as it was loaded, and the vector is added
+// each time it is used.
 template <class T, bool kSum, int kHeld, bool kStream>
 struct VectorizedThread {
   using Type = T;
@@ -356,7 +356,7 @@ struct VectorizedThread {
           const float y = fma(difference, gain[j], offset[j]);
           v[j] = kSilu ? silu(y) : y;
         }
-        held[i][w] = Packed<T>::pack(v);  // what was kept there has been used
+        held[i][w] = Packed<T>::pack(v);  // what was cached there has been used
       }
     }
     const Vectors to = vectors_in(p, p.out, channel(p), chunk);
