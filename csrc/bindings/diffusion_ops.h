@@ -93,7 +93,7 @@ class Batch {
     const bool fits = make_view(
         &view, tensor.data_ptr(), dtype_of(tensor, name), static_cast<int>(first_tensor_.dim()),
         tensor.sizes().data() + skipped, tensor.strides().data() + skipped, order_);
-    STD_TORCH_CHECK(fits, name, " has multistep than ", kMaxDims,
+    STD_TORCH_CHECK(fits, name, " has more than ", kMaxDims,
                     " dimensions that cannot be walked as one");
     return view;
   }

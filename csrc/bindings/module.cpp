@@ -26,7 +26,7 @@ std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter,
 py::array_t<float> philox_normal(int64_t num, int64_t elements, uint64_t seed, uint32_t stream,
                                  int64_t first_sample, const std::string& kernels) {
   if (num < 0 || elements < 0) {
-    throw py::value_error("num and elements must be 0 or multistep, got " + std::to_string(num) +
+    throw py::value_error("num and elements must be at least 0; got " + std::to_string(num) +
                           " and " + std::to_string(elements));
   }
   if (!ddpm::select_cpu_kernels(kernels.c_str())) {
@@ -78,7 +78,7 @@ PYBIND11_MODULE(_C, module) {
              "cuda_architectures, and the cpu_kernels that run on this processor.");
   module.def("row_fields", &row_fields, "The columns of a step table's row, in order.");
   module.def("philox4x32_10", &philox, py::arg("counter"), py::arg("key"),
-             "Vec4 uint32 words of Philox4x32-10 (Salmon et al. 2011).");
+             "Four uint32 words of Philox4x32-10 (Salmon et al. 2011).");
   module.def("philox_normal", &philox_normal, py::arg("num"), py::arg("elements"), py::arg("seed"),
              py::arg("stream"), py::arg("first_sample") = 0, py::arg("kernels") = "auto",
              "float32 [num, elements]: the normals of samples first_sample .. of a seed and "

@@ -16,7 +16,7 @@ DDPM_HD int64_t blocks_per_sample(int64_t elements) {
   return elements > 0 ? (elements + kBlock - 1) / kBlock : 1;
 }
 
-// How group_norm_ is cut into vectors of work: some whole groups of one sample each, whatever the
+// How group_norm_ is divided into units of work: some whole groups of one sample each, whatever the
 // batch. `cached`: their values are cached in the arithmetic's type from pass to pass.
 struct NormSlabs {
   static constexpr int64_t kCached = 65536;           // values: 256 KiB in float32

@@ -2,7 +2,7 @@
 // values and a second state.
 //
 // A part of a sample at a time, small enough that all of its blocks stay in the first cache beside
-// the lines that are fetched ahead, and a loop for each of its sums: y', which is cached aside
+// the lines that are fetched ahead, and a loop for each of its sums: y', which is kept aside
 // until nothing needs y, then x' and with it h0.
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).

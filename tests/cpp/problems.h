@@ -40,8 +40,8 @@ inline Table random_table(bool wide, int64_t count, Random& random) {
 struct Common {
   Sizes sizes;
   const char* shape = "";
-  bool wide = false;  // float64 arithmetic
-  bool made = false;  // noise made in the kernel
+  bool wide = false;       // float64 arithmetic
+  bool generated = false;  // noise made in the kernel
   WalkOrder order{};
   std::vector<int64_t> index;  // t or step, with gaps between
   int64_t index_stride = 1;
@@ -53,7 +53,7 @@ struct Common {
   int64_t index_of(int64_t sample) const {
     return index[static_cast<size_t>(sample * index_stride)];
   }
-  Rng rng() const { return {made ? words : nullptr}; }
+  Rng rng() const { return {generated ? words : nullptr}; }
 };
 
 struct Shape {
@@ -75,7 +75,7 @@ inline const std::vector<Shape>& shapes() {
 struct Choices {
   const std::vector<Shape>* from = &shapes();
   bool wide = false;
-  bool made = false;
+  bool generated = false;
   bool tidy = false;  // channels-last throughout, or half of that where a model made it
 };
 
@@ -112,7 +112,7 @@ inline Common random_common(const Choices& c, Random& random) {
   p.sizes = shape.sizes;
   p.shape = shape.name;
   p.wide = c.wide;
-  p.made = c.made;
+  p.generated = c.generated;
   p.rows = 1 + random.below(6);
   p.index_stride = random.below(3);
   p.index.resize(static_cast<size_t>(p.samples() * p.index_stride + 1));
@@ -129,8 +129,8 @@ inline Common random_common(const Choices& c, Random& random) {
 
 inline void set_order(Common& p, const TestTensor& state) {
   const int ndim = state.ndim();
-  p.order = p.made ? channels_last_order(ndim)
-                   : memory_order(ndim, state.sizes().data(), state.strides().data());
+  p.order = p.generated ? channels_last_order(ndim)
+                        : memory_order(ndim, state.sizes().data(), state.strides().data());
 }
 
 inline DType random_state(const Choices& c, Random& random) {
@@ -144,8 +144,8 @@ struct QSampleProblem : Common {
 
   QSampleProblem(const Choices& c, Random& random) : Common(random_common(c, random)) {
     x0 = random_input(*this, c, random);
-    noise = made ? random_output(sizes, c, random_dtype(c, random), random)
-                 : random_input(*this, c, random);
+    noise = generated ? random_output(sizes, c, random_dtype(c, random), random)
+                      : random_input(*this, c, random);
     x_t = random_output(sizes, c, random_state(c, random), random);
     coefs = random_table(wide, 2 * rows, random);
     set_order(*this, x_t);
@@ -219,12 +219,12 @@ struct ReverseStepProblem : Common {
 
   ReverseStepProblem(const Choices& c, Random& random) : Common(random_common(c, random)) {
     flags = random_flags(c.tidy, random);
-    const bool in_place = made || random.coin();
+    const bool in_place = generated || random.coin();
     if (!in_place) flags &= kFunctionalFlags;
     x = random_output(sizes, c, random_state(c, random), random);
     if (!in_place) source = random_input(*this, c, random);
     out = random_of_model(*this, c, random);
-    if (!made && random.coin()) noise = random_input(*this, c, random);
+    if (!generated && random.coin()) noise = random_input(*this, c, random);
     if (in_place && random.coin()) {
       model_input = random_output(sizes, c, random_dtype(c, random), random);
     }
@@ -305,7 +305,7 @@ struct PhiloxNormalProblem : Common {
   TestTensor out;
 
   PhiloxNormalProblem(const Choices& c, Random& random) : Common(random_common(c, random)) {
-    made = true;
+    generated = true;
     out = random_output(sizes, c, random_dtype(c, random), random);
     set_order(*this, out);
   }

@@ -58,7 +58,7 @@ double generated_noise(const Common& p, const Sizes& index, int64_t stream) {
 void check_outcome(const QSampleProblem& p, const QSampleProblem& before, const char* kernels) {
   p.x_t.each([&](const Sizes& index) {
     const int64_t row = 2 * clamped(p.index_of(index[0]), p.rows);
-    if (p.made) {
+    if (p.generated) {
       Sum noise;
       noise.add(1, generated_noise(p, index, p.words[1]));
       CHECK(close(p.noise.get(index), noise, p.noise.dtype(), true), kernels, p.noise.get(index),
@@ -93,7 +93,7 @@ void check_outcome(const QPosteriorProblem& p, const QPosteriorProblem& before,
 struct StepSums {
   Sum x0, next, second, pushed;
 
-  StepSums(const ReverseStepProblem& p, const Sizes& index, int64_t row, double made) {
+  StepSums(const ReverseStepProblem& p, const Sizes& index, int64_t row, double generated) {
     const auto of = [&](RowColumn name) { return p.column(row, name); };
     const auto has = [&](int64_t flag) { return (p.flags & flag) != 0; };
     const double x = p.state().get(index);
@@ -124,9 +124,9 @@ struct StepSums {
       next.add(of(static_cast<RowColumn>(kRow_Xh1 + k - 1)), past);
       second.add(of(static_cast<RowColumn>(kRow_Yh1 + k - 1)), past);
     }
-    if (p.made || p.noise.exists()) {
+    if (p.generated || p.noise.exists()) {
       Sum noise;
-      noise.add(1, p.made ? made : p.noise.get(index));
+      noise.add(1, p.generated ? generated : p.noise.get(index));
       if (has(kLearned)) {
         const double v = p.log_variance.get(index), low = of(kRow_Lmin), high = of(kRow_Lmax);
         const double e = std::exp((low + v * (high - low)) / 2);
@@ -179,8 +179,8 @@ void check_outcome(const ReverseStepProblem& p, const ReverseStepProblem& before
       }
       return;
     }
-    const double made = p.made ? generated_noise(p, index, p.words[1] + row) : 0.0;
-    const StepSums sums(before, index, row, made);
+    const double generated = p.generated ? generated_noise(p, index, p.words[1] + row) : 0.0;
+    const StepSums sums(before, index, row, generated);
     check(p.x, index, sums.next);
     check(p.pred_x0, index, sums.x0);
     Sum input;
@@ -225,7 +225,7 @@ void against_the_equations() {
   for (int trial = 0; trial < kTrials; ++trial) {
     Choices choices;
     choices.wide = random.coin();
-    choices.made = random.coin();
+    choices.generated = random.coin();
     const Problem before(choices, random);
     CHECK(select_cpu_kernels("baseline"));
     const Problem baseline(before);

@@ -41,11 +41,11 @@ bool runs_vectorized(const Args& args) {
 
 // `wanted` problems that are served in vectors, or that are not.
 template <class Problem>
-void same_as_cpu(const std::vector<Shape>& from, bool made, bool vectors, int wanted,
+void same_as_cpu(const std::vector<Shape>& from, bool generated, bool vectors, int wanted,
                  bool tidy = false) {
-  Random random(5 + made);
+  Random random(5 + generated);
   Choices choices;
-  choices.made = packed;
+  choices.generated = generated;
   choices.tidy = tidy;
   choices.from = &from;
   int run = 0;
@@ -55,10 +55,10 @@ void same_as_cpu(const std::vector<Shape>& from, bool made, bool vectors, int wa
     const Problem on_threads(on_cpu);
     run_cpu(on_cpu);
     CHECK(run_kernels(on_threads.args()) == 0);
-    CHECK(same_outputs(on_cpu, on_threads), on_cpu.shape, vectors, made);
+    CHECK(same_outputs(on_cpu, on_threads), on_cpu.shape, vectors, generated);
     ++run;
   }
-  CHECK(run == wanted, run, vectors, made);
+  CHECK(run == wanted, run, vectors, generated);
 }
 
 const std::vector<Shape> large = {{{3, 4, 16, 16}, "one-block"},
@@ -68,9 +68,9 @@ const std::vector<Shape> large = {{{3, 4, 16, 16}, "one-block"},
                                   {{1, 2, 33, 31}, "odd"}};
 
 template <class Problem>
-void same_as_cpu(bool made) {
-  same_as_cpu<Problem>(shapes(), made, false, 400);
-  same_as_cpu<Problem>(large, made, true, 60);
+void same_as_cpu(bool generated) {
+  same_as_cpu<Problem>(shapes(), generated, false, 400);
+  same_as_cpu<Problem>(large, generated, true, 60);
 }
 
 void q_sample_same_as_cpu() {
@@ -90,7 +90,8 @@ void vectorized_step_terms_same_as_cpu() {
                                             {{3, 4, 16, 16}, "one-block"},
                                             {{2, 1, 23, 44}, "ragged"},
                                             {{1, 7, 24, 13}, "seven"}};
-  for (bool made : {false, true}) same_as_cpu<ReverseStepProblem>(images, made, true, 200, true);
+  for (bool generated : {false, true})
+    same_as_cpu<ReverseStepProblem>(images, generated, true, 200, true);
 }
 void philox_normal_same_as_cpu() {
   same_as_cpu<PhiloxNormalProblem>(true);
@@ -110,7 +111,7 @@ void empty_samples_have_a_variance() {
       CHECK(problem.variance.get({n}) == problem.coefs[4 * row + 2], n);
       CHECK(problem.log_variance.get({n}) == problem.coefs[4 * row + 3], n);
     }
-    choices.made = true;
+    choices.generated = true;
     const PhiloxNormalProblem normal(choices, random);
     CHECK(run_kernels(normal.args()) == 0);
   }

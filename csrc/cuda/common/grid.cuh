@@ -16,8 +16,7 @@ namespace ddpm {
 
 constexpr uint32_t kThreads = 128;  // of a block
 
-// Vectors of four of a sample that the 32-bit arithmetic below and the counter of Philox have room
-// for.
+// Vec4s of a sample: at most what 32-bit indices and the counter of Philox can address.
 constexpr int64_t kMaxVec4s = 0xFFFF0000;
 
 struct Blocks {

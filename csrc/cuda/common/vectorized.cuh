@@ -1,4 +1,4 @@
-// Vectors of four of a sample from and to a tensor of any type and layout.
+// Loads and stores of Vec4s, for a tensor of any type and layout.
 //
 // A load leaves the bits as they came and the conversion is a second call, so that the loads of all
 // the tensors are on their way before the first is waited for. Types are asked at run time, once

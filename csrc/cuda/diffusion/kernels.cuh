@@ -314,8 +314,8 @@ int dispatch_step(const ReverseStepArgs& a, Launch launch) {
 template <class Launch>
 int dispatch(const ReverseStepArgs& a, Launch launch) {
   if (!a.source.data) return dispatch_step<true>(a, launch);
-  const bool multistep = a.rng.words || a.model_input.data || (a.flags & ~kFunctionalFlags);
-  return multistep ? kInvalidValue : dispatch_step<false>(a, launch);
+  const bool in_place_only = a.rng.words || a.model_input.data || (a.flags & ~kFunctionalFlags);
+  return in_place_only ? kInvalidValue : dispatch_step<false>(a, launch);
 }
 
 template <class Launch>
