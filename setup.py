@@ -1,34 +1,82 @@
-"""Build of the three binaries: ddpm_fast._ops_cpu, ddpm_fast._ops_cuda and ddpm_fast._C.
+"""Builds the three extension modules: `ddpm_fast._ops_cpu`, `_ops_cuda` and `_C`.
 
-Environment:
-    DDPM_FAST_CUDA        auto (default): build the CUDA kernels where an nvcc of torch's CUDA major
-                          is found, with or without a GPU; 1: fail without one; 0: never.
-    DDPM_FAST_CUDA_ARCHS  architectures, default "80;86;89;90a+PTX".
-    CUDA_HOME             the toolkit; else /usr/local/cuda, else where nvcc lies.
+`python setup.py --check` only checks for a C++ compiler and the Python headers.
+
+Environment variables:
+    DDPM_FAST_CUDA: `auto` (default) builds the CUDA kernels if there is an nvcc of torch's CUDA
+        major version, with or without a GPU; `1` fails without one; `0` never builds them.
+    DDPM_FAST_CUDA_ARCHS: Architectures; default "80;86;89;90a+PTX".
+    CUDA_HOME: The CUDA toolkit; default /usr/local/cuda, then the folder of the nvcc on the PATH.
+    CXX: The C++ compiler; default c++.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
+import sysconfig
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from setuptools import Extension, setup
+if TYPE_CHECKING:
+    from setuptools import Extension
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80;86;89;90a+PTX"
-# The LibTorch stable ABI of torch 2.10: one build serves that torch and every later one.
+# The LibTorch stable ABI of torch 2.10: one build works with that torch and every later one.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-fvisibility=hidden"]
-# No contraction: an fma is one where it is written, and nowhere else.
+# No contraction: a fused multiply-add only where the source has one.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 
+def missing_tools() -> list[str]:
+    """List what compiling needs and this machine lacks, each with the way to get it."""
+    missing = []
+    compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
+    if shutil.which(compiler) is None:
+        missing.append(f"a C++ compiler ({compiler} is not on the PATH; Debian: apt install g++)")
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        missing.append(f"the Python headers (no Python.h in {headers}; Debian: python3-dev)")
+    return missing
+
+
+def missing_packages() -> list[str]:
+    """List the Python packages of the build that are missing or too old."""
+    missing = []
+    try:
+        found = version("setuptools")
+    except PackageNotFoundError:
+        found = "0"
+    if int(found.split(".")[0]) < 77:
+        missing.append(f"setuptools 77 (found {found}; pip install --upgrade setuptools)")
+    if importlib.util.find_spec("torch") is None:
+        missing.append("torch 2.10 (pip install torch)")
+    return missing
+
+
+def require(missing: list[str]) -> None:
+    """Exit with one line if anything is missing.
+
+    Args:
+        missing: What is missing, as the functions above list it.
+
+    Raises:
+        SystemExit: `missing` is not empty.
+    """
+    if missing:
+        raise SystemExit(f"ddpm_fast cannot be built without {' and without '.join(missing)}")
+
+
 def find_cuda_home() -> Path | None:
-    """The CUDA toolkit, by CUDA_HOME, the usual place, or the nvcc on the PATH."""
+    """Find the CUDA toolkit by CUDA_HOME, /usr/local/cuda or the nvcc on the PATH."""
     candidates = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     if nvcc := shutil.which("nvcc"):
         candidates.append(str(Path(nvcc).resolve().parent.parent))
@@ -39,7 +87,9 @@ def find_cuda_home() -> Path | None:
 
 
 def cuda_or_reason() -> tuple[Path | None, str]:
-    """The toolkit to build the CUDA kernels with, or None and why not."""
+    """Return the toolkit for the CUDA kernels and "", or None and the reason."""
+    import torch
+
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is a build without CUDA"
     home = find_cuda_home()
@@ -55,10 +105,17 @@ def cuda_or_reason() -> tuple[Path | None, str]:
 
 
 def decide_cuda() -> Path | None:
-    """What DDPM_FAST_CUDA and the toolkit come to; the decision is printed."""
+    """Decide by DDPM_FAST_CUDA and the toolkit, and print the decision.
+
+    Returns:
+        The toolkit, or None for a build without CUDA.
+
+    Raises:
+        SystemExit: DDPM_FAST_CUDA is not auto, 0 or 1, or is 1 without a toolkit.
+    """
     wish = os.environ.get("DDPM_FAST_CUDA", "auto").lower()
     if wish not in {"auto", "0", "1"}:
-        raise SystemExit(f"DDPM_FAST_CUDA must be auto, 0 or 1, got {wish!r}")
+        raise SystemExit(f"DDPM_FAST_CUDA must be auto, 0 or 1; got {wish!r}")
     if wish == "0":
         print("ddpm_fast: DDPM_FAST_CUDA=0, building the CPU kernels only")
         return None
@@ -70,17 +127,23 @@ def decide_cuda() -> Path | None:
 
 
 def architectures() -> list[str]:
-    """The names in DDPM_FAST_CUDA_ARCHS, such as 80, 90a, 89+PTX."""
+    """Return the names in DDPM_FAST_CUDA_ARCHS, such as 80, 90a, 89+PTX.
+
+    Raises:
+        SystemExit: A name is of another form.
+    """
     names = [a for a in re.split(r"[;, ]+", os.environ.get("DDPM_FAST_CUDA_ARCHS", "")) if a]
     names = names or DEFAULT_ARCHS.split(";")
     for name in names:
         if not re.fullmatch(r"\d+a?(\+PTX)?", name):
-            raise SystemExit(f"DDPM_FAST_CUDA_ARCHS: {name!r} is not like 80, 90a or 89+PTX")
+            raise SystemExit(
+                f"DDPM_FAST_CUDA_ARCHS must be names such as 80, 90a or 89+PTX; got {name!r}"
+            )
     return names
 
 
 def gencode(names: list[str]) -> list[str]:
-    """The -gencode flags of nvcc. PTX is emitted without the 'a', which newer GPUs cannot run."""
+    """Return the -gencode flags of nvcc. PTX goes without the 'a', which newer GPUs cannot run."""
     flags = []
     for name in names:
         number = name.removesuffix("+PTX")
@@ -92,12 +155,14 @@ def gencode(names: list[str]) -> list[str]:
 
 
 def sources(folder: str, pattern: str) -> list[str]:
-    """The files of csrc/<folder>, relative, in a fixed order."""
+    """List the files of csrc/<folder> and below, relative to the checkout, sorted."""
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).rglob(pattern))
 
 
 def build_extensions(cuda_home: Path | None) -> list[Extension]:
-    """The three binaries, or two where there is no CUDA."""
+    """Describe the three extension modules, or two without CUDA."""
+    import torch
+    from setuptools import Extension
     from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
 
     try:
@@ -108,12 +173,11 @@ def build_extensions(cuda_home: Path | None) -> list[Extension]:
         pybind = include_paths()
     include = [str(ROOT / "csrc")]
     headers = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".inl", ".cuh"}]
-    kernels = sources("cpu", "*.cpp")
     common = {"include_dirs": include, "depends": list(map(str, headers)), "py_limited_api": True}
     extensions = [
         CppExtension(
             "ddpm_fast._ops_cpu",
-            ["csrc/bindings/ops_cpu.cpp", *kernels],
+            ["csrc/bindings/ops_cpu.cpp", *sources("cpu", "*.cpp")],
             extra_compile_args={"cxx": [*CXX_FLAGS, *ARITHMETIC, STABLE_ABI]},
             **common,
         )
@@ -128,11 +192,11 @@ def build_extensions(cuda_home: Path | None) -> list[Extension]:
             extra_compile_args={"cxx": [*CXX_FLAGS, *ARITHMETIC, STABLE_ABI], "nvcc": nvcc},
             **common,
         )
-        # A runtime of its own: the library then loads beside any torch of its CUDA major.
+        # Linked statically: the library then loads with any torch of the same CUDA major version.
         cuda.libraries = [lib for lib in cuda.libraries if lib != "cudart"]
         cuda.libraries += ["cudart_static", "dl", "rt", "pthread"]
         extensions.append(cuda)
-    facts = {
+    build_info = {
         "DDPM_BUILT_WITH_TORCH": torch.__version__,
         "DDPM_BUILT_WITH_CUDA": torch.version.cuda if cuda_home else "",
         "DDPM_CUDA_ARCHITECTURES": " ".join(archs),
@@ -140,10 +204,10 @@ def build_extensions(cuda_home: Path | None) -> list[Extension]:
     extensions.append(
         Extension(
             "ddpm_fast._C",
-            ["csrc/bindings/module.cpp", *kernels],
+            ["csrc/bindings/module.cpp"],
             include_dirs=[*include, *pybind],
             depends=list(map(str, headers)),
-            define_macros=[(name, f'"{value}"') for name, value in facts.items()],
+            define_macros=[(name, f'"{value}"') for name, value in build_info.items()],
             extra_compile_args=[*CXX_FLAGS, *ARITHMETIC],
             language="c++",
         )
@@ -152,10 +216,16 @@ def build_extensions(cuda_home: Path | None) -> list[Extension]:
 
 
 def main() -> None:
-    """Run setuptools with CUDA_HOME set before torch's build helpers read it."""
+    """Check what the build needs, then run setuptools."""
+    require(missing_tools())
+    if sys.argv[1:] == ["--check"]:
+        return
+    require(missing_packages())
+    from setuptools import setup
+
     cuda_home = decide_cuda()
     if cuda_home:
-        os.environ["CUDA_HOME"] = str(cuda_home)
+        os.environ["CUDA_HOME"] = str(cuda_home)  # read when torch's build helpers are imported
     from torch.utils.cpp_extension import BuildExtension
 
     setup(

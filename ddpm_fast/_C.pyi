@@ -13,5 +13,4 @@ def philox_normal(
     seed: int,
     stream: int,
     first_sample: int = 0,
-    kernels: str = "auto",
 ) -> NDArray[np.float32]: ...

@@ -1,4 +1,4 @@
-// ddpm_fast._C: what does not need torch. Build facts, and the noise for NumPy users.
+// ddpm_fast._C: build information, and the noise for NumPy users. Needs no torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,9 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "core/normal.h"
 #include "core/philox.h"
 #include "core/row.h"
-#include "cpu/kernels.h"
+#include "cpu/instruction_sets.h"
 
 namespace py = pybind11;
 
@@ -24,30 +25,22 @@ std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter,
 }
 
 py::array_t<float> philox_normal(int64_t num, int64_t elements, uint64_t seed, uint32_t stream,
-                                 int64_t first_sample, const std::string& kernels) {
+                                 int64_t first_sample) {
   if (num < 0 || elements < 0) {
     throw py::value_error("num and elements must be at least 0; got " + std::to_string(num) +
                           " and " + std::to_string(elements));
   }
-  if (!ddpm::select_cpu_kernels(kernels.c_str())) {
-    throw py::value_error("kernels must be auto or one of those that run here (" +
-                          std::string(ddpm::runnable_cpu_kernels()) + "), got " + kernels);
-  }
   py::array_t<float> result({num, elements});
-  const int64_t words[3] = {static_cast<int64_t>(seed), stream, first_sample};
-  ddpm::PhiloxNormalArgs args{};
-  args.samples = num;
-  args.elements = elements;
-  args.rng.words = words;
-  args.out.data = result.mutable_data();
-  args.out.dtype = ddpm::DType::f32;
-  args.out.sample_stride = elements;
-  args.out.linear = true;
-  {
-    const py::gil_scoped_release release;
-    ddpm::cpu_kernels().philox_normal(args, 0, num * ddpm::blocks_per_sample(elements));
+  float* out = result.mutable_data();
+  const py::gil_scoped_release release;
+  for (int64_t k = 0; k < num; ++k) {
+    const uint64_t sample = static_cast<uint64_t>(first_sample) + static_cast<uint64_t>(k);
+    for (int64_t first = 0; first < elements; first += 4) {
+      const ddpm::Normal4 normals =
+          ddpm::normal4(static_cast<uint32_t>(first / 4), stream, sample, seed);
+      for (int64_t i = first; i < elements && i < first + 4; ++i) *out++ = normals.z[i - first];
+    }
   }
-  ddpm::select_cpu_kernels("auto");
   return result;
 }
 
@@ -65,22 +58,22 @@ py::dict build_info() {
   info["torch"] = DDPM_BUILT_WITH_TORCH;
   info["cuda"] = DDPM_BUILT_WITH_CUDA;
   info["cuda_architectures"] = DDPM_CUDA_ARCHITECTURES;
-  info["cpu_kernels"] = ddpm::runnable_cpu_kernels();
+  info["cpu_kernels"] = ddpm::runnable_instruction_sets();
   return info;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Build facts of ddpm_fast, and its noise without torch.";
+  module.doc() = "Build information of ddpm_fast, and its noise without torch.";
   module.def("build_info", &build_info,
-             "What the extension was built with: compiler, torch, cuda (empty: CPU only), "
-             "cuda_architectures, and the cpu_kernels that run on this processor.");
+             "Versions that the extension was built with: compiler, torch, cuda (empty: CPU only), "
+             "cuda_architectures; and the cpu_kernels that run on this processor.");
   module.def("row_fields", &row_fields, "The columns of a step table's row, in order.");
   module.def("philox4x32_10", &philox, py::arg("counter"), py::arg("key"),
              "Four uint32 words of Philox4x32-10 (Salmon et al. 2011).");
   module.def("philox_normal", &philox_normal, py::arg("num"), py::arg("elements"), py::arg("seed"),
-             py::arg("stream"), py::arg("first_sample") = 0, py::arg("kernels") = "auto",
-             "float32 [num, elements]: the normals of samples first_sample .. of a seed and "
-             "stream, elements in channels-last order; one thread.");
+             py::arg("stream"), py::arg("first_sample") = 0,
+             "float32 [num, elements]: standard normals of the samples from first_sample on, of a "
+             "seed and a stream, elements in channels-last order. Runs on one thread.");
 }

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "bindings/network_ops.h"
+#include "cpu/instruction_sets.h"
 #include "cpu/kernels.h"
 
 namespace ddpm {
@@ -61,7 +62,7 @@ struct CpuLaunch {
 // one now used.
 std::string use_cpu_kernels(std::string name) {
   STD_TORCH_CHECK(name.empty() || select_cpu_kernels(name.c_str()), "CPU kernels '", name,
-                  "' cannot run here; these can: ", runnable_cpu_kernels());
+                  "' cannot run here; these can: ", runnable_instruction_sets());
   return cpu_kernels().name;
 }
 

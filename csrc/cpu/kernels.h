@@ -58,13 +58,10 @@ struct CpuKernels {
   void (*group_norm)(const GroupNormArgs&, int64_t begin, int64_t end, void* workspace);
 };
 
-// The widest that this processor runs, or the one that select_cpu_kernels chose.
+// The widest that this processor runs, or those that select_cpu_kernels selected.
 const CpuKernels& cpu_kernels();
 
-// Chooses "baseline", "avx2", "avx512" or "auto"; false where it is unknown or cannot run here.
+// Selects "baseline", "avx2", "avx512" or "auto"; false where it is unknown or cannot run here.
 bool select_cpu_kernels(const char* name);
-
-// The names that can run here, widest last, separated by spaces.
-const char* runnable_cpu_kernels();
 
 }  // namespace ddpm

@@ -2,48 +2,9 @@
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 
-// The noise of a block, null where the step has none. Where it is made, `normals` holds the block.
-template <class R>
-const R* step_noise(const ReverseStepArgs& a, const Block& b, int64_t index, float* normals,
-                    R* scratch) {
-  if (a.rng.words) {
-    make_normals(normals, b.first, b.count,
-                 static_cast<uint32_t>(a.rng.words[1]) + static_cast<uint32_t>(index),
-                 static_cast<uint64_t>(a.rng.words[2]) + static_cast<uint64_t>(b.sample),
-                 static_cast<uint64_t>(a.rng.words[0]));
-    return generated_block(normals, b.count, scratch);
-  }
-  return a.noise.data ? read_block(a.noise, b.sample, b.first, b.count, scratch) : nullptr;
-}
-
-// The state before the step. The one after it goes to target_block of x, with the same scratch.
-template <class R>
-const R* state_block(const ReverseStepArgs& a, const Block& b, R* scratch) {
-  return read_block(a.source.data ? a.source : a.x, b.sample, b.first, b.count, scratch);
-}
-
-// What a sample without a row is given where it has no state of its own to be left at.
-template <class R>
-void write_nan(const ReverseStepArgs& a, const Block& b) {
-  R nan[kBlock];
-  for (R& value : nan) value = static_cast<R>(__builtin_nanf(""));
-  scatter(a.x, b.sample, b.first, b.count, nan);
-  if (a.pred_x0.data) scatter(a.pred_x0, b.sample, b.first, b.count, nan);
-}
-
-// x' to where it belongs, and to the model's next input.
-template <class R>
-void write_state(const ReverseStepArgs& a, const Block& b, const Row<R>& row, const R* x,
-                 R* scratch) {
-  write_block(a.x, b.sample, b.first, b.count, x);
-  if (!a.model_input.data) return;
-  const R* input = x;
-  if (a.flags & kScaleIn) {
-    for (int64_t i = 0; i < b.count; ++i) scratch[i] = row.Cin * x[i];
-    input = scratch;
-  }
-  scatter(a.model_input, b.sample, b.first, b.count, input);
-}
+#include "cpu/reverse_step_io.h"
+#include "cpu/reverse_step_learned.h"
+#include "cpu/reverse_step_terms.h"
 
 template <class R>
 struct StepBlock {
@@ -81,8 +42,6 @@ void choose_step(const StepBlock<R>& b, const Row<R>& row, bool next, Remaining.
        : choose_step<kFlags..., false>(b, row, remainder...);
 }
 
-#include "cpu/reverse_step_terms.h"
-
 template <class R>
 void plain_step(const ReverseStepArgs& a, const Block& b, int64_t index) {
   alignas(64) R x_scratch[kBlock], out_scratch[kBlock], noise_scratch[kBlock], x0_scratch[kBlock];
@@ -110,8 +69,6 @@ void step_in_parts(const ReverseStepArgs& a, const Block& block, int64_t index) 
     part.run({block.sample, block.first + done, left < kPart ? left : kPart}, index);
   }
 }
-
-#include "cpu/reverse_step_learned.h"
 
 template <class R>
 void reverse_step_blocks(const ReverseStepArgs& a, int64_t begin, int64_t end) {

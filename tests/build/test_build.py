@@ -60,7 +60,7 @@ def test_architectures_come_from_the_environment(build, monkeypatch):
     monkeypatch.setenv("DDPM_FAST_CUDA_ARCHS", "80, 89+PTX")
     assert build.architectures() == ["80", "89+PTX"]
     monkeypatch.setenv("DDPM_FAST_CUDA_ARCHS", "hopper")
-    with pytest.raises(SystemExit, match=r"'hopper' is not like 80, 90a or 89\+PTX"):
+    with pytest.raises(SystemExit, match=r"must be names such as 80, 90a or 89\+PTX; got 'hopper'"):
         build.architectures()
 
 
@@ -99,8 +99,43 @@ def test_cuda_is_decided_by_the_toolkit(build, monkeypatch, tmp_path, torch_cuda
 
 def test_a_wish_that_is_none_is_refused(build, monkeypatch):
     monkeypatch.setenv("DDPM_FAST_CUDA", "yes")
-    with pytest.raises(SystemExit, match="must be auto, 0 or 1, got 'yes'"):
+    with pytest.raises(SystemExit, match="must be auto, 0 or 1; got 'yes'"):
         build.decide_cuda()
+
+
+def run_setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "setup.py"), *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", ["--check", "build_ext"])
+def test_a_missing_compiler_is_one_line_before_anything_is_compiled(command):
+    done = run_setup(command, CXX="/no/such/compiler -O1")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "without a C++ compiler (/no/such/compiler is not on the PATH" in done.stderr
+
+
+def test_the_check_passes_here():
+    done = run_setup("--check")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_missing_headers_and_packages_are_named(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(build, "version", lambda name: "76.1.0")
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    missing = build.missing_tools() + build.missing_packages()
+    assert [item.split(" (")[0] for item in missing] == [
+        "the Python headers",
+        "setuptools 77",
+        "torch 2.10",
+    ]
+    with pytest.raises(
+        SystemExit, match=r"without the Python headers .* and without setuptools 77"
+    ):
+        build.require(missing)
 
 
 @pytest.mark.slow

@@ -24,6 +24,17 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("name", ["philox", "normal", "exponential", "half", "tensor_view"])
+def test_arithmetic(tmp_path: Path, name: str) -> None:
+    """The tests of csrc/core that compile in about a second, without CMake."""
+    need("g++")
+    source, program = ROOT / "tests" / "cpp" / f"test_{name}.cpp", tmp_path / name
+    flags = ("-O1", "-std=c++17", "-ffp-contract=off", f"-I{ROOT / 'csrc'}")
+    run("g++", *flags, source, "-o", program)
+    run(program)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "target", "expected"),
     [

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # nvcc takes minutes
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 FLAGS = ["-O3", "-std=c++17", "-fmad=false", f"-I{ROOT / 'csrc'}"]
@@ -77,7 +79,9 @@ def test_arithmetic_is_as_written(nvcc: str, cuobjdump: str, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     functions = done.stdout.split("Function : ")[1:]
     assert len(functions) == 8
-    (code,) = [f for f in functions if re.match(r"\S*QSampleILNS_5NoiseE1ENS_16VectorizedTensor", f)]
+    (code,) = [
+        f for f in functions if re.match(r"\S*QSampleILNS_5NoiseE1ENS_16VectorizedTensor", f)
+    ]
     elements = 8  # of a thread
     assert len(re.findall(r"\bFMUL\b", code)) == elements
     assert len(re.findall(r"\bFFMA\b", code)) == elements

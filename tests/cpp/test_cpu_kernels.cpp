@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "core/normal.h"
+#include "cpu/instruction_sets.h"
 #include "nan_problem.h"
 #include "run_cpu.h"
 
@@ -213,7 +214,7 @@ void check_gaps(const Problem& ran, const Problem& before, const char* kernels) 
 }
 
 std::vector<std::string> names() {
-  std::istringstream list(runnable_cpu_kernels());
+  std::istringstream list(runnable_instruction_sets());
   std::vector<std::string> result;
   for (std::string name; list >> name;) result.push_back(name);
   return result;

@@ -4,6 +4,7 @@
 #include <set>
 #include <string>
 
+#include "cpu/instruction_sets.h"
 #include "cpu/kernels.h"
 #include "group_norm_problem.h"
 #include "host_exec.h"
@@ -18,7 +19,7 @@ constexpr Layout kLayouts[] = {Layout::channels_last, Layout::contiguous, Layout
 
 std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
-  std::string all = runnable_cpu_kernels();
+  std::string all = runnable_instruction_sets();
   for (size_t from = 0; from < all.size();) {
     const size_t to = std::min(all.find(' ', from), all.size());
     names.push_back(all.substr(from, to - from));
