@@ -1,10 +1,11 @@
-# make sample      from nothing to out/triangles.png
-# make test        the tests; test-full adds the long ones
-# make lint        ruff, mypy, clang-format
-# make bench       the CPU benchmarks, into benchmarks/results/
-# make quality     how many samples of the shipped model are triangles, beside diffusers'
+# make sample      install into .venv, then draw 64 images: out/triangles.png
+# make test        run the tests; make test-full runs the slow ones too
+# make lint        run ruff, mypy and clang-format
+# make docs        build the documentation: site/index.html
+# make bench       run the CPU benchmarks; results go to benchmarks/results/
+# make quality     measure the share of triangles among samples, also with diffusers' pipeline
 # make gpu OUT=dir [PART=base|cifar32|ddpm256|pipelines|training|triangles]
-#                  what needs a GPU, nine minutes each, offline, with the python3 and torch already there
+#                  run what needs a GPU: nine minutes a part, offline, with the installed torch
 PYTHON ?= python3
 TORCH ?= torch>=2.10
 OUT ?= out/gpu
@@ -12,7 +13,7 @@ PART ?= base
 RESULTS := benchmarks/results
 VENV := .venv
 BIN := $(VENV)/bin
-# An empty CUDA_HOME would let torch guess; setup.py looks further where this finds nothing.
+# torch guesses where CUDA_HOME is empty; setup.py searches where this finds nothing.
 ifeq ($(strip $(CUDA_HOME)),)
 CUDA_HOME := $(wildcard /usr/local/cuda)
 endif
@@ -21,7 +22,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests/cpp -type f)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: sample test test-full lint bench quality gpu clean
+.PHONY: sample test test-full lint docs bench quality gpu clean
 
 sample: $(VENV)/.package
 	$(BIN)/ddpm-fast sample --num 64 --out out/triangles.png
@@ -37,6 +38,9 @@ lint: $(VENV)/.package $(VENV)/.lint
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+docs: $(VENV)/.package $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.package $(VENV)/.test
 	$(BIN)/python benchmarks/reverse_step.py --device cpu
@@ -58,20 +62,25 @@ gpu:
 	$(PYTHON) benchmarks/run_gpu.py --out $(OUT) --part $(PART)
 
 $(VENV)/.torch:
+	@$(PYTHON) setup.py --check
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" ninja "pybind11>=2.13"
 	$(BIN)/pip install --quiet "$(TORCH)" numpy
 	touch $@
 
-# Without build isolation: an isolated build would fetch torch a second time.
+# An isolated build would download torch a second time.
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --editable .
 	$(BIN)/python -c "from ddpm_fast import _C; info = _C.build_info(); print('ddpm_fast: built for the CPU' + (' and CUDA ' + info['cuda_architectures'] if info['cuda'] else ' only: see DDPM_FAST_CUDA in setup.py'))"
 	touch $@
 
-# torchvision wants one version of torch: TORCH is named again, so that it does not bring another.
+# torchvision requires one version of torch; naming TORCH again keeps the installed one.
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install --quiet --group test "$(TORCH)"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet --group docs
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
@@ -79,4 +88,4 @@ $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build out ddpm_fast/*.so ddpm_fast.egg-info
+	rm -rf $(VENV) build out site ddpm_fast/*.so ddpm_fast.egg-info
