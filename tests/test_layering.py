@@ -6,8 +6,6 @@ import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).parents[1] / "ddpm_fast"
 # An entry imports from the lines above its own; entries of one line do not import each other.
 LAYERS = """utils
@@ -56,7 +54,6 @@ def test_imports_run_in_one_direction():
     assert not [f"{a} imports {b}" for a, b in pairs if RANK[entry(a)] <= RANK[entry(b)]]
 
 
-@pytest.mark.xfail(reason="step_table and its solvers still share a class")
 def test_imports_have_no_circle():
     TopologicalSorter(IMPORTS).prepare()  # raises CycleError, which names the circle
 
