@@ -30,7 +30,7 @@ void check_timesteps(const int64_t* t, int64_t stride, int64_t samples, int64_t 
 struct CpuLaunch {
   static void q_sample(const QSampleArgs& a, const Tensor&) {
     check_timesteps(a.t, a.t_stride, a.samples, a.num_timesteps);
-    over_blocks(cpu_kernels().q_sample, a, a.rng.words ? kGrainNoiseGenerated : kGrainNoiseInput);
+    over_blocks(cpu_kernels().q_sample, a, a.rng.state ? kGrainNoiseGenerated : kGrainNoiseInput);
   }
   static void q_posterior(const QPosteriorArgs& a, const Tensor&) {
     check_timesteps(a.t, a.t_stride, a.samples, a.num_timesteps);
@@ -38,7 +38,7 @@ struct CpuLaunch {
   }
   static void reverse_step(const ReverseStepArgs& a, const Tensor&) {
     over_blocks(cpu_kernels().reverse_step, a,
-                a.rng.words ? kGrainNoiseGenerated : kGrainNoiseInput);
+                a.rng.state ? kGrainNoiseGenerated : kGrainNoiseInput);
   }
   static void philox_normal(const PhiloxNormalArgs& a, const Tensor&) {
     over_blocks(cpu_kernels().philox_normal, a, kGrainNoiseGenerated);

@@ -8,7 +8,7 @@ namespace ddpm {
 // Where a kernel makes its noise: three int64 on the tensors' device, so that a captured CUDA graph
 // can be replayed for another chunk. Sample n of the batch is sample first_sample + n of the seed.
 struct Rng {
-  const int64_t* words;  // seed, stream, first_sample; null where noise is an input
+  const int64_t* state;  // seed, stream, first_sample; null where noise is an input
 };
 
 struct QSampleArgs {
@@ -44,7 +44,7 @@ struct ReverseStepArgs {
                         // with a source is NaN in x and pred_x0
   int64_t step_stride;
   int64_t flags;  // RowFlag: data of what follows is null where its flag is not set
-  Rng rng;        // the row's noise is of stream words[1] + row
+  Rng rng;        // the row's noise is of stream state[1] + row
   View out2;
   View log_variance;
   View second;   // y

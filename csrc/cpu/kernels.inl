@@ -33,10 +33,10 @@ void q_sample_blocks(const QSampleArgs& a, int64_t begin, int64_t end) {
     const R* coefs =
         static_cast<const R*>(a.coefs) + 2 * clamped(a.t[b.sample * a.t_stride], a.num_timesteps);
     const R* noise;
-    if (a.rng.words) {
-      make_normals(normals, b.first, b.count, static_cast<uint32_t>(a.rng.words[1]),
-                   static_cast<uint64_t>(a.rng.words[2]) + static_cast<uint64_t>(b.sample),
-                   static_cast<uint64_t>(a.rng.words[0]));
+    if (a.rng.state) {
+      make_normals(normals, b.first, b.count, static_cast<uint32_t>(a.rng.state[1]),
+                   static_cast<uint64_t>(a.rng.state[2]) + static_cast<uint64_t>(b.sample),
+                   static_cast<uint64_t>(a.rng.state[0]));
       // x_t is made from the noise as it is returned: rounded to its type.
       scatter(a.noise, b.sample, b.first, b.count, normals);
       gather(a.noise, b.sample, b.first, b.count, noise_scratch);
@@ -97,9 +97,9 @@ inline void philox_normal_any(const PhiloxNormalArgs& a, int64_t begin, int64_t 
   const int64_t per_sample = blocks_per_sample(a.elements);
   for (int64_t work = begin; work < end; ++work) {
     const Block b = block_at(work, per_sample, a.elements);
-    make_normals(normals, b.first, b.count, static_cast<uint32_t>(a.rng.words[1]),
-                 static_cast<uint64_t>(a.rng.words[2]) + static_cast<uint64_t>(b.sample),
-                 static_cast<uint64_t>(a.rng.words[0]));
+    make_normals(normals, b.first, b.count, static_cast<uint32_t>(a.rng.state[1]),
+                 static_cast<uint64_t>(a.rng.state[2]) + static_cast<uint64_t>(b.sample),
+                 static_cast<uint64_t>(a.rng.state[0]));
     scatter(a.out, b.sample, b.first, b.count, normals);
   }
 }

@@ -6,11 +6,11 @@
 template <class R>
 const R* step_noise(const ReverseStepArgs& a, const Block& b, int64_t index, float* normals,
                     R* scratch) {
-  if (a.rng.words) {
+  if (a.rng.state) {
     make_normals(normals, b.first, b.count,
-                 static_cast<uint32_t>(a.rng.words[1]) + static_cast<uint32_t>(index),
-                 static_cast<uint64_t>(a.rng.words[2]) + static_cast<uint64_t>(b.sample),
-                 static_cast<uint64_t>(a.rng.words[0]));
+                 static_cast<uint32_t>(a.rng.state[1]) + static_cast<uint32_t>(index),
+                 static_cast<uint64_t>(a.rng.state[2]) + static_cast<uint64_t>(b.sample),
+                 static_cast<uint64_t>(a.rng.state[0]));
     return generated_block(normals, b.count, scratch);
   }
   return a.noise.data ? read_block(a.noise, b.sample, b.first, b.count, scratch) : nullptr;

@@ -152,6 +152,6 @@ inline void learned_step(const ReverseStepArgs& a, const Block& block, int64_t i
 }
 
 inline bool is_learned_step(const ReverseStepArgs& a) {
-  const bool noisy = a.noise.data || a.rng.words;
+  const bool noisy = a.noise.data || a.rng.state;
   return noisy && (a.flags & kMultistepTerms) == kLearned;
 }

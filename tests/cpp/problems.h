@@ -46,14 +46,14 @@ struct Common {
   std::vector<int64_t> index;  // t or step, with gaps between
   int64_t index_stride = 1;
   int64_t rows = 1;
-  int64_t words[3] = {};
+  int64_t rng_state[3] = {};
 
   int64_t samples() const { return sizes[0]; }
   int64_t elements() const { return product(sizes, 1); }
   int64_t index_of(int64_t sample) const {
     return index[static_cast<size_t>(sample * index_stride)];
   }
-  Rng rng() const { return {generated ? words : nullptr}; }
+  Rng rng() const { return {generated ? rng_state : nullptr}; }
 };
 
 struct Shape {
@@ -121,9 +121,9 @@ inline Common random_common(const Choices& c, Random& random) {
   for (int64_t& index : p.index) {
     index = random.below(5) ? random.below(p.rows) : kFar[random.below(4)];
   }
-  p.words[0] = static_cast<int64_t>(random.word());
-  p.words[1] = static_cast<int64_t>(random.word() >> 32);
-  p.words[2] = random.below(int64_t{1} << 40);
+  p.rng_state[0] = static_cast<int64_t>(random.word());
+  p.rng_state[1] = static_cast<int64_t>(random.word() >> 32);
+  p.rng_state[2] = random.below(int64_t{1} << 40);
   return p;
 }
 

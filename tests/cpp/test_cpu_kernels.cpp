@@ -50,9 +50,9 @@ int64_t number_of(const Sizes& index, const Sizes& sizes) {
 
 double generated_noise(const Common& p, const Sizes& index, int64_t stream) {
   const int64_t number = number_of(index, p.sizes);
-  const Normal4 n =
-      normal4(static_cast<uint32_t>(number / 4), static_cast<uint32_t>(stream),
-              static_cast<uint64_t>(p.words[2] + index[0]), static_cast<uint64_t>(p.words[0]));
+  const Normal4 n = normal4(static_cast<uint32_t>(number / 4), static_cast<uint32_t>(stream),
+                            static_cast<uint64_t>(p.rng_state[2] + index[0]),
+                            static_cast<uint64_t>(p.rng_state[0]));
   return static_cast<double>(n.z[number % 4]);
 }
 
@@ -61,7 +61,7 @@ void check_outcome(const QSampleProblem& p, const QSampleProblem& before, const 
     const int64_t row = 2 * clamped(p.index_of(index[0]), p.rows);
     if (p.generated) {
       Sum noise;
-      noise.add(1, generated_noise(p, index, p.words[1]));
+      noise.add(1, generated_noise(p, index, p.rng_state[1]));
       CHECK(close(p.noise.get(index), noise, p.noise.dtype(), true), kernels, p.noise.get(index),
             noise.value);
     }
@@ -180,7 +180,7 @@ void check_outcome(const ReverseStepProblem& p, const ReverseStepProblem& before
       }
       return;
     }
-    const double generated = p.generated ? generated_noise(p, index, p.words[1] + row) : 0.0;
+    const double generated = p.generated ? generated_noise(p, index, p.rng_state[1] + row) : 0.0;
     const StepSums sums(before, index, row, generated);
     check(p.x, index, sums.next);
     check(p.pred_x0, index, sums.x0);
@@ -195,7 +195,7 @@ void check_outcome(const ReverseStepProblem& p, const ReverseStepProblem& before
 void check_outcome(const PhiloxNormalProblem& p, const PhiloxNormalProblem&, const char* kernels) {
   p.out.each([&](const Sizes& index) {
     Sum noise;
-    noise.add(1, generated_noise(p, index, p.words[1]));
+    noise.add(1, generated_noise(p, index, p.rng_state[1]));
     CHECK(close(p.out.get(index), noise, p.out.dtype(), true), kernels, p.out.get(index),
           noise.value);
   });
@@ -257,8 +257,8 @@ void normals_do_not_depend_on_the_batch() {
   one.out = TestTensor(DType::f32, one.sizes, Layout::channels_last, random);
   for (const std::string& name : names()) {
     CHECK(select_cpu_kernels(name.c_str()), name);
-    std::copy(many.words, many.words + 3, one.words);
-    one.words[2] += 4;
+    std::copy(many.rng_state, many.rng_state + 3, one.rng_state);
+    one.rng_state[2] += 4;
     run_cpu(many, 5);
     run_cpu(one);
     one.out.each([&](Sizes index) {

@@ -143,9 +143,9 @@ void a_source_with_terms_that_keep_something_is_refused() {
   while (!problem.source.exists()) problem = ReverseStepProblem(choices, random);
   const ReverseStepArgs args = problem.args();
   CHECK(run_kernels(args) == 0);
-  const int64_t words[3] = {};
+  const int64_t rng_state[3] = {};
   ReverseStepArgs makes_noise = args, makes_input = args;
-  makes_noise.rng.words = words;
+  makes_noise.rng.state = rng_state;
   makes_input.model_input = args.x;
   for (const ReverseStepArgs& bad : {makes_noise, makes_input}) {
     CHECK(run_kernels(bad) == kInvalidValue);
@@ -225,9 +225,9 @@ void offsets_beyond_2_31() {
     std::printf("not run: offsets_beyond_2_31 needs 69 GB of address space\n");
     return;
   }
-  const int64_t words[3] = {1, 2, 3};
+  const int64_t rng_state[3] = {1, 2, 3};
   const auto compare = [&](const View& view, int64_t elements) {
-    PhiloxNormalArgs args{2, elements, view, {words}};
+    PhiloxNormalArgs args{2, elements, view, {rng_state}};
     args.out.data = cpu.floats();
     cpu_kernels().philox_normal(args, 0, 2 * blocks_per_sample(elements));
     args.out.data = threads.floats();
@@ -253,8 +253,9 @@ void elements_beyond_2_31() {
     std::printf("not run: elements_beyond_2_31 needs 17 GB of address space\n");
     return;
   }
-  const int64_t words[3] = {1, 2, 3};
-  PhiloxNormalArgs args{1, elements, float_view(cpu.floats(), elements, {elements}, {1}), {words}};
+  const int64_t rng_state[3] = {1, 2, 3};
+  PhiloxNormalArgs args{
+      1, elements, float_view(cpu.floats(), elements, {elements}, {1}), {rng_state}};
   const int64_t work = blocks_per_sample(elements);
   cpu_kernels().philox_normal(args, work - 1, work);
   args.out.data = threads.floats();

@@ -7,7 +7,7 @@ namespace ddpm::test {
 namespace {
 
 struct Known {
-  uint32_t counter[4], key[2], words[4];
+  uint32_t counter[4], key[2], expected[4];
 };
 
 // The lines "philox4x32 10" of Random123's kat_vectors.
@@ -25,10 +25,10 @@ void known_answers() {
   for (const Known& k : kKnown) {
     const Philox4 w =
         philox4x32_10(k.counter[0], k.counter[1], k.counter[2], k.counter[3], k.key[0], k.key[1]);
-    CHECK(w.r0 == k.words[0], w.r0);
-    CHECK(w.r1 == k.words[1], w.r1);
-    CHECK(w.r2 == k.words[2], w.r2);
-    CHECK(w.r3 == k.words[3], w.r3);
+    CHECK(w.r0 == k.expected[0], w.r0);
+    CHECK(w.r1 == k.expected[1], w.r1);
+    CHECK(w.r2 == k.expected[2], w.r2);
+    CHECK(w.r3 == k.expected[3], w.r3);
   }
 }
 
@@ -38,8 +38,8 @@ void normals_use_the_documented_counter() {
   const uint64_t sample = k.counter[2] | uint64_t{k.counter[3]} << 32;
   const uint64_t seed = k.key[0] | uint64_t{k.key[1]} << 32;
   const Normal4 n = normal4(k.counter[0], k.counter[1], sample, seed);
-  const NormalPair a = box_muller(k.words[0], k.words[1]);
-  const NormalPair b = box_muller(k.words[2], k.words[3]);
+  const NormalPair a = box_muller(k.expected[0], k.expected[1]);
+  const NormalPair b = box_muller(k.expected[2], k.expected[3]);
   CHECK(bits_of(n.z[0]) == bits_of(a.z0), n.z[0], a.z0);
   CHECK(bits_of(n.z[1]) == bits_of(a.z1), n.z[1], a.z1);
   CHECK(bits_of(n.z[2]) == bits_of(b.z0), n.z[2], b.z0);

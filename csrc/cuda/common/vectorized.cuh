@@ -179,7 +179,7 @@ DDPM_HD int64_t outer_offset(const View& view, int64_t index) {
 }
 
 // Of a Vec4 that was loaded one element a word.
-DDPM_HD void convert_words(DType dtype, const Bits& bits, Vec4& vec4) {
+DDPM_HD void convert_unpacked(DType dtype, const Bits& bits, Vec4& vec4) {
   DDPM_UNROLL
   for (int j = 0; j < 4; ++j) {
     vec4.v[j] = dtype == DType::f32 ? float_of(bits.w[j]) : to_float(dtype, bits.w[j]);
@@ -229,7 +229,7 @@ DDPM_HD void load(const View& view, const Grid& grid, const Position& position, 
 }
 
 DDPM_HD void convert(const View& view, const Bits (&bits)[1], Vec4 (&vec4s)[1]) {
-  convert_words(view.dtype, bits[0], vec4s[0]);
+  convert_unpacked(view.dtype, bits[0], vec4s[0]);
 }
 
 DDPM_HD void store(const View& view, const Grid& grid, const Position& position,

@@ -34,7 +34,7 @@ struct QSample {
     int64_t t_stride;
     const float* coefs;
     int64_t num_timesteps;
-    const int64_t* words;
+    const int64_t* rng;
   };
 
   static Params params(const QSampleArgs& a) {
@@ -46,7 +46,7 @@ struct QSample {
             a.t_stride,
             static_cast<const float*>(a.coefs),
             a.num_timesteps,
-            a.rng.words};
+            a.rng.state};
   }
 
   static DDPM_HD void run(const Params& p, const Position& position) {
@@ -57,7 +57,7 @@ struct QSample {
     const int64_t t = p.t[position.sample * p.t_stride];
     load(p.x0, p.grid, position, x0_bits);
     if constexpr (kNoise == Noise::input) load(p.noise, p.grid, position, noise_bits);
-    if constexpr (kNoise == Noise::generated) key = load_key(p.words);
+    if constexpr (kNoise == Noise::generated) key = load_key(p.rng);
     const float* coefs = p.coefs + 2 * row_of(t, p.num_timesteps);
     const float signal_scale = coefs[0], noise_scale = coefs[1];
     convert(p.x0, x0_bits, x0);
@@ -147,7 +147,7 @@ struct ReverseStep {
     const int64_t* step;
     int64_t step_stride;
     int64_t flags;
-    const int64_t* words;
+    const int64_t* rng;
   };
 
   static Params params(const ReverseStepArgs& a) {
@@ -162,7 +162,7 @@ struct ReverseStep {
             a.step,
             a.step_stride,
             a.flags,
-            a.rng.words};
+            a.rng.state};
   }
 
   static DDPM_HD void run(const Params& p, const Position& position) {
@@ -174,7 +174,7 @@ struct ReverseStep {
     load(p.state.before(), p.grid, position, x_bits);
     load(p.out, p.grid, position, out_bits);
     if constexpr (kNoise == Noise::input) load(p.noise, p.grid, position, noise_bits);
-    if constexpr (kNoise == Noise::generated) key = load_key(p.words);
+    if constexpr (kNoise == Noise::generated) key = load_key(p.rng);
     if (index < 0 || index >= p.num_rows) {
       if constexpr (!kInPlace) store_nan<kN>(p, position);
       return;
@@ -219,16 +219,16 @@ struct PhiloxNormal {
   struct Params {
     Grid grid;
     Tensor out;
-    const int64_t* words;
+    const int64_t* rng;
   };
 
   static Params params(const PhiloxNormalArgs& a) {
-    return {make_grid(a.samples, a.elements), tensor_of<Tensor>(a.out), a.rng.words};
+    return {make_grid(a.samples, a.elements), tensor_of<Tensor>(a.out), a.rng.state};
   }
 
   static DDPM_HD void run(const Params& p, const Position& position) {
     Vec4 noise[kVec4s<Tensor>];
-    generate_noise(load_key(p.words), 0, position, noise);
+    generate_noise(load_key(p.rng), 0, position, noise);
     store(p.out, p.grid, position, noise);
   }
 };
@@ -277,7 +277,7 @@ int choose(const Args& a, std::initializer_list<const View*> views, Launch launc
 template <class Launch>
 int dispatch(const QSampleArgs& a, Launch launch) {
   const auto views = {&a.x0, &a.noise, &a.x_t};
-  return a.rng.words ? choose<QSample, Noise::generated>(a, views, launch)
+  return a.rng.state ? choose<QSample, Noise::generated>(a, views, launch)
                      : choose<QSample, Noise::input>(a, views, launch);
 }
 
@@ -290,7 +290,7 @@ template <template <Noise, class, bool> class Variant, bool kInPlace, class Laun
 int choose_step(const ReverseStepArgs& a, std::initializer_list<const View*> views,
                 std::initializer_list<const View*> outputs, bool vectors, Launch launch) {
   if constexpr (kInPlace) {
-    if (a.rng.words) {
+    if (a.rng.state) {
       return choose<Variant, Noise::generated, kInPlace>(a, views, outputs, vectors, launch);
     }
   }
@@ -314,7 +314,7 @@ int dispatch_step(const ReverseStepArgs& a, Launch launch) {
 template <class Launch>
 int dispatch(const ReverseStepArgs& a, Launch launch) {
   if (!a.source.data) return dispatch_step<true>(a, launch);
-  const bool in_place_only = a.rng.words || a.model_input.data || (a.flags & ~kFunctionalFlags);
+  const bool in_place_only = a.rng.state || a.model_input.data || (a.flags & ~kFunctionalFlags);
   return in_place_only ? kInvalidValue : dispatch_step<false>(a, launch);
 }
 

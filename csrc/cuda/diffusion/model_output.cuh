@@ -79,7 +79,7 @@ DDPM_HD void convert_output(const OutputTensor& output, const Bits (&bits)[1], V
   if (output.channels == 0) {
     convert(output.vectors, bits, vec4s);
   } else {
-    convert_words(output.vectors.dtype, bits[0], vec4s[0]);
+    convert_unpacked(output.vectors.dtype, bits[0], vec4s[0]);
   }
 }
 

@@ -12,9 +12,9 @@ struct NoiseKey {
   uint64_t seed, stream, first_sample;
 };
 
-DDPM_HD NoiseKey load_key(const int64_t* words) {
-  return {static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]),
-          static_cast<uint64_t>(words[2])};
+DDPM_HD NoiseKey load_key(const int64_t* rng) {
+  return {static_cast<uint64_t>(rng[0]), static_cast<uint64_t>(rng[1]),
+          static_cast<uint64_t>(rng[2])};
 }
 
 // The normals of a thread's Vec4s, of the stream `streams_on` after the key's.

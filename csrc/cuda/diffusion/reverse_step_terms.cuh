@@ -33,7 +33,7 @@ struct StepTerms {
     const float* threshold;
     int64_t threshold_stride;
     int64_t flags;
-    const int64_t* words;
+    const int64_t* rng;
 
     DDPM_HD bool has(int64_t flag) const {
       return (kInPlace || (flag & kFunctionalFlags)) && (flags & flag) != 0;
@@ -64,7 +64,7 @@ struct StepTerms {
             static_cast<const float*>(a.threshold),
             a.threshold_stride,
             a.flags,
-            a.rng.words};
+            a.rng.state};
   }
 
   template <class F>
@@ -94,7 +94,7 @@ struct StepTerms {
     load_output(p.out, p.grid, position, out_bits);
     if (p.has(kGuide)) load_output(p.out2, p.grid, position, out2_bits);
     if constexpr (kNoise == Noise::input) load(p.noise, p.grid, position, noise_bits);
-    if constexpr (kNoise == Noise::generated) key = load_key(p.words);
+    if constexpr (kNoise == Noise::generated) key = load_key(p.rng);
     if constexpr (kNoise != Noise::none) {
       if (p.has(kLearned)) load_output(p.log_variance, p.grid, position, v_bits);
     }
