@@ -82,7 +82,7 @@ DDPM_HD Row<R> load_row(const R* rows, int64_t index) {
 // The slot of h_k, and for k = 0 the one that a push goes to. Whatever a row holds, it is one of
 // the ring's.
 template <class R>
-DDPM_HD int slot_of_past(const Row<R>& row, int k, int depth) {
+DDPM_HD int past_slot(const Row<R>& row, int k, int depth) {
   const int column = row.slot >= R(2) ? 2 : row.slot >= R(1) ? 1 : 0;
   const int slot = (column < depth ? column : depth - 1) - k;
   return slot < 0 ? slot + depth : slot;

@@ -22,12 +22,12 @@ DDPM_HD R* sample_pointer(const View& view, int64_t sample) {
   return static_cast<R*>(view.data) + sample * view.sample_stride;
 }
 
-// Calls body(i, offset) for the elements first + i of a sample, i < count.
-template <class Body>
-DDPM_HD void walk(const View& view, int64_t first, int64_t count, Body body) {
+// Calls f(i, offset) for the elements first + i of a sample, i < count.
+template <class F>
+DDPM_HD void walk(const View& view, int64_t first, int64_t count, F f) {
   if (view.linear) {
 #pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) body(i, first + i);
+    for (int64_t i = 0; i < count; ++i) f(i, first + i);
     return;
   }
   if (count == 0) return;  // sizes may be 0
@@ -45,7 +45,7 @@ DDPM_HD void walk(const View& view, int64_t first, int64_t count, Body body) {
     const int64_t left = view.sizes[last] - index[last];
     const int64_t run = left < count - i ? left : count - i;
 #pragma GCC ivdep
-    for (int64_t j = 0; j < run; ++j) body(i + j, offset + j * stride);
+    for (int64_t j = 0; j < run; ++j) f(i + j, offset + j * stride);
     i += run;
     index[last] += run;
     offset += run * stride;

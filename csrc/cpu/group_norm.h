@@ -38,12 +38,12 @@ struct NormSlab {
   }
 };
 
-// Calls body(row of the buffer, offset in the map) for the pixels first .. first + count - 1.
-template <class Body>
-DDPM_HD void over_pixels(const Map& map, int64_t width, int64_t first, int64_t count, Body body) {
+// Calls f(row of the buffer, offset in the map) for the pixels first .. first + count - 1.
+template <class F>
+DDPM_HD void over_pixels(const Map& map, int64_t width, int64_t first, int64_t count, F f) {
   int64_t y = first / width, x = first - y * width;
   for (int64_t i = 0; i < count; ++i) {
-    body(i, y * map.row + x * map.column);
+    f(i, y * map.row + x * map.column);
     if (++x == width) {
       x = 0;
       ++y;
@@ -86,19 +86,19 @@ DDPM_HD void narrow_row(const R* from, int64_t count, T* to) {
 
 #if defined(DDPM_F16C)  // of the instruction set that this is compiled for
 // Eight at a time by the processor's own conversion, which gives the same values.
-typedef float Floats8 __attribute__((vector_size(32)));
-typedef short Halves8 __attribute__((vector_size(16)));
+typedef float Float32x8 __attribute__((vector_size(32)));
+typedef short Float16x8 __attribute__((vector_size(16)));
 constexpr int kToNearestEven = 0;
 
 template <bool kAdd>
 DDPM_HD void widen_row(const half_t* from, int64_t count, float* to) {
   int64_t c = 0;
   for (; c + 8 <= count; c += 8) {
-    Halves8 bits;
+    Float16x8 bits;
     __builtin_memcpy(&bits, from + c, sizeof bits);
-    Floats8 values = __builtin_ia32_vcvtph2ps256(bits);
+    Float32x8 values = __builtin_ia32_vcvtph2ps256(bits);
     if constexpr (kAdd) {
-      Floats8 before;
+      Float32x8 before;
       __builtin_memcpy(&before, to + c, sizeof before);
       values = before + values;
     }
@@ -109,9 +109,9 @@ DDPM_HD void widen_row(const half_t* from, int64_t count, float* to) {
 DDPM_HD void narrow_row(const float* from, int64_t count, half_t* to) {
   int64_t c = 0;
   for (; c + 8 <= count; c += 8) {
-    Floats8 values;
+    Float32x8 values;
     __builtin_memcpy(&values, from + c, sizeof values);
-    const Halves8 bits = __builtin_ia32_vcvtps2ph256(values, kToNearestEven);
+    const Float16x8 bits = __builtin_ia32_vcvtps2ph256(values, kToNearestEven);
     __builtin_memcpy(to + c, &bits, sizeof bits);
   }
   narrow_row<half_t, float>(from + c, count - c, to + c);
@@ -195,21 +195,21 @@ NormRows<R> rows_of(const NormSlab<R>& s, const Map& map, int64_t pixel) {
           map.column};
 }
 
-// Calls body(rows, pixel, count) for all of the slab, in blocks of at most kNormRows.
-template <class T, class R, class Body>
-DDPM_HD void over_rows(const NormSlab<R>& s, bool first_pass, Body body) {
+// Calls f(rows, pixel, count) for all of the slab, in blocks of at most kNormRows.
+template <class T, class R, class F>
+DDPM_HD void over_rows(const NormSlab<R>& s, bool first_pass, F f) {
   const bool in_place = used_in_place<T>(s);
   const int64_t step = s.step();
   for (int64_t pixel = 0; pixel < s.pixels(); pixel += step) {
     const int64_t left = s.pixels() - pixel, count = left < step ? left : step;
     if (in_place) {
-      body(rows_of(s, s.a.x, pixel), pixel, count);
+      f(rows_of(s, s.a.x, pixel), pixel, count);
       continue;
     }
     R* to = s.cached ? s.cached + pixel * s.channels : s.block;
     const NormRows<R> rows{to, s.channels};
     if (first_pass || !s.cached) gather_slab<T>(s, pixel, count, rows);
-    body(rows, pixel, count);
+    f(rows, pixel, count);
   }
 }
 

@@ -7,7 +7,7 @@ constexpr int kLanes = 64;  // Philox blocks made together
 // normals[0 .. 4 * kLanes): those of `kLanes` Philox blocks from `block` on.
 inline void make_lanes(float* normals, uint32_t block, uint32_t stream, uint64_t sample,
                        uint64_t seed) {
-  alignas(64) uint32_t random[4][kLanes];
+  alignas(64) uint32_t random_bits[4][kLanes];
   alignas(64) float z[4][kLanes];
   const uint32_t sample_low = static_cast<uint32_t>(sample);
   const uint32_t sample_high = static_cast<uint32_t>(sample >> 32);
@@ -16,14 +16,14 @@ inline void make_lanes(float* normals, uint32_t block, uint32_t stream, uint64_t
   for (int i = 0; i < kLanes; ++i) {
     const Philox4 w = philox4x32_10(block + static_cast<uint32_t>(i), stream, sample_low,
                                     sample_high, key_low, key_high);
-    random[0][i] = w.r0;
-    random[1][i] = w.r1;
-    random[2][i] = w.r2;
-    random[3][i] = w.r3;
+    random_bits[0][i] = w.r0;
+    random_bits[1][i] = w.r1;
+    random_bits[2][i] = w.r2;
+    random_bits[3][i] = w.r3;
   }
   for (int pair = 0; pair < 4; pair += 2) {
     for (int i = 0; i < kLanes; ++i) {
-      const NormalPair p = box_muller(random[pair][i], random[pair + 1][i]);
+      const NormalPair p = box_muller(random_bits[pair][i], random_bits[pair + 1][i]);
       z[pair][i] = p.z0;
       z[pair + 1][i] = p.z1;
     }

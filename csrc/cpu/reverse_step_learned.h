@@ -93,7 +93,7 @@ void split_learned_variance(LearnedBlock b, int64_t count, Row<float> row) {
   alignas(64) float out[kGroup], v[kGroup];
   const int64_t whole = count - count % kGroup;
   for (int64_t i = 0; i < whole; i += kGroup) {
-    split_halves(b.out + 2 * i, out, v);
+    split_learned_variance(b.out + 2 * i, out, v);
     learned_group<kUsesOut, kStoresX0>(b.with(i, out, v), row);
   }
   if (whole == count) return;

@@ -34,17 +34,17 @@ class Terms {
   }
 
   // Calls body with the Sum of these terms: kLeast to kMost of them.
-  template <int kLeast, int kMost, class Body>
-  DDPM_HD void visit(Body body) const {
+  template <int kLeast, int kMost, class F>
+  DDPM_HD void visit(F f) const {
     if constexpr (kLeast < kMost) {
-      if (count_ > kLeast) return visit<kLeast + 1, kMost>(body);
+      if (count_ > kLeast) return visit<kLeast + 1, kMost>(f);
     }
     Sum<kLeast, R> sum;
     for (int k = 0; k < kLeast; ++k) {
       sum.coefficients[k] = coefficients_[k];
       sum.blocks[k] = blocks_[k];
     }
-    body(sum);
+    f(sum);
   }
 
  private:
@@ -141,7 +141,7 @@ class StepPart {
   bool has(int64_t flag) const { return (a_.flags & flag) != 0; }
 
   const View& slot(const Row<R>& row, int k) const {
-    return slots_[slot_of_past(row, k, static_cast<int>(a_.depth))];
+    return slots_[past_slot(row, k, static_cast<int>(a_.depth))];
   }
 
   const R* output(const Block& b, const Row<R>& row) {

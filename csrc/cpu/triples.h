@@ -22,7 +22,7 @@ DDPM_HD void put(float* to, Floats values) {
 
 // Both halves of sixteen pixels. Sixteen elements of a half lie in two registers, but for one at
 // most: it is first put where one of the two has an element of the other half.
-DDPM_HD void split_halves(const float* from, float* first, float* second) {
+DDPM_HD void split_learned_variance(const float* from, float* first, float* second) {
   const Floats a = floats_at(from), b = floats_at(from + 16), c = floats_at(from + 32);
   const Floats d = floats_at(from + 48), e = floats_at(from + 64), f = floats_at(from + 80);
   Floats filled;
@@ -96,7 +96,7 @@ DDPM_HD void pack_triples(const float* from, float* to) {
 }
 
 #if DDPM_PERMUTES != 16
-DDPM_HD void split_halves(const float* from, float* first, float* second) {
+DDPM_HD void split_learned_variance(const float* from, float* first, float* second) {
   pack_triples(from, first);
   pack_triples(from + 3, second);
 }

@@ -80,7 +80,7 @@ struct NormProblem {
       std::vector<double> values(static_cast<size_t>(channels()));
       for (double& v : values) v = rounded(random.symmetric(2.0));
       std::vector<uint16_t>& bits = narrow[table == &bias];
-      for (double v : values) bits.push_back(bits_of_half(v));
+      for (double v : values) bits.push_back(bits_of_16(v));
       *table = Table(wide, values);
     }
     for (int64_t n = 0; n < 2 * c.samples; ++n) row.push_back(random.below(kRows));
@@ -88,14 +88,14 @@ struct NormProblem {
   }
 
   int64_t channels() const { return c.first + c.second; }
-  bool is_half() const { return c.dtype == DType::f16 || c.dtype == DType::bf16; }
+  bool has_16_bits() const { return c.dtype == DType::f16 || c.dtype == DType::bf16; }
   double rounded(double v) const {
     const float f = static_cast<float>(v);
     return c.dtype == DType::f16    ? static_cast<double>(to_float(to_half(f)))
            : c.dtype == DType::bf16 ? static_cast<double>(to_float(to_bfloat16(f)))
                                     : v;
   }
-  uint16_t bits_of_half(double v) const {
+  uint16_t bits_of_16(double v) const {
     const float f = static_cast<float>(v);
     return c.dtype == DType::bf16 ? to_bfloat16(f).bits : to_half(f).bits;
   }
@@ -115,8 +115,8 @@ struct NormProblem {
     a.second = c.second;
     a.groups = c.groups;
     a.dtype = c.dtype;
-    const bool narrows = is_half() && !c.wide_parameters;
-    a.parameters = is_half() && c.wide_parameters ? DType::f32 : c.dtype;
+    const bool narrows = has_16_bits() && !c.wide_parameters;
+    a.parameters = has_16_bits() && c.wide_parameters ? DType::f32 : c.dtype;
     a.out = map_of(out);
     a.x = map_of(x);
     a.x2 = map_of(x2);
@@ -142,9 +142,9 @@ struct NormProblem {
   // h of every element, in the order of each(), before anything has run.
   double sum_at(const Sizes& at) const {
     const int64_t channel = at[1];
-    Sizes of_second = at;
-    of_second[1] -= c.first;
-    double h = channel < c.first ? x.get(at) : x2.get(of_second);
+    Sizes second_at = at;
+    second_at[1] -= c.first;
+    double h = channel < c.first ? x.get(at) : x2.get(second_at);
     if (c.residual) h += residual.get(at);
     return c.vector ? h + entry(vector, channels(), at[0], channel) : h;
   }
@@ -195,18 +195,20 @@ class NormReference {
     for (double v : sums_) sum_top = std::isnan(v) ? sum_top : std::max(sum_top, std::fabs(v));
     const bool wide = p_.c.dtype == DType::f64;
     const double eps = wide ? 0x1p-50 : 0x1p-21;  // eight roundings
-    const double half = p_.c.dtype == DType::f16 ? 0x1p-11 : p_.c.dtype == DType::bf16 ? 0x1p-8 : 0;
-    const double lost = eps * (1 + std::fabs(p_.c.mean));  // where a mean is taken off
-    const double folded = p_.is_half() ? 0x1p-22 : 0.0;    // where it is part of an offset
+    const double half_ulp = p_.c.dtype == DType::f16    ? 0x1p-11
+                            : p_.c.dtype == DType::bf16 ? 0x1p-8
+                                                        : 0;
+    const double cancellation = eps * (1 + std::fabs(p_.c.mean));  // where a mean is taken off
+    const double folded = p_.has_16_bits() ? 0x1p-22 : 0.0;        // where it is part of an offset
     const TestTensor& total = p_.c.over_residual ? ran.residual : ran.total;
     ran.out.each([&](const Sizes& at) {
       const double want = values_[i], got = ran.out.get(at);
       const double bound =
-          lost * top + folded * offsets_[i] + 1.01 * half * std::fabs(want) + 0x1p-24;
+          cancellation * top + folded * offsets_[i] + 1.01 * half_ulp * std::fabs(want) + 0x1p-24;
       CHECK(same(got, want, bound), what, at[0], at[1], at[2], at[3], got, want, bound);
       if (p_.c.total) {
         const double sum = total.get(at);
-        const double near = eps * sum_top + 1.01 * half * std::fabs(sums_[i]) + 0x1p-24;
+        const double near = eps * sum_top + 1.01 * half_ulp * std::fabs(sums_[i]) + 0x1p-24;
         CHECK(same(sum, sums_[i], near), what, "total", sum, sums_[i]);
       }
       ++i;

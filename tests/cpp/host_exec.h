@@ -45,8 +45,8 @@ class HostExec {
   void xor_add(std::function<float&(Thread&)> value, uint32_t lanes) {
     steps_.push_back({kAdd, {}, std::move(value), {}, lanes});
   }
-  void each_peer(uint32_t blocks, std::function<void(Thread&, float*)> f) {
-    steps_.push_back({kPeer, {}, {}, std::move(f), blocks});
+  void each_cluster_block(uint32_t blocks, std::function<void(Thread&, float*)> f) {
+    steps_.push_back({kClusterBlock, {}, {}, std::move(f), blocks});
   }
   void block_sync() { steps_.push_back({kSync, {}, {}, {}, 0}); }
   void cluster_sync() { flush(); }
@@ -65,12 +65,12 @@ class HostExec {
   struct alignas(16) Line {
     float v[4];
   };
-  enum Kind { kEach, kAdd, kPeer, kSync };
+  enum Kind { kEach, kAdd, kClusterBlock, kSync };
   struct Step {
     Kind kind;
     std::function<void(Thread&)> each;
     std::function<float&(Thread&)> value;
-    std::function<void(Thread&, float*)> peer;
+    std::function<void(Thread&, float*)> cluster_block;
     uint32_t number;
   };
 
@@ -98,7 +98,8 @@ class HostExec {
     for (uint32_t i = 0; i < 32; ++i) {
       const uint32_t lane = backwards_ ? 31 - i : i;
       if (step.kind == kEach) step.each(lanes[lane]);
-      if (step.kind == kPeer && lane < step.number) step.peer(lanes[lane], shared_[lane][0].v);
+      if (step.kind == kClusterBlock && lane < step.number)
+        step.cluster_block(lanes[lane], shared_[lane][0].v);
       if (step.kind == kAdd) before[lane] = step.value(lanes[lane]);
     }
     if (step.kind != kAdd) return;

@@ -76,7 +76,8 @@ struct Choices {
   const std::vector<Shape>* from = &shapes();
   bool wide = false;
   bool generated = false;
-  bool tidy = false;  // channels-last throughout, or half of that where a model made it
+  bool channels_last_only =
+      false;  // channels-last throughout, or half of that where a model made it
 };
 
 inline DType random_dtype(const Choices& c, Random& random) {
@@ -84,15 +85,15 @@ inline DType random_dtype(const Choices& c, Random& random) {
 }
 
 inline TestTensor random_input(const Common& p, const Choices& c, Random& random) {
-  const Layout layout = c.tidy ? Layout::channels_last : random_layout(random);
+  const Layout layout = c.channels_last_only ? Layout::channels_last : random_layout(random);
   TestTensor tensor(random_dtype(c, random), p.sizes, layout, random);
   tensor.fill(random, 2.0);
   return tensor;
 }
 
 inline TestTensor random_of_model(const Common& p, const Choices& c, Random& random) {
-  if (!c.tidy || random.coin()) return random_input(p, c, random);
-  TestTensor tensor(random_dtype(c, random), p.sizes, Layout::half, random);
+  if (!c.channels_last_only || random.coin()) return random_input(p, c, random);
+  TestTensor tensor(random_dtype(c, random), p.sizes, Layout::channel_slice, random);
   tensor.fill(random, 2.0);
   return tensor;
 }
@@ -100,7 +101,7 @@ inline TestTensor random_of_model(const Common& p, const Choices& c, Random& ran
 inline TestTensor random_output(const Sizes& sizes, const Choices& c, DType dtype, Random& random) {
   Layout layout = random_layout(random);
   while (!writable(layout)) layout = random_layout(random);
-  TestTensor tensor(dtype, sizes, c.tidy ? Layout::channels_last : layout, random);
+  TestTensor tensor(dtype, sizes, c.channels_last_only ? Layout::channels_last : layout, random);
   tensor.fill(random, 2.0);
   return tensor;
 }
@@ -218,7 +219,7 @@ struct ReverseStepProblem : Common {
   int64_t flags = 0, depth = 0, threshold_stride = 1;
 
   ReverseStepProblem(const Choices& c, Random& random) : Common(random_common(c, random)) {
-    flags = random_flags(c.tidy, random);
+    flags = random_flags(c.channels_last_only, random);
     const bool in_place = generated || random.coin();
     if (!in_place) flags &= kFunctionalFlags;
     x = random_output(sizes, c, random_state(c, random), random);
@@ -248,13 +249,14 @@ struct ReverseStepProblem : Common {
     std::vector<double> values(static_cast<size_t>(rows * kRowWidth));
     for (double& value : values) value = random.symmetric(1.5);
     for (int64_t row = 0; row < rows; ++row) {
-      double* of_row = &values[static_cast<size_t>(row * kRowWidth)];
-      of_row[kRow_clip] =
+      double* row_values = &values[static_cast<size_t>(row * kRowWidth)];
+      row_values[kRow_clip] =
           random.below(4) ? 0.2 + random.symmetric(0.1) : std::numeric_limits<double>::infinity();
-      of_row[kRow_P] = random.below(5) ? of_row[kRow_P] : 0.0;
-      of_row[kRow_ratio] = of_row[kRow_P] != 0 ? of_row[kRow_Q] / of_row[kRow_P] : 0.0;
-      of_row[kRow_push] = static_cast<double>(random.below(2));
-      of_row[kRow_slot] = static_cast<double>(depth > 0 ? random.below(depth) : 0);
+      row_values[kRow_P] = random.below(5) ? row_values[kRow_P] : 0.0;
+      row_values[kRow_ratio] =
+          row_values[kRow_P] != 0 ? row_values[kRow_Q] / row_values[kRow_P] : 0.0;
+      row_values[kRow_push] = static_cast<double>(random.below(2));
+      row_values[kRow_slot] = static_cast<double>(depth > 0 ? random.below(depth) : 0);
     }
     table = Table(wide, values);
     threshold_stride = random.below(3);
@@ -316,9 +318,9 @@ struct PhiloxNormalProblem : Common {
 
 template <class Problem>
 bool same_outputs(const Problem& a, const Problem& b) {
-  const auto of_a = a.outputs(), of_b = b.outputs();
-  for (size_t i = 0; i < of_a.size(); ++i) {
-    if (!of_a[i]->same_memory(*of_b[i])) return false;
+  const auto a_outputs = a.outputs(), b_outputs = b.outputs();
+  for (size_t i = 0; i < a_outputs.size(); ++i) {
+    if (!a_outputs[i]->same_memory(*b_outputs[i])) return false;
   }
   return true;
 }

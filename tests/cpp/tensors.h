@@ -19,18 +19,18 @@ using Sizes = std::vector<int64_t>;
 enum class Layout {
   contiguous,
   channels_last,
-  permuted,   // dense, the dimensions in another order
-  sliced,     // part of a larger tensor in every dimension
-  padded,     // samples apart, each dense
-  expanded,   // one sample for all
-  broadcast,  // one pixel for all of a sample
-  unaligned,  // dense, one element behind an aligned address
-  half,       // channels-last, the first or second half of the channels of a larger tensor
+  permuted,       // dense, the dimensions in another order
+  sliced,         // part of a larger tensor in every dimension
+  padded,         // samples apart, each dense
+  expanded,       // one sample for all
+  broadcast,      // one pixel for all of a sample
+  unaligned,      // dense, one element behind an aligned address
+  channel_slice,  // channels-last, the first or second half of the channels of a larger tensor
 };
 
 constexpr Layout kLayouts[] = {Layout::contiguous, Layout::channels_last, Layout::permuted,
                                Layout::sliced,     Layout::padded,        Layout::expanded,
-                               Layout::broadcast,  Layout::unaligned,     Layout::half};
+                               Layout::broadcast,  Layout::unaligned,     Layout::channel_slice};
 
 inline Layout random_layout(Random& random) {
   return kLayouts[random.below(sizeof kLayouts / sizeof *kLayouts)];
@@ -66,8 +66,8 @@ class TestTensor {
     Sizes outer = sizes_;    // what is allocated
     std::vector<int> order;  // dimensions, outermost first, as they lie in memory
     for (int d = 0; d < ndim; ++d) order.push_back(d);
-    const bool half = layout == Layout::half && ndim > 2;
-    if ((layout == Layout::channels_last || half) && ndim > 2) {
+    const bool channel_slice = layout == Layout::channel_slice && ndim > 2;
+    if ((layout == Layout::channels_last || channel_slice) && ndim > 2) {
       order.erase(order.begin() + 1);
       order.push_back(1);
     }
@@ -77,7 +77,7 @@ class TestTensor {
     if (layout == Layout::sliced) {
       for (int64_t& size : outer) size += 1 + random.below(3);
     }
-    if (half) outer[1] *= 2;
+    if (channel_slice) outer[1] *= 2;
     strides_.assign(sizes_.size(), 0);
     int64_t count = 1;
     for (int i = ndim - 1; i >= 0; --i) {
@@ -88,12 +88,12 @@ class TestTensor {
       strides_[d] = count;
       count *= outer[d];
     }
-    offset_ = layout == Layout::unaligned ? 1 : half && random.coin() ? sizes_[1] : 0;
+    offset_ = layout == Layout::unaligned ? 1 : channel_slice && random.coin() ? sizes_[1] : 0;
     if (layout == Layout::sliced) {
       for (int d = 0; d < ndim; ++d) offset_ += (outer[d] - sizes_[d]) * strides_[d];
     }
     // A half is part of what is counted already.
-    bytes_ = static_cast<size_t>(count + (half ? 0 : offset_)) * bytes_of(dtype);
+    bytes_ = static_cast<size_t>(count + (channel_slice ? 0 : offset_)) * bytes_of(dtype);
     allocate();
     std::memset(memory_.get(), 0xCD, bytes_);
   }

@@ -168,11 +168,11 @@ void check_outcome(const ReverseStepProblem& p, const ReverseStepProblem& before
   p.x.each([&](const Sizes& index) {
     const int64_t row = p.index_of(index[0]);
     if (row < 0 || row >= p.rows) {
-      for (const auto& [of_p, of_before] :
+      for (const auto& [ran_tensor, before_tensor] :
            {std::pair{&p.x, &before.x}, {&p.pred_x0, &before.pred_x0}}) {
-        if (!of_p->exists()) continue;
-        const double got = of_p->get(index);
-        CHECK(p.source.exists() ? std::isnan(got) : got == of_before->get(index), kernels, row);
+        if (!ran_tensor->exists()) continue;
+        const double got = ran_tensor->get(index);
+        CHECK(p.source.exists() ? std::isnan(got) : got == before_tensor->get(index), kernels, row);
       }
       if (p.second.exists()) CHECK(p.second.get(index) == before.second.get(index), kernels, row);
       for (Sizes at = index; p.depth > 0 && at[0] < p.depth * p.samples(); at[0] += p.samples()) {
@@ -204,12 +204,12 @@ void check_outcome(const PhiloxNormalProblem& p, const PhiloxNormalProblem&, con
 // Nothing but elements has been written.
 template <class Problem>
 void check_gaps(const Problem& ran, const Problem& before, const char* kernels) {
-  const auto of_ran = ran.outputs(), of_before = before.outputs();
-  for (size_t i = 0; i < of_ran.size(); ++i) {
-    if (!of_ran[i]->exists()) continue;
-    TestTensor expected(*of_before[i]);
-    expected.each([&](const Sizes& index) { expected.set(index, of_ran[i]->get(index)); });
-    CHECK(expected.same_memory(*of_ran[i]), kernels, before.shape, i);
+  const auto ran_outputs = ran.outputs(), before_outputs = before.outputs();
+  for (size_t i = 0; i < ran_outputs.size(); ++i) {
+    if (!ran_outputs[i]->exists()) continue;
+    TestTensor expected(*before_outputs[i]);
+    expected.each([&](const Sizes& index) { expected.set(index, ran_outputs[i]->get(index)); });
+    CHECK(expected.same_memory(*ran_outputs[i]), kernels, before.shape, i);
   }
 }
 
@@ -293,12 +293,12 @@ void any_slot_is_one_of_the_ring() {
     for (int k = 0; k <= depth; ++k) {
       for (double slot : {nan, -1e300, -1.0, 0.0, 1.0, 2.0, 3.0, 1e300}) {
         row.slot = slot;
-        const int got = slot_of_past(row, k, depth);
+        const int got = past_slot(row, k, depth);
         CHECK(got >= 0 && got < depth, slot, k, depth, got);
       }
       for (int slot = 0; slot < depth; ++slot) {
         row.slot = slot;
-        CHECK(slot_of_past(row, k, depth) == (slot + depth - k) % depth, slot, k, depth);
+        CHECK(past_slot(row, k, depth) == (slot + depth - k) % depth, slot, k, depth);
       }
     }
   }

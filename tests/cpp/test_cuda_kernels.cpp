@@ -42,11 +42,11 @@ bool runs_vectorized(const Args& args) {
 // `wanted` problems that are served in vectors, or that are not.
 template <class Problem>
 void same_as_cpu(const std::vector<Shape>& from, bool generated, bool vectors, int wanted,
-                 bool tidy = false) {
+                 bool channels_last_only = false) {
   Random random(5 + generated);
   Choices choices;
   choices.generated = generated;
-  choices.tidy = tidy;
+  choices.channels_last_only = channels_last_only;
   choices.from = &from;
   int run = 0;
   for (int trial = 0; run < wanted && trial < 100 * wanted; ++trial) {

@@ -31,8 +31,8 @@ void exponential_is_within_1_1_ulp() {
     const double exact = std::exp(static_cast<double>(x));
     if (exact < 0x1p-150 || exact >= 0x1.ffffffp127) return;  // 0 and infinity in float32
     const double error = std::fabs(static_cast<double>(exponential(x)) - exact) / ulp(exact);
-    double& of_range = exact < 0x1p-126 ? worst_subnormal : worst;
-    of_range = std::max(of_range, error);
+    double& range_worst = exact < 0x1p-126 ? worst_subnormal : worst;
+    range_worst = std::max(range_worst, error);
   });
   CHECK(worst <= 1.1, worst);
   CHECK(worst > 0.1, worst);  // the sweep measures something

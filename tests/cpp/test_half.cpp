@@ -42,12 +42,12 @@ uint32_t encoded(float value, Format f) {
   int exponent = std::isinf(magnitude) ? f.bias : std::ilogb(magnitude);
   if (exponent < lowest) exponent = lowest;
   const double spacing = std::ldexp(1.0, exponent - f.fraction_bits);
-  const double places = std::nearbyint(magnitude / spacing);
+  const double units = std::nearbyint(magnitude / spacing);
   const double largest = std::ldexp(2.0 - std::ldexp(1.0, -f.fraction_bits), f.bias);
-  if (places * spacing > largest) return sign | infinity_bits(f);
-  // `places` counts the significand; with its hidden bit it carries into the exponent by itself.
+  if (units * spacing > largest) return sign | infinity_bits(f);
+  // `units` counts the significand; with its hidden bit it carries into the exponent by itself.
   const uint32_t base = static_cast<uint32_t>(exponent - lowest) << f.fraction_bits;
-  return sign | (base + static_cast<uint32_t>(places));
+  return sign | (base + static_cast<uint32_t>(units));
 }
 
 void check_decoding(uint32_t bits, float got, Format f) {
@@ -59,7 +59,7 @@ void check_decoding(uint32_t bits, float got, Format f) {
   }
 }
 
-void every_half_is_decoded() {
+void every_16_bit_float_is_decoded() {
   for (uint32_t bits = 0; bits < 0x10000u; ++bits) {
     const uint16_t low = static_cast<uint16_t>(bits);
     check_decoding(bits, to_float(half_t{low}), kF16);
@@ -89,7 +89,7 @@ void check_around(float value) {
   }
 }
 
-void values_and_ties_of_every_half() {
+void values_and_ties_of_every_16_bit_float() {
   for (uint32_t bits = 0; bits < 0x7FFFu; ++bits) {
     for (Format f : {kF16, kBf16}) {
       const double low = decoded(bits, f);
@@ -123,7 +123,7 @@ void every_exponent_of_float32() {
 }  // namespace ddpm::test
 
 int main() {
-  return ddpm::test::run(ddpm::test::every_half_is_decoded,
-                         ddpm::test::values_and_ties_of_every_half,
+  return ddpm::test::run(ddpm::test::every_16_bit_float_is_decoded,
+                         ddpm::test::values_and_ties_of_every_16_bit_float,
                          ddpm::test::every_exponent_of_float32);
 }

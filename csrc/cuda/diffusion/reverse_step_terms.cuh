@@ -107,7 +107,7 @@ struct StepTerms {
     }
     const Row row = load_row(p.rows, index);
     if (p.depth > 1) {
-      load_past(p, position, past_bits, [&](int k) { return slot_of_past(row, k, p.depth); });
+      load_past(p, position, past_bits, [&](int k) { return past_slot(row, k, p.depth); });
     }
 
     Vec4 x[1], out[1], noise[1], y[1], past[kDeepest][1];
@@ -150,7 +150,7 @@ struct StepTerms {
       Vec4 pushed[1];
       each([&](int j) { pushed[0].v[j] = fma(row.Hv, x0.v[j], row.Hx * x[0].v[j]); });
       if (p.has(kPushOut)) add(row.Ho, out[0], pushed[0]);
-      store(p.history, p.grid, position, pushed, slot_of_past(row, 0, p.depth) * p.slot_bytes);
+      store(p.history, p.grid, position, pushed, past_slot(row, 0, p.depth) * p.slot_bytes);
     }
     store_state(p, position, row, x0, next);
   }

@@ -16,25 +16,25 @@ namespace {
 
 __global__ void compiled_for() {}
 
-struct Facts {
+struct DeviceInfo {
   int multiprocessors;
   bool has_clusters;
 };
 
 // Clusters and overlap need code that was compiled for sm_90, not only a GPU that has them: other
 // code neither exchanges nor waits.
-cudaError_t ask(int device, Facts* facts) {
+cudaError_t query_device(int device, DeviceInfo* info) {
   cudaFuncAttributes code{};
   cudaError_t error = cudaFuncGetAttributes(&code, compiled_for);
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&facts->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    error = cudaDeviceGetAttribute(&info->multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
-  facts->has_clusters = code.ptxVersion >= 90;
+  info->has_clusters = code.ptxVersion >= 90;
   return error;
 }
 
 // Asked once for each device: as 2 * multiprocessors + has_clusters.
-cudaError_t facts_of_device(Facts* facts) {
+cudaError_t device_info(DeviceInfo* info) {
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices];
   int device = 0;
@@ -42,13 +42,12 @@ cudaError_t facts_of_device(Facts* facts) {
   if (error != cudaSuccess) return error;
   const int found = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
   if (found != 0) {
-    *facts = {found / 2, found % 2 == 1};
+    *info = {found / 2, found % 2 == 1};
     return cudaSuccess;
   }
-  error = ask(device, facts);
+  error = query_device(device, info);
   if (error == cudaSuccess && device < kDevices) {
-    known[device].store(2 * facts->multiprocessors + facts->has_clusters,
-                        std::memory_order_relaxed);
+    known[device].store(2 * info->multiprocessors + info->has_clusters, std::memory_order_relaxed);
   }
   return error;
 }
@@ -56,21 +55,21 @@ cudaError_t facts_of_device(Facts* facts) {
 }  // namespace
 
 int cuda_group_norm(const GroupNormArgs& args, void* stream) {
-  Facts facts{};
-  const cudaError_t error = facts_of_device(&facts);
+  DeviceInfo info{};
+  const cudaError_t error = device_info(&info);
   if (error != cudaSuccess) {
     cudaGetLastError();  // reported here, not by a later check
     return error;
   }
   const NormPlan plan =
-      choose_group_norm(args, {facts.multiprocessors, facts.has_clusters ? 3u : 0u});
+      choose_group_norm(args, {info.multiprocessors, info.has_clusters ? 3u : 0u});
   switch (args.dtype) {
     case DType::f16:
-      return cuda_group_norm_f16(args, plan, facts.has_clusters, stream);
+      return cuda_group_norm_f16(args, plan, info.has_clusters, stream);
     case DType::bf16:
-      return cuda_group_norm_bf16(args, plan, facts.has_clusters, stream);
+      return cuda_group_norm_bf16(args, plan, info.has_clusters, stream);
     case DType::f32:
-      return cuda_group_norm_f32(args, plan, facts.has_clusters, stream);
+      return cuda_group_norm_f32(args, plan, info.has_clusters, stream);
     default:
       return cudaErrorInvalidValue;
   }

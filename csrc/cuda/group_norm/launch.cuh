@@ -34,7 +34,7 @@ struct DeviceExec {
     v = v + __shfl_xor_sync(0xFFFFFFFFu, v, static_cast<int>(lanes));
   }
   template <class F>
-  __device__ __forceinline__ void each_peer(uint32_t blocks, F f) {
+  __device__ __forceinline__ void each_cluster_block(uint32_t blocks, F f) {
 #if __CUDA_ARCH__ >= 900
     find_position();
     const uint32_t lane = state.position.thread % 32;

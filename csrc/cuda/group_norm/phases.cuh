@@ -5,7 +5,7 @@
 //   each(f)               f of every thread;
 //   xor_add(f, lanes)     the float f of every thread plus that of the thread whose index has the
 //                         bit `lanes` otherwise;
-//   each_peer(n, f)       f of every warp's lane i < n with the shared memory of block i;
+//   each_cluster_block(n, f)       f of every warp's lane i < n with the shared memory of block i;
 //   block_sync()
 //   cluster_sync()        a barrier of all blocks of a cluster;
 //   cluster_arrive(), cluster_wait()   the same in two halves, which tells that all have started;
@@ -48,7 +48,7 @@ DDPM_HD void reduce(const NormParams& p, Exec& exec, uint32_t pass) {
     if (p.plan.cluster_bits == 0) {
       exec.each([&p, round, pass](Thread& t) { t.finish(p, round, pass); });
     } else {
-      exec.each_peer(p.plan.cluster(), [&p, round, pass](Thread& t, float* memory) {
+      exec.each_cluster_block(p.plan.cluster(), [&p, round, pass](Thread& t, float* memory) {
         t.send(p, round, pass, memory);
       });
     }

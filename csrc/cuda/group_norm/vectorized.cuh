@@ -86,12 +86,12 @@ struct VectorizedThread {
         for (int w = 0; w < 4; ++w) held[i][w] = bits[i].w[w];
       }
     } else {
-      Bits more[kHeld] = {};
+      Bits residual_bits[kHeld] = {};
       if (p.residual.data != nullptr) {
         const Vectors residual = vectors_in(p, p.residual, at, chunk);
         DDPM_UNROLL
         for (int i = 0; i < kHeld; ++i) {
-          if (has(chunk, i)) more[i] = unpacked(residual[i]);
+          if (has(chunk, i)) residual_bits[i] = unpacked(residual[i]);
         }
       }
       DDPM_UNROLL
@@ -100,7 +100,7 @@ struct VectorizedThread {
         for (int w = 0; w < 4; ++w) {
           float a[kPerWord], b[kPerWord];
           Packed<T>::unpack(bits[i].w[w], a);
-          Packed<T>::unpack(more[i].w[w], b);
+          Packed<T>::unpack(residual_bits[i].w[w], b);
           DDPM_UNROLL
           for (int j = 0; j < kPerWord; ++j) {
             const float h = p.residual.data != nullptr ? a[j] + b[j] : a[j];
