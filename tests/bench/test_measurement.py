@@ -1,4 +1,4 @@
-"""The parts of the benchmarks: rates, rounds, the choice of what is timed, networks, points."""
+"""Parts of the benchmarks: limits, rounds, selection of variants, networks, points."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_even_weights_keep_activations_even() -> None:
     assert all(0.3 < size < 3 for size in sizes)
 
 
-def test_ceilings_are_of_what_was_asked(monkeypatch) -> None:
+def test_roofline_limits_are_those_of_the_given_sizes(monkeypatch) -> None:
     monkeypatch.setattr(
         roofline, "interleaved", lambda cases, device, rounds: {n: [1.0, 2.0, 9.0] for n in cases}
     )

@@ -1,4 +1,4 @@
-"""What a call of the engine takes, against what the networks of diffusers take, without running."""
+"""Memory of a call of the engine and of diffusers' networks, on meta tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unet_cases import CIFAR, LARGE, SIX_LEVELS
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes of results that are alive at once; works on meta tensors too."""
+    """Peak of the bytes of results that are alive; works on meta tensors too."""
 
     def __init__(self):
         super().__init__()
@@ -64,27 +64,30 @@ def test_the_peak_is_counted():
     assert (peak.most, peak.now) == (2 * 1024, 32)
 
 
-@pytest.mark.parametrize("norms_add", [False, True])
-@pytest.mark.parametrize("batch", [1, 8, 64])
 @pytest.mark.parametrize(
-    ("options", "size"),
+    ("options", "size", "batch"),
     [
-        pytest.param(CIFAR, 32, id="cifar10"),
-        pytest.param(LARGE, 256, id="celebahq"),
-        pytest.param(SIX_LEVELS, 64, id="narrow"),
+        pytest.param(CIFAR, 32, 1, id="cifar10-1"),
+        pytest.param(CIFAR, 32, 64, id="cifar10-64", marks=pytest.mark.slow),
+        pytest.param(LARGE, 256, 8, id="celebahq-8", marks=pytest.mark.slow),
+        pytest.param(LARGE, 256, 64, id="celebahq-64", marks=pytest.mark.slow),
+        pytest.param(SIX_LEVELS, 64, 8, id="narrow-8"),
     ],
 )
-def test_a_call_takes_less_than_diffusers_at_its_peak(options, size, batch, norms_add):
+def test_a_call_takes_less_memory_than_diffusers(options, size, batch):
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         unet = UNet(**options)
         theirs = diffusers.UNet2DModel(**unet.config.to_dict()).half().eval()
         x = torch.empty(batch, 3, size, size, dtype=torch.float16)
-        program, _ = lower(unet, batch, size, size, torch.float16, norms_add=norms_add)
+        programs = [
+            lower(unet, batch, size, size, torch.float16, norms_add=norms_add)[0]
+            for norms_add in (False, True)
+        ]
         with torch.no_grad(), Peak() as peak:
             theirs(x, torch.zeros(batch, dtype=torch.int64))
-    lives = dict(enumerate(program.lifetimes().values()))
-    arena = plan_offsets(lives)[1] + program.out.nbytes
-    assert arena < peak.most
-    # Little is lost to the placement.
-    assert plan_offsets(lives)[1] < 1.1 * busiest(list(lives.values()))
+    for program in programs:
+        lives = dict(enumerate(program.lifetimes().values()))
+        arena = plan_offsets(lives)[1]
+        assert arena + program.out.nbytes < peak.most
+        assert arena < 1.1 * busiest(list(lives.values()))

@@ -1,4 +1,4 @@
-"""The engine against its network: every configuration, dtype and way to call it."""
+"""UNetEngine against its network: configurations, dtypes, memory, arguments."""
 
 from __future__ import annotations
 
@@ -19,17 +19,28 @@ from ddpm_fast.engine.plan import binding as steps
 from ddpm_fast.engine.plan import memory_check
 from ddpm_fast.engine.plan.embeddings import LabelledEmbeddings
 from ddpm_fast.engine.plan.lowering import lower
-from engine_cases import arguments, distance, engine, even, small
+from engine_cases import CPU, arguments, distance, engine, even, small
 from unet_cases import CIFAR, CONFIGS, SMALL, relative_error
 
-ADDERS = pytest.mark.parametrize(
-    "norms_add", [pytest.param(False, id="convs-add"), pytest.param(True, id="norms-add")]
+OFF = Tuner(CPU, mode="off")
+# Configurations whose plans differ most: each has operations that the others lack.
+MAIN = {"scale-shift", "resample-by-resnet", "class-timestep", "odd-widths", "narrow-cifar10"}
+
+
+def cases(chosen):
+    """Both places of the residual's sum for some configurations, one for the others."""
+    return [
+        pytest.param(*config.values, norms_add, id=f"{config.id}-{name}")
+        for config in CONFIGS
+        for norms_add, name in ((True, "norms-add"), (False, "convs-add"))
+        if chosen(config.id, norms_add)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "norms_add"), cases(lambda name, norms_add: norms_add or name in MAIN)
 )
-
-
-@ADDERS
-@pytest.mark.parametrize("options", CONFIGS)
-def test_the_plan_is_the_network(options, norms_add):
+def test_the_plan_computes_the_network(options, norms_add):
     unet = small(**options).double()
     args = arguments(unet.config)
     run = engine(unet, args[0], F64, backend="reference", norms_add=norms_add)
@@ -37,8 +48,7 @@ def test_the_plan_is_the_network(options, norms_add):
     assert relative_error(got, unet(args[0].double(), *args[1:])) < 1e-13
 
 
-@ADDERS
-@pytest.mark.parametrize("options", CONFIGS)
+@pytest.mark.parametrize(("options", "norms_add"), cases(lambda name, norms_add: name in MAIN))
 def test_the_kernels_run_the_plan(options, norms_add):
     unet = small(**options)
     args = arguments(unet.config)
@@ -49,27 +59,31 @@ def test_the_kernels_run_the_plan(options, norms_add):
     assert relative_error(got, reference) < 3e-5
 
 
-@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
-@pytest.mark.parametrize("norms_add", [False, True])
+NARROW = CIFAR | {"block_out_channels": (32, 64, 64, 64)}
+SCALE_SHIFT = SMALL | {"resnet_time_scale_shift": "scale_shift"}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("dtype", "options", "batch", "norms_add"),
     [
-        pytest.param(CIFAR | {"block_out_channels": (32, 64, 64, 64)}, id="cifar10"),
-        pytest.param(SMALL, id="small"),
-        pytest.param(SMALL | {"resnet_time_scale_shift": "scale_shift"}, id="scale-shift"),
+        pytest.param(F16, SMALL, 3, True, id="float16"),
+        pytest.param(BF16, SMALL, 1, False, id="bfloat16"),
+        pytest.param(F16, SCALE_SHIFT, 1, False, id="float16-scale-shift"),
+        pytest.param(BF16, SCALE_SHIFT, 3, True, id="bfloat16-scale-shift"),
+        pytest.param(BF16, NARROW, 1, True, id="bfloat16-narrow"),
+        pytest.param(F16, NARROW, 3, False, id="float16-narrow", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("batch", [1, 3])
-def test_half_precision_is_as_good_as_diffusers(dtype, options, batch, norms_add):
+def test_half_precision_error_is_at_most_twice_that_of_diffusers(dtype, options, batch, norms_add):
     diffusers = pytest.importorskip("diffusers")
     unet = even(UNet(**options))
-    peer = diffusers.UNet2DModel(**unet.config.to_dict())
-    peer.load_state_dict(unet.state_dict())
+    original = diffusers.UNet2DModel(**unet.config.to_dict())
+    original.load_state_dict(unet.state_dict())
     x, t = arguments(unet.config, num=batch)
     x = x.to(dtype)
     with torch.no_grad():
         reference = unet.double()(x.double(), t)
-        theirs = distance(peer.to(dtype).eval()(x, t).sample, reference)
+        theirs = distance(original.to(dtype).eval()(x, t).sample, reference)
         ours = distance(engine(unet.float(), x, dtype, norms_add=norms_add)(x, t), reference)
     assert ours <= 2 * theirs
 
@@ -87,24 +101,25 @@ def test_timesteps_of_any_kind():
     assert not same_bits(mixed[1], each[1])
 
 
-@pytest.mark.parametrize("dtype", [F16, F32, F64], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "sliced"])
-def test_images_of_any_layout_and_dtype(layout, dtype):
+def test_images_of_any_layout_and_dtype():
     unet = small()
     x, t = arguments(unet.config)
-    x = x.half().to(dtype)  # values that every dtype holds
-    given = x
-    if layout == "channels-last":
-        given = x.contiguous(memory_format=torch.channels_last)
-    elif layout == "sliced":
-        given = torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
-    got = engine(unet, x)(given, t)
-    assert got.dtype == dtype
-    assert same_bits(got, engine(unet, x)(x.float(), t).to(dtype))
+    x = x.half()  # values that every dtype represents
+    run = engine(unet, x)
+    expected = run(x.float(), t)
+    layouts = {
+        F16: x,
+        F32: x.float().contiguous(memory_format=torch.channels_last),
+        F64: torch.nn.functional.pad(x.double(), (1, 2))[..., 1:-2],
+    }
+    for dtype, image in layouts.items():
+        got = run(image, t)
+        assert got.dtype == dtype
+        assert same_bits(got, expected.to(dtype)), dtype
 
 
 def test_kernels_get_dense_aligned_images(monkeypatch):
-    """Some read by address and shape alone, whatever the strides say."""
+    """Some kernels read by address and shape and ignore strides."""
     unet = small()
     x, t = arguments(unet.config)
     run = engine(unet, x)
@@ -129,7 +144,7 @@ def test_kernels_get_dense_aligned_images(monkeypatch):
     assert len(got) == 3
 
 
-def test_nothing_is_left_over_from_earlier_calls():
+def test_results_do_not_depend_on_reused_memory():
     unet = small()
     x, t = arguments(unet.config)
     run = engine(unet, x)
@@ -143,7 +158,7 @@ def test_nothing_is_left_over_from_earlier_calls():
     assert same_bits(first, kept)  # results are not overwritten
 
 
-def test_threads_have_memory_of_their_own():
+def test_concurrent_calls_do_not_share_memory():
     unet = small()
     x, t = arguments(unet.config)
     run = engine(unet, x)
@@ -167,8 +182,7 @@ def test_threads_have_memory_of_their_own():
     assert len(run._free) <= len(threads)
 
 
-def test_threads_that_come_for_the_last_free_memory():
-    """One gets it, the other makes its own."""
+def test_a_thread_that_loses_the_last_free_memory_allocates():
     unet = small()
     x, t = arguments(unet.config)
     run = engine(unet, x)
@@ -176,7 +190,7 @@ def test_threads_that_come_for_the_last_free_memory():
 
     class Contested(list):
         def __bool__(self):
-            return True  # as another thread saw it a moment ago
+            return True  # as seen before another thread took the last one
 
         def __len__(self):
             return 1
@@ -185,8 +199,7 @@ def test_threads_that_come_for_the_last_free_memory():
     assert same_bits(run(x, t), expected)
 
 
-def test_kernels_that_split_sums_get_zeros_of_their_own(monkeypatch):
-    """Every call, and every kernel of a call: they count arrivals there."""
+def test_kernels_that_split_sums_do_not_share_locks(monkeypatch):
     seen = []
 
     class Splits:
@@ -236,7 +249,7 @@ def test_the_weights_are_a_copy():
     freed = weakref.ref(unet.conv_in.weight.untyped_storage())
     del unet, parameter
     gc.collect()
-    assert freed() is None  # and nothing of the network is kept beside it
+    assert freed() is None  # no parameter of the network is kept alive
 
 
 def test_nan_reaches_the_output_of_its_image_alone():
@@ -248,10 +261,10 @@ def test_nan_reaches_the_output_of_its_image_alone():
     assert out[[0, 2]].isfinite().all()
 
 
-def test_it_stands_in_for_the_network_in_a_sampler():
+def test_a_sampler_runs_the_engine_in_place_of_the_network():
     unet = small(in_channels=3, out_channels=3)
     table = StepTable.ddim(SCHEDULE, 5)
-    run = UNetEngine(unet, 4, (4, 8), F32)
+    run = UNetEngine(unet, 4, (4, 8), F32, tuner=OFF)
     made = Sampler(run, table, (3, 4, 8), micro_batch=4)
     assert (made.device, made.dtype) == (run.device, F32)
     expected = Sampler(unet, table, (3, 4, 8), micro_batch=4).sample(6, progress=False)
@@ -260,7 +273,7 @@ def test_it_stands_in_for_the_network_in_a_sampler():
         Sampler(run, table, (3, 4, 8), micro_batch=3).sample(1, progress=False)
 
 
-def test_a_copy_is_itself_and_a_pickle_is_refused():
+def test_a_copy_is_the_engine_itself_and_pickling_raises():
     unet = small()
     x, _ = arguments(unet.config)
     run = engine(unet, x)
@@ -318,8 +331,8 @@ class TestErrors:
             run(*args)
         assert run(torch.zeros(3, 2, 8, 8), 0).isfinite().all()
 
-    def test_timesteps_outside_of_the_embeddings(self):
-        """On a GPU, where they cannot be looked at: NaN, and nothing beyond the table is read."""
+    def test_embeddings_of_timesteps_out_of_range_are_nan(self):
+        """A GPU's timesteps are not checked; nothing beyond the table is read."""
         unet = small(num_class_embeds=5)
         projections = lower(unet, 4, 8, 8, F32, norms_add=False)[1]
         embed = LabelledEmbeddings(unet, projections, 10, torch.empty(0))
@@ -335,27 +348,27 @@ class TestErrors:
             engine(unet, x)(x, t)
 
     def test_a_batch_that_does_not_fit(self, monkeypatch):
+        """The error names the largest batch that fits; the embedding table counts."""
         unet = small()
+
+        def make(batch, num_timesteps=100):
+            return UNetEngine(unet, batch, 8, F32, num_timesteps=num_timesteps, tuner=OFF)
+
         program, projections = lower(unet, 10, 8, 8, F32, norms_add=False)
-        need = memory_check.needed_bytes(program) + 4 * 1000 * projections.width
+        need = memory_check.needed_bytes(program) + 4 * 100 * projections.width
         monkeypatch.setattr(memory_check, "free_bytes", lambda device: need)
-        UNetEngine(unet, 10, 8, F32)
+        make(10)
+        with pytest.raises(MemoryError, match="batch 10 needs"):
+            make(10, num_timesteps=101)
         with pytest.raises(MemoryError, match="a micro-batch of 10 would fit"):
-            UNetEngine(unet, 11, 8, F32)
+            make(11)
         with pytest.raises(MemoryError, match=r"batch 64 needs .* GB on cpu, .*-batch of 10 would"):
-            UNetEngine(unet, 64, 8, F32)
+            make(64)
         monkeypatch.setattr(memory_check, "free_bytes", lambda device: 1000)
         with pytest.raises(MemoryError, match="not even one image would fit"):
-            UNetEngine(unet, 64, 8, F32)
-
-    def test_the_embeddings_count(self, monkeypatch):
-        unet = small()
-        program, projections = lower(unet, 2, 8, 8, F32, norms_add=False)
-        need = memory_check.needed_bytes(program) + 4 * 1000 * projections.width
-        monkeypatch.setattr(memory_check, "free_bytes", lambda device: need)
-        UNetEngine(unet, 2, 8, F32)
-        with pytest.raises(MemoryError, match="batch 2 needs"):
-            UNetEngine(unet, 2, 8, F32, num_timesteps=1001)
+            make(64)
+        monkeypatch.setattr(memory_check, "free_bytes", lambda device: None)
+        make(64)  # unknown free memory is not checked
 
     def test_free_memory_is_within_the_machine_and_its_control_group(self, monkeypatch):
         cpu = torch.device("cpu")
@@ -364,10 +377,6 @@ class TestErrors:
             memory_check, "_number", lambda path: 5000 if path.endswith("max") else 2000
         )
         assert memory_check.free_bytes(cpu) == 3000
-
-    def test_where_nothing_is_known_nothing_is_refused(self, monkeypatch):
-        monkeypatch.setattr(memory_check, "free_bytes", lambda device: None)
-        UNetEngine(small(), 2, 8, F32)
 
 
 def test_num_timesteps_of_the_network():

@@ -1,4 +1,4 @@
-"""Convolutions that the tests of every provider share, with what they must give."""
+"""Convolutions that the tests of every provider share, and their expected results."""
 
 from dataclasses import replace
 
@@ -86,14 +86,14 @@ def inputs(spec, seed=1):
 
 
 def output(spec, fill=float("nan")):
-    """An output full of one value."""
+    """Output filled with one value."""
     height, width = spec.out_size
     shape = (spec.batch, height, width, spec.out_channels)
     return torch.full(shape, fill, dtype=spec.dtype, device=spec.device).permute(0, 3, 1, 2)
 
 
 def expected(spec, weight, bias, x, x2, residual, dtype=torch.float64):
-    """What plain PyTorch gives in `dtype` for the given inputs, doubling done by a copy."""
+    """Result of plain PyTorch in `dtype`, with the upsampled input as a copy."""
     x, x2, residual, weight, bias = (
         None if t is None else t.to(dtype) for t in (x, x2, residual, weight, bias)
     )
@@ -109,6 +109,6 @@ def expected(spec, weight, bias, x, x2, residual, dtype=torch.float64):
 
 
 def error(got, want):
-    """Root mean square of the difference, over that of what is wanted."""
+    """Root mean square of the difference, relative to that of `want`."""
     want = want.double()
     return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt())

@@ -19,7 +19,7 @@ def small(**options) -> UNet:
 
 
 def even(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights that keep activations near an rms of 1: normal, of variance 1 / fan-in."""
+    """Set normal weights of variance 1 / fan-in, which keep activations near an rms of 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in module.modules():
@@ -47,13 +47,13 @@ def arguments(config: UNetConfig, **options) -> tuple:
 
 
 def distance(got: Tensor, want: Tensor) -> float:
-    """The error's rms relative to that of what was wanted."""
+    """Root mean square of the difference, relative to that of `want`."""
     want = want.double()
     return float((got.double() - want).square().mean().sqrt() / want.square().mean().sqrt())
 
 
 def busiest(lifetimes: list[Lifetime]) -> int:
-    """The most bytes that are needed at once: no placement takes less."""
+    """Most bytes that are needed at once: a lower bound of any placement."""
     moments = (Lifetime(0, one.first, one.first) for one in lifetimes)
     sizes = (
         sum(-(-one.nbytes // ALIGNMENT) * ALIGNMENT for one in lifetimes if one.meets(moment))

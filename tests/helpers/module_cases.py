@@ -1,4 +1,4 @@
-"""Small networks, one for each way in which a GroupNorm meets a SiLU, and what becomes of them."""
+"""Small networks with the combinations of GroupNorm and SiLU, and their expected fusion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ON = pytest.mark.parametrize(
 
 
 class Net(nn.Module):
-    """conv, norm, and what a subclass does with its output."""
+    """Convolution, norm, and a use of its output that subclasses define."""
 
     def __init__(self, **kwargs):
         super().__init__()
@@ -81,7 +81,7 @@ class Unused(Net):
 
 
 class Flagged(Net):
-    """Takes another path where the flag is set."""
+    """Network with another path if the flag is set."""
 
     def after(self, h):
         return self.act(h + 1) if self.flag else self.act(h)
@@ -99,14 +99,14 @@ class Shared(Net):
 
 
 class SharedOnce(Shared):
-    """... and a SiLU behind one of them alone."""
+    """One norm in two places, and a SiLU after one of them."""
 
     def after(self, h):
         return self.again[0](self.act(h))
 
 
 class Indexed(nn.Module):
-    """Takes its Sequential apart, as networks do that modulate between norm and SiLU."""
+    """Network that indexes its Sequential, to modulate between norm and SiLU."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +140,7 @@ def sequential():
 
 
 def scrambled(module, device="cpu", dtype=torch.float32):
-    """In eval mode, with parameters off their initial values."""
+    """Set evaluation mode and change the initial parameters."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -154,7 +154,7 @@ def image(device="cpu", channels=3, dtype=torch.float32):
 
 
 def spy(monkeypatch):
-    """A list that gets one entry for each run of the fused operator: whether with SiLU."""
+    """Return a list that gets one entry for each run of the fused operator: True with SiLU."""
     entries = []
     find = fused_modules._kernel
 

@@ -1,9 +1,8 @@
-"""Recorded choices on disk: kept, shared, damaged, refused."""
+"""PlanCache: round trips, concurrent writers, damaged files, unusable folders."""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,10 +30,10 @@ def never():
 
 def test_round_trip(tmp_path):
     choice = TunerChoice("winner", {"winner": 1e-3, "other": 2e-3})
-    assert cache(tmp_path / "made" / "anew").record("op", choice, ["winner"]) == choice
-    assert cache(tmp_path / "made" / "anew").get("op") == choice
-    assert cache(tmp_path / "made" / "anew").get("none") is None
-    left = {path.suffix for path in (tmp_path / "made" / "anew").iterdir()}
+    assert cache(tmp_path / "new" / "folder").record("op", choice, ["winner"]) == choice
+    assert cache(tmp_path / "new" / "folder").get("op") == choice
+    assert cache(tmp_path / "new" / "folder").get("none") is None
+    left = {path.suffix for path in (tmp_path / "new" / "folder").iterdir()}
     assert left <= {".json", ".lock"}
 
 
@@ -83,20 +82,20 @@ def test_of_two_choices_the_one_recorded_first_stands(tmp_path):
     assert cache(tmp_path).get("x").name == "b"
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from ddpm_fast.engine.autotune.cache import TunerChoice, PlanCache
-cache = PlanCache({"device": "a processor", "torch": "1"}, Path(sys.argv[1]))
-for i in range(30):
-    cache.record(f"{sys.argv[2]}{i}", TunerChoice("a", {"a": 1.0}), ["a"])
-"""
+def write(folder, name):
+    shared = cache(folder)
+    for i in range(30):
+        shared.record(f"{name}{i}", TunerChoice("a", {"a": 1.0}), ["a"])
 
 
 def test_two_processes_write_at_once(tmp_path):
-    command = [sys.executable, "-c", WRITER, str(tmp_path)]
-    running = [subprocess.Popen([*command, name]) for name in ("x", "y")]
-    assert [process.wait(timeout=60) for process in running] == [0, 0]
+    fork = multiprocessing.get_context("fork")
+    running = [fork.Process(target=write, args=(tmp_path, name)) for name in ("x", "y")]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(60)
+    assert [process.exitcode for process in running] == [0, 0]
     both = cache(tmp_path)
     assert all(
         both.get(f"{name}{i}") == TunerChoice("a", {"a": 1.0}) for name in "xy" for i in range(30)

@@ -93,7 +93,7 @@ def test_measures_hopeless_ones_once():
     assert timer.measured == ["c", "b", "a", "b", "a", "b", "a"]
 
 
-def test_what_a_failed_trial_held_is_freed_at_once():
+def test_a_failed_candidate_is_freed_at_once():
     class Memory:
         pass
 

@@ -83,8 +83,12 @@ def all_kernels(spec):
 
 @pytest.mark.parametrize(
     ("options", "batch"),
-    [(CIFAR, 1), (CIFAR, 512), (LARGE, 1), (LARGE, 8)],
-    ids=["cifar32-1", "cifar32-512", "ddpm256-1", "ddpm256-8"],
+    [
+        pytest.param(CIFAR, 512, id="cifar32-512"),
+        pytest.param(CIFAR, 1, id="cifar32-1", marks=pytest.mark.slow),
+        pytest.param(LARGE, 1, id="ddpm256-1", marks=pytest.mark.slow),
+        pytest.param(LARGE, 8, id="ddpm256-8", marks=pytest.mark.slow),
+    ],
 )
 def test_every_convolution_of_the_networks_has_precompiled_plans(h100, options, batch):
     import cudnn

@@ -1,4 +1,4 @@
-"""FusedGroupNorm and FusedSequential at work: paths nobody saw, hooks, gradients, transforms."""
+"""FusedGroupNorm and FusedSequential: unforeseen paths, hooks, gradients, transforms."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def in_place(function):
     return run
 
 
-# What a network could do with a norm's output on a path that the example did not take.
+# Uses of a norm's output on a path that the example did not take.
 USES = {
     "add": lambda h: h + 1,
     "add_": in_place(lambda h: h.add_(1)),
@@ -87,9 +87,9 @@ def test_other_uses_of_an_output_see_the_norm(use, ran):
     assert ran[-1] is True
 
 
-def test_questions_about_a_tensor_cost_nothing():
+def test_metadata_is_read_without_computing_the_norm():
     _, model = both()
-    with torch.inference_mode():  # where the norm could not be made for it
+    with torch.inference_mode():  # where the norm cannot be computed later
         h = model.norm(model.conv(image()))
         assert (len(h), h.dim(), h.size(1), h.numel(), h.stride(3)) == (2, 4, 8, 480, 1)
         assert (h.ndim, h.dtype, h.device.type, h.requires_grad) == (4, F32, "cpu", False)
@@ -116,7 +116,7 @@ def test_a_path_that_the_example_did_not_take_gives_the_same_or_an_error():
             h.add(1)
         h = model.norm(x)
         x.zero_()
-        assert type(model.act(h)) is torch.Tensor  # which does not ask for x
+        assert type(model.act(h)) is torch.Tensor  # SiLU does not need x
 
 
 def test_beside_another_tensor_subclass():
@@ -158,7 +158,7 @@ def test_a_gradient_of_the_input_alone_is_recorded(ran):
     assert same_bits(*grads)
     assert ran == []
     assert relative_error(model(image()), original(image())) <= 1e-5
-    assert ran == [True]  # nothing here asks for a gradient
+    assert ran == [True]  # no gradient is required
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -173,7 +173,7 @@ def test_a_gradient_of_one_parameter_alone_is_recorded(name, ran):
 
 
 @pytest.mark.parametrize("make", [Net, sequential])
-def test_under_autocast_torch_decides(make, ran):
+def test_autocast_runs_torchs_operator(make, ran):
     original, model = both(make)
     for dtype in (F32, BF16):
         for net in (original, model):
@@ -233,8 +233,7 @@ def test_transformed_by_torch(transform, make, ran):
     assert ran == []
 
 
-def test_hooks_see_what_they_saw():
-    """Registered after the optimization, on the norm and on the SiLU."""
+def test_hooks_registered_later_get_the_same_values():
     for make in (Net, sequential):
         seen = []
         for net in both(make):

@@ -1,4 +1,4 @@
-"""optimize_module: what is fused in which network, the report, undoing, observing, errors."""
+"""optimize_module: fused patterns, report, restoring, observation, errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unet_cases import SMALL, relative_error, scramble
 
 FUSED = "fused with SiLU"
 NO_EXAMPLE = "norm only: no SiLU behind it in an nn.Sequential, and no example_inputs"
-# The network, what happens without an example, with one, and the runs of the operator with one.
+# The network, the report without an example and with one, and the runs of the operator with one.
 PATTERNS = [
     (sequential, FUSED, FUSED, [True]),
     (Net, NO_EXAMPLE, FUSED, [True]),
@@ -53,9 +53,17 @@ def assert_same_output(got, want, tolerance=1e-5):
         assert relative_error(a, b) <= tolerance
 
 
+MODES = pytest.mark.parametrize(
+    ("memory", "mode"),
+    [
+        pytest.param(torch.contiguous_format, torch.no_grad, id="contiguous"),
+        pytest.param(torch.channels_last, torch.inference_mode, id="channels-last-inference"),
+    ],
+)
+
+
 @ON
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+@MODES
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p[0].__name__)
 def test_patterns(on, pattern, memory, mode, ran):
     make, without, with_example, runs = pattern
@@ -120,7 +128,7 @@ def test_a_network_of_diffusers(on, unet, memory, ran):
 
 
 @ON
-def test_half_precision_is_as_near_to_float64_as_torchs(on, unet):
+def test_half_precision_error_is_at_most_twice_that_of_torch(on, unet):
     x = torch.randn(2, 2, 16, 16)
     with torch.no_grad():
         exact = copy.deepcopy(unet).to(F64)(x.to(F64), 7).sample
@@ -169,7 +177,7 @@ def state_of(model):
 
 
 @pytest.mark.parametrize("make", [sequential, Net, module_cases.Shared])
-def test_restore_gives_back_the_very_objects_as_they_were(make):
+def test_restore_gives_back_the_same_objects(make):
     model = scrambled(make())
     before = state_of(model)
     parameters = list(model.parameters())
@@ -183,7 +191,7 @@ def test_restore_gives_back_the_very_objects_as_they_were(make):
     assert state_of(model) == before
 
 
-def test_a_second_call_changes_nothing():
+def test_a_second_call_has_no_effect():
     model = scrambled(nn.Sequential(sequential(), nn.Conv2d(8, 3, 1), Net()))
     first = optimize_module(model, image(), backend="reference")
     state = state_of(model)
@@ -199,7 +207,7 @@ def test_a_second_call_changes_nothing():
     third.restore()  # there was nothing to undo
 
 
-def test_a_later_example_adds_the_silu_and_is_undone_alone():
+def test_a_later_example_adds_the_silu_and_is_restored_separately():
     model = scrambled(Net())
     before = state_of(model)
     first = optimize_module(model, backend="reference")
@@ -212,7 +220,7 @@ def test_a_later_example_adds_the_silu_and_is_undone_alone():
     assert state_of(model) == before
 
 
-def test_a_module_that_has_changed_since_is_not_restored():
+def test_a_module_whose_class_has_changed_is_not_restored():
     model = scrambled(nn.Sequential(Net(), nn.GroupNorm(4, 8)))
     report = optimize_module(model, backend="reference")
     nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Identity())
@@ -272,7 +280,7 @@ class Stateful(nn.Module):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_observing_leaves_the_model_as_it_was(fails):
+def test_observing_does_not_change_the_model(fails):
     model = scrambled(Stateful(fails)).train()
     model.net.eval()
     before = state_of(model)
@@ -291,7 +299,7 @@ def test_observing_leaves_the_model_as_it_was(fails):
     assert all(torch.equal(values[k], v) for k, v in model.state_dict().items())
 
 
-def test_an_error_in_between_leaves_nothing_half_done(monkeypatch):
+def test_an_error_restores_all_modules(monkeypatch):
     model = scrambled(nn.Sequential(sequential(), Net()))
     before = state_of(model)
     do, done = optimize._Change.do, []
