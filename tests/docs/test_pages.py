@@ -15,6 +15,11 @@ from ddpm_fast import Tuner
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = sorted([README, *ROOT.glob("docs/**/*.md")])
+OTHERS = [
+    ROOT / "benchmarks/NOTES.md",
+    *ROOT.glob("examples/**/*.md"),
+    *ROOT.glob("ddpm_fast/**/*.md"),
+]
 PYTHON = Sybil([PythonCodeBlockParser()])
 
 
@@ -38,15 +43,21 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         block.evaluate()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=identity)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=identity)
 def test_files_named_by_a_page_exist(page):
     text = page.read_text()
     links = re.findall(r"\]\(([^)#:\s]+)[)#]", text)
     missing = [link for link in links if not (page.parent / link).exists()]
     for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|h|cuh|cu|cpp|inl|csv|md|json))`", text):
-        if not any((folder / name).exists() for folder in (ROOT, ROOT / "ddpm_fast")):
+        if not any((folder / name).exists() for folder in (ROOT, ROOT / "ddpm_fast", page.parent)):
             missing.append(name)
     assert not missing
+
+
+def test_reference_has_every_public_name():
+    pages = "".join(page.read_text() for page in ROOT.glob("docs/reference/*.md"))
+    documented = set(re.findall(r"^::: ddpm_fast\.(\w+)$", pages, re.MULTILINE))
+    assert documented == set(ddpm_fast.__all__)
 
 
 def test_readme_is_short():
