@@ -1,4 +1,4 @@
-"""The U-Net of Ho et al. 2020, that of Martinez Rojas' thesis, and their options."""
+"""U-Nets of Ho et al. 2020 and of the thesis of Martinez Rojas 2023, and their configurations."""
 
 from ddpm_fast.models.thesis_unet import ThesisUNet
 from ddpm_fast.models.thesis_unet_config import ThesisUNetConfig

@@ -1,4 +1,4 @@
-"""Known architectures by name, as options of `UNetConfig`."""
+"""Named architectures, as options of `UNetConfig`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _GREY: dict[str, Any] = {
     "out_channels": 1,
     "layers_per_block": 1,
 }
-# cifar32 and ddpm256 are those of google/ddpm-cifar10-32 and google/ddpm-celebahq-256, small that
-# of the model that is shipped.
+# cifar32 is google/ddpm-cifar10-32, ddpm256 is google/ddpm-celebahq-256, and small is the model in
+# ddpm_fast/assets.
 ARCHITECTURES: Mapping[str, dict[str, Any]] = {
     "cifar32": _COMMON
     | {

@@ -1,4 +1,4 @@
-"""What the networks are called with: images, timesteps and labels, refused in the same words."""
+"""Checks of the inputs of networks: images, timesteps and labels."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from ddpm_fast.utils import checks
 
 
 def check_images(x: Any, channels: int, multiple: int, device: torch.device) -> None:
-    """That x is a floating [N, channels, H, W] on `device`, H and W multiples of `multiple`.
+    """Check a batch of images.
+
+    Args:
+        x: Must be a floating-point tensor [N, channels, H, W].
+        channels: Number of channels.
+        multiple: H and W must be multiples of it, and not 0.
+        device: Device of the network.
 
     Raises:
-        ValueError: it is not; the message says what is accepted and what came.
+        ValueError: `x` is something else.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor; got {checks.describe(x)}")
@@ -30,10 +36,14 @@ def check_images(x: Any, channels: int, multiple: int, device: torch.device) -> 
 
 
 def as_timesteps(x: Tensor, t: Tensor | int) -> Tensor:
-    """The timesteps of a batch x, int64: [N], or [1] where all of it shares one.
+    """Return the timesteps of a batch as int64 [N], or [1] for one shared timestep.
+
+    Args:
+        x: Images [N, C, H, W].
+        t: int64 tensor, [N] or 0-d, on the device of `x`, or an integer >= 0.
 
     Raises:
-        ValueError: t is neither int64 of [N] or 0-d on the device of x, nor an integer >= 0.
+        ValueError: `t` is something else.
     """
     if isinstance(t, Tensor):
         if t.dtype != torch.int64 or t.dim() > 1 or t.device != x.device:
@@ -54,12 +64,16 @@ def as_timesteps(x: Tensor, t: Tensor | int) -> Tensor:
 def check_labels(
     x: Tensor, labels: Any, accepted: str = "int64", channels: int | None = None
 ) -> Tensor:
-    """The labels of a batch x, [N] or [N, channels], on its device.
+    """Return the labels of a batch, [N] or [N, channels], after a check.
 
-    accepted: "int64", "real" or "floating", their dtype.
+    Args:
+        x: Images [N, C, H, W].
+        labels: Tensor on the device of `x`.
+        accepted: Accepted dtypes: "int64", "real" (any but complex) or "floating".
+        channels: Length of the embedding of a label. None: labels are [N].
 
     Raises:
-        ValueError: they are missing or something else.
+        ValueError: `labels` is None or something else.
     """
     if labels is None:
         raise ValueError("class_labels must be given to a class-conditional network; got None")
@@ -78,12 +92,12 @@ def check_labels(
 
 
 def check_label_range(labels: Tensor, classes: int) -> None:
-    """That integer labels are below `classes`, where that can be seen without waiting.
+    """Check that integer labels in CPU memory are in [0, classes).
 
-    It looks at values, so neither inside a compiled graph nor on another device than the CPU.
+    Labels on a GPU are not read, which would synchronise; neither are those of a compiled graph.
 
     Raises:
-        ValueError: one of them is not.
+        ValueError: A label is out of range.
     """
     if torch.compiler.is_compiling() or labels.device.type != "cpu":
         return
@@ -93,7 +107,7 @@ def check_label_range(labels: Tensor, classes: int) -> None:
 
 
 def reject_labels(labels: Any) -> None:
-    """Raises ValueError for labels that a network without classes was given."""
+    """Raise ValueError unless the labels of a network without classes are None."""
     if labels is not None:
         raise ValueError(
             "class_labels must be None for a network without class embedding;"

@@ -1,4 +1,4 @@
-"""The networks that a checkpoint may hold, and what its files call them."""
+"""Classes of networks that a checkpoint can hold, and their names in its files."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ NETWORK_KINDS = (UNET, THESIS_UNET)
 
 
 def find_kind(name: object) -> NetworkKind | None:
-    """The kind that files call `name`; None for another name."""
+    """Return the class of networks with this name in files; None for another name."""
     return next((kind for kind in NETWORK_KINDS if kind.name == name), None)
 
 
 def network_kind(unet: object) -> NetworkKind:
-    """The kind of a network. Raises TypeError for what is none."""
+    """Return the class of a network; raise TypeError for anything else."""
     if isinstance(unet, UNet):
         return UNET
     if isinstance(unet, ThesisUNet):

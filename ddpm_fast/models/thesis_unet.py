@@ -1,4 +1,4 @@
-"""The U-Net of Martinez Rojas' master's thesis (Hamburg, 2023), section 4.1."""
+"""U-Net of the master's thesis of Martinez Rojas (Hamburg, 2023), section 4.1."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ddpm_fast.models.unet_blocks import group_norm
 
 
 class ThesisBlock(nn.Module):
-    """Two 3x3 convolutions with time and label between them, and a halving or doubling."""
+    """Two 3x3 convolutions with embeddings of time and label between them, and a resampling."""
 
     def __init__(
         self, cfg: ThesisUNetConfig, in_channels: int, channels: int, resample: nn.Module
@@ -37,50 +37,56 @@ class ThesisBlock(nn.Module):
         self.resample = resample
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
-        """[N, in, H, W] -> [N, channels, H/2, W/2] or [N, channels, 2H, 2W].
+        """Map [N, in_channels, H, W] to [N, channels, H/2, W/2] or [N, channels, 2H, 2W].
 
-        time: [N or 1, time_embedding_dims]. labels: int64 [N] for a block with an embedding.
+        Args:
+            x: The input.
+            time: Encoded timesteps [N or 1, time_embedding_dims].
+            labels: int64 [N], or None without an embedding of labels.
         """
         emb = F.relu(self.time(time))
         if self.label is not None:
             emb = emb + self.label(labels)
-        # The sum is a tensor of its own: the gradient of ReLU reads what ReLU returned.
+        # Not in place: the gradient of ReLU reads its result.
         h = F.relu(group_norm(self.norm1, self.conv1(x)), inplace=True) + emb[:, :, None, None]
         h = F.relu(group_norm(self.norm2, self.conv2(h)), inplace=True)
         return self.resample(h)
 
 
 class ThesisUNet(nn.Module):
-    """Denoising U-Net of Martinez Rojas 2023, section 4.1, called and saved as `UNet` is.
+    """Denoising U-Net of Martinez Rojas 2023, section 4.1; called and saved like a `UNet`.
 
-    Built from a `ThesisUNetConfig` or from its options as keywords, on the default device in
-    float32 and in channels_last memory.
+    The thesis specifies a 3x3 convolution to the first of `sequence_channels`; a block that halves
+    the resolution for each pair of neighbours in them; a block that doubles it for each pair in
+    reverse, whose input is concatenated with the output of the encoder's block of its size (the
+    innermost takes its input twice); and a 1x1 convolution back to the image. It describes a block
+    as 3x3 convolutions with ReLU, a resampling, and time and labels as inputs.
 
-    The thesis' are: a 3x3 convolution to the first of `sequence_channels`; a block that halves the
-    image for each pair of neighbours in them; a block that doubles it for each pair in reverse,
-    which takes its input beside the output of the block of its size on the way down (so that the
-    innermost takes its input twice); a 1x1 convolution back to the image. Of a block its text says:
-    3x3 convolutions with ReLU, a halving or doubling, time and labels given to each.
+    The code of the block is not in its listing. This implementation: convolution, norm, ReLU; plus
+    the ReLU of a linear layer of the timestep's sinusoidal encoding (sines first, shift 1, as in
+    Ho et al. 2020) and an embedding of the label; convolution, norm, ReLU; then a 4x4 convolution
+    of stride 2, transposed in the decoder. The text has max pooling and a 2x2 up-convolution, but
+    the listing concatenates images of equal size and crops none. The norm is GroupNorm. The running
+    statistics of BatchNorm would differ between processes, would not be part of an average of
+    weights, and would make the network behave differently in training and in sampling.
 
-    Its listing leaves the block's code out. Filled in here, in the form that is usual: convolution,
-    norm, ReLU; plus the ReLU of a linear layer of the timestep's sinusoidal encoding (sines first,
-    shift 1, as Ho et al. 2020) and an embedding of the label; convolution, norm, ReLU; then a 4x4
-    convolution of stride 2, transposed on the way up, where the text has max pooling and a 2x2
-    up-convolution but the listing joins images of equal size and crops none. The norm is
-    GroupNorm: the running statistics of BatchNorm, its usual companion, differ between ranks, are
-    no parameters that an average of weights would follow, and make training and sampling two
-    different networks.
+    A new network is on the default device, in float32 and channels_last memory.
+
+    Args:
+        config: The configuration.
+        **options: Options of `ThesisUNetConfig`, instead of `config`.
+
+    Attributes:
+        config: The configuration.
 
     Raises:
-        ValueError: an unknown option, or a value that is not supported.
+        ValueError: An option is unknown, a value is not supported, or there are both a
+            configuration and options.
     """
 
     def __init__(self, config: ThesisUNetConfig | None = None, **options: Any) -> None:
         super().__init__()
-        if config is not None and options:
-            given = ", ".join(options)
-            raise ValueError(f"ThesisUNet must get a config or options; got both ({given})")
-        cfg = config if config is not None else ThesisUNetConfig.from_dict(options)
+        cfg = ThesisUNetConfig.from_config_or_options(config, options)
         self.config = cfg
         channels = cfg.sequence_channels
 
@@ -99,7 +105,7 @@ class ThesisUNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights, in which the network computes."""
+        """Dtype of the weights and of the computation."""
         return self.conv1.weight.dtype
 
     @property
@@ -108,21 +114,20 @@ class ThesisUNet(nn.Module):
         return self.conv1.weight.device
 
     def forward(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
-        """The network's prediction for noisy images `x` at 0-based timesteps `t`.
+        """Return the network's output for noisy images.
 
         Args:
-            x: [N, img_channels, H, W], any floating dtype and layout, H and W multiples of
-                2^(len(sequence_channels) - 1), on the device of the weights.
-            t: int64, [N] or a single value (0-d or a Python int) for the whole batch, >= 0.
-            class_labels: for a network with num_classes only. int64 [N] in [0, num_classes).
+            x: Images [N, img_channels, H, W] on the device of the weights, of any floating-point
+                dtype and layout. H and W are multiples of 2^(len(sequence_channels) - 1).
+            t: Timesteps >= 0, from 0 on: int64 [N], or one for all images, 0-d or an int.
+            class_labels: int64 [N] in [0, num_classes), for a network with labels.
 
         Returns:
-            [N, img_channels, H, W] in the dtype of `x`, channels_last.
+            The output [N, img_channels, H, W], in the dtype of `x`, channels_last.
 
         Raises:
-            ValueError: an argument of another shape, dtype or device; labels missing, out of
-                range (seen on the CPU only, elsewhere it would take a synchronisation), or given
-                to a network that takes none.
+            ValueError: An argument has another shape, dtype or device, or labels are missing, not
+                accepted, or out of range. Values are checked in CPU memory only.
         """
         check_images(x, self.config.img_channels, self.config.size_multiple, self.device)
         time = self.time_embedding(as_timesteps(x, t)).to(self.dtype)

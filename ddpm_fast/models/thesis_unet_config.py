@@ -1,4 +1,4 @@
-"""The options of the thesis' U-Net, under the names its code gives them."""
+"""Configuration of the U-Net of Martinez Rojas 2023, with the option names of its code."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from ddpm_fast.models.base_config import NetworkConfig, is_integer
 
 @dataclass(frozen=True)
 class ThesisUNetConfig(NetworkConfig):
-    """Options of `ThesisUNet`; the defaults are the thesis', of `norm` and what follows ours.
+    """Options of `ThesisUNet`.
 
-    Sequences may be given as lists and are kept as tuples. img_channels: of the image, in and out.
-    time_embedding_dims: length of the encoding of a timestep. num_classes: labels are
-    0 .. num_classes - 1; None for a network without. sequence_channels: of the levels, from the
-    image's size down. sample_size: of an image, or (height, width); None leaves it open. norm:
-    "group", or None for none at all, as the thesis' text has it. norm_num_groups: of the norms; a
-    group of a single channel would take out again what the time has added to it.
+    Defaults are those of the thesis, except for `norm` and `norm_num_groups`, which it does not
+    have. Sequences may be lists and are stored as tuples.
+
+    Attributes:
+        img_channels: Channels of images, in and out.
+        time_embedding_dims: Length of the encoding of a timestep.
+        num_classes: Labels are in [0, num_classes). None: the network takes no labels.
+        sequence_channels: Channels of the levels, from full resolution down.
+        sample_size: Side of an image, or (height, width). None: not specified.
+        norm: "group", or None for no normalisation, as in the thesis' text.
+        norm_num_groups: Number of groups. A group of a single channel would remove the time
+            embedding that was added to it.
 
     Raises:
-        ValueError: an option has a value that is not supported, or two options contradict each
-            other; the message names the option, the value and what is accepted.
+        ValueError: A value is not supported, or two options contradict each other.
     """
 
     _network = "ThesisUNet"
@@ -41,7 +46,7 @@ class ThesisUNetConfig(NetworkConfig):
         if self.num_classes is not None and not is_integer(self.num_classes, 1):
             self._reject("num_classes", self.num_classes, "None or an integer >= 1")
         if self.norm not in ("group", None):
-            self._reject("norm", self.norm, "'group', None")
+            self._reject("norm", self.norm, "'group' or None")
         groups, channels = self.norm_num_groups, self.sequence_channels
         if not is_integer(groups, 1):
             self._reject("norm_num_groups", groups, "an integer >= 1")
@@ -62,21 +67,21 @@ class ThesisUNetConfig(NetworkConfig):
 
     @property
     def in_channels(self) -> int:
-        """Channels of an input image."""
+        """Channels of an image."""
         return self.img_channels
 
     @property
     def out_channels(self) -> int:
-        """Channels of a prediction: those of the image, no variance is learned."""
+        """Channels of the output, as many as of an image: no variance is learned."""
         return self.img_channels
 
     @property
     def sample_shape(self) -> tuple[int, int, int] | None:
-        """(C, H, W) of an input image; None without a sample_size."""
+        """Shape (C, H, W) of an image; None without a sample_size."""
         sides = self._height_width(self.sample_size)
         return None if sides is None else (self.img_channels, *sides)
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of an input are multiples of this: 2 to the number of halvings."""
+        """Divisor of height and width of an image: 2^(number of halvings)."""
         return 2 ** (len(self.sequence_channels) - 1)

@@ -1,4 +1,4 @@
-"""The U-Net of Ho et al. 2020 in the parameterisation of diffusers' UNet2DModel."""
+"""U-Net of Ho et al. 2020, App. B, with the options and state dict of UNet2DModel of diffusers."""
 
 from __future__ import annotations
 
@@ -31,13 +31,19 @@ from ddpm_fast.models.unet_config import UNetConfig
 
 
 def _frequencies(half: int, shift: int, device: torch.device) -> Tensor:
-    """[half] float32: 10000^(-i / (half - shift)), made on the CPU so every device has its bits."""
+    """Return 10000^(-i / (half - shift)), float32 [half], computed on the CPU for equal bits."""
     index = torch.arange(half, dtype=torch.float32, device="cpu")
     return torch.exp(-math.log(10000) * index / (half - shift)).to(device)
 
 
 class Sinusoid(nn.Module):
-    """Sinusoidal position encoding of a number (Vaswani et al. 2017), always float32."""
+    """Sinusoidal encoding of a number (Vaswani et al. 2017), always in float32.
+
+    Args:
+        channels: Length of an encoding.
+        cos_first: Cosines come before sines.
+        shift: Frequencies are 10000^(-i / (channels // 2 - shift)).
+    """
 
     frequencies: Tensor
 
@@ -53,13 +59,13 @@ class Sinusoid(nn.Module):
         self.register_buffer("frequencies", table, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sinusoid:
-        """Follows a move to another device, but stays float32 under half() or to(dtype)."""
+        """Move to another device; the buffer stays float32 under half() or to(dtype)."""
         super()._apply(fn, recurse)
         self._set_frequencies(self.frequencies.device)
         return self
 
     def forward(self, value: Tensor) -> Tensor:
-        """[N] of any real dtype -> [N, channels] float32; an odd last channel is 0."""
+        """Encode numbers [N] of any real dtype as float32 [N, channels]; an odd last one is 0."""
         angle = value.float()[:, None] * self.frequencies
         parts = [angle.cos(), angle.sin()] if self.cos_first else [angle.sin(), angle.cos()]
         return F.pad(torch.cat(parts, dim=1), (0, self.channels % 2))
@@ -74,25 +80,31 @@ class EmbeddingMLP(nn.Module):
         self.linear_2 = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, in] -> [N, channels]."""
+        """Map [N, in_channels] to [N, channels]."""
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class UNet(nn.Module):
-    """Denoising U-Net of Ho et al. 2020, App. B, with diffusers' options and parameter names.
+    """Denoising U-Net of Ho et al. 2020, App. B.
 
-    Built from a `UNetConfig` or from its options as keywords, on the default device in float32
-    and in channels_last memory. State dicts interchange with diffusers' UNet2DModel.
+    State dicts are interchangeable with those of UNet2DModel of diffusers. A new network is on the
+    default device, in float32 and channels_last memory.
+
+    Args:
+        config: The configuration.
+        **options: Options of `UNetConfig`, instead of `config`.
+
+    Attributes:
+        config: The configuration.
 
     Raises:
-        ValueError: an unknown option, or a value that is not supported.
+        ValueError: An option is unknown, a value is not supported, or there are both a
+            configuration and options.
     """
 
     def __init__(self, config: UNetConfig | None = None, **options: Any) -> None:
         super().__init__()
-        if config is not None and options:
-            raise ValueError(f"UNet must get a config or options; got both ({', '.join(options)})")
-        cfg = config if config is not None else UNetConfig.from_dict(options)
+        cfg = UNetConfig.from_config_or_options(config, options)
         self.config = cfg
         channels = cfg.block_out_channels
 
@@ -111,7 +123,7 @@ class UNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights, in which the network computes."""
+        """Dtype of the weights and of the computation."""
         return self.conv_in.weight.dtype
 
     @property
@@ -120,23 +132,22 @@ class UNet(nn.Module):
         return self.conv_in.weight.device
 
     def forward(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
-        """The network's prediction for noisy images `x` at 0-based timesteps `t`.
+        """Return the network's output for noisy images.
 
         Args:
-            x: [N, in_channels, H, W], any floating dtype and layout, H and W multiples of
-                2^(levels - 1), on the device of the weights.
-            t: int64, [N] or a single value (0-d or a Python int) for the whole batch, >= 0.
-            class_labels: for a class-conditional network only. int64 [N] in
-                [0, num_class_embeds); any real [N] for class_embed_type "timestep"; floating
-                [N, time channels] for "identity".
+            x: Images [N, in_channels, H, W] on the device of the weights, of any floating-point
+                dtype and layout. H and W are multiples of 2^(levels - 1).
+            t: Timesteps >= 0, from 0 on: int64 [N], or one for all images, 0-d or an int.
+            class_labels: Labels of a class-conditional network: int64 [N] in
+                [0, num_class_embeds), real [N] for class_embed_type "timestep", or floating-point
+                [N, time_channels] for "identity".
 
         Returns:
-            [N, out_channels, H, W] in the dtype of `x`, channels_last.
+            The output [N, out_channels, H, W], in the dtype of `x`, channels_last.
 
         Raises:
-            ValueError: an argument of another shape, dtype or device; labels missing, out of
-                range (seen on the CPU only, elsewhere it would take a synchronisation), or given
-                to a network that takes none.
+            ValueError: An argument has another shape, dtype or device, or labels are missing, not
+                accepted, or out of range. Values are checked in CPU memory only.
         """
         check_images(x, self.config.in_channels, self.config.size_multiple, self.device)
         emb = self.time_embedding(self.time_proj(as_timesteps(x, t)).to(self.dtype))
@@ -161,19 +172,25 @@ class UNet(nn.Module):
         return self.conv_out(h).to(x.dtype)
 
     def embed_labels(self, embedding: nn.Module, x: Tensor, labels: Tensor | None) -> Tensor:
-        """[N, time channels]: checked labels through ``embedding``, a class embedding like its own.
+        """Return the embeddings of labels, [N, time_channels].
 
-        Raises ValueError as `forward` does.
+        Args:
+            embedding: A class embedding with the options of this network's.
+            x: Images [N, C, H, W].
+            labels: Labels as for `forward`.
+
+        Raises:
+            ValueError: Labels are missing or not accepted.
         """
         kind = self.config.class_embed_type
         accepted = {None: "int64", "timestep": "real", "identity": "floating"}[kind]
         channels = self.config.time_channels if kind == "identity" else None
-        given = check_labels(x, labels, accepted, channels)
+        checked = check_labels(x, labels, accepted, channels)
         if kind == "timestep":
-            return embedding(self.time_proj(given).to(self.dtype))
+            return embedding(self.time_proj(checked).to(self.dtype))
         if isinstance(embedding, nn.Embedding):
-            check_label_range(given, embedding.num_embeddings)
-        return embedding(given).to(self.dtype)
+            check_label_range(checked, embedding.num_embeddings)
+        return embedding(checked).to(self.dtype)
 
 
 def _class_embedding(cfg: UNetConfig) -> nn.Module | None:
@@ -209,7 +226,7 @@ def _attentions(cfg: UNetConfig, kind: str, channels: int, count: int) -> list[A
 
 
 def _resamples_by_resnet(kind: str, option: str) -> bool:
-    """The option counts in attention blocks only; plain blocks say it in their name."""
+    """Return True where a residual block resamples: by option in attention blocks, else by name."""
     return kind.startswith("Resnet") or (kind.startswith("Attn") and option == "resnet")
 
 
@@ -245,9 +262,9 @@ def _mid_block(cfg: UNetConfig) -> MidBlock:
 
 
 def _up_block(cfg: UNetConfig, level: int) -> UpBlock:
-    """The decoder at `level`, which takes the skips of the encoder there, the last one first.
+    """Return the decoder block of a level, which concatenates the encoder's outputs, last first.
 
-    The last of them is the input of the encoder's level, as wide as the level above.
+    The last of these is the input of the encoder's level, as wide as the level above.
     """
     widths, count = cfg.block_out_channels, cfg.layers_per_block + 1
     kind, width = cfg.up_block_types[len(widths) - 1 - level], widths[level]

@@ -1,9 +1,9 @@
-"""Residual block, self-attention and resampling of the U-Net, channels_last throughout.
+"""Blocks of the U-Net: residual block, self-attention and resampling.
 
 Activations are [N, C, H, W] in channels_last memory. The time embedding `emb` is [N, E], or [1, E]
-where the whole batch shares a timestep. Attribute names are the keys of diffusers' UNet2DModel
-state dicts, in its order, which optimizer states go by. Sums and SiLUs overwrite their own fresh
-operand: on a CPU the pages of a new tensor cost more than the arithmetic.
+where all images share a timestep. Names and order of the attributes are those of the state dict of
+UNet2DModel of diffusers; optimizer states depend on the order. Sums and SiLUs are computed in place
+on temporary tensors: on a CPU, allocating a tensor takes longer than the arithmetic.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from torch import Tensor, nn
 
 
 def group_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """`norm(x)` in channels_last memory, which GroupNorm does not keep on CUDA in torch 2.11."""
+    """Return `norm(x)` in channels_last memory, which GroupNorm loses on CUDA in torch 2.11."""
     return norm(x).contiguous(memory_format=torch.channels_last)
 
 
 def upsample_nearest(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, C, 2H, 2W], every pixel repeated 2 x 2.
+    """Repeat every pixel 2 x 2: [N, C, H, W] to [N, C, 2H, 2W].
 
-    One strided copy: F.interpolate loses channels_last on 1 x 1 maps, and on CUDA it fills
+    This is one strided copy: F.interpolate loses channels_last on 1 x 1 maps, and on CUDA it fills
     channels_last outputs of more than 2^31 elements with zeros (pytorch#141831).
     """
     n, c, h, w = x.shape
     pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None, :].expand(n, h, 2, w, 2, c)
-    # The reshape of a 1 x 1 map is a view with strides of 0, which convolutions take for NCHW.
+    # The reshape of a 1 x 1 map is a view with strides of 0, which convolutions treat as NCHW.
     return pixels.reshape(n, 2 * h, 2 * w, c).contiguous().permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
-    """Stride-2 3x3 convolution; padding 0 pads the right and bottom edge by one zero."""
+    """3x3 convolution of stride 2; padding 0 pads one zero at the right and the bottom."""
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
@@ -39,30 +39,39 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H/2, W/2]; `emb` is not used."""
+        """Map [N, C, H, W] to [N, C, H/2, W/2]; `emb` is not used."""
         if self.padding == 0:
             x = F.pad(x, (0, 1, 0, 1))
         return self.conv(x)
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling and a 3x3 convolution."""
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, 2H, 2W]; `emb` is not used."""
+        """Map [N, C, H, W] to [N, C, 2H, 2W]; `emb` is not used."""
         return self.conv(upsample_nearest(x))
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, time, norm, SiLU, dropout, conv, plus a shortcut (Ho et al., App. B).
+    """Residual block: norm, SiLU, conv, time, norm, SiLU, dropout, conv (Ho et al. 2020, App. B).
 
-    The time embedding is added before the second norm ("default"), or scales and shifts its
-    output ("scale_shift", Dhariwal and Nichol 2021). `resample` "down" averages 2 x 2 pixels
-    and "up" repeats them, between the first SiLU and convolution and on the shortcut.
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        time_channels: Width of the time embedding.
+        groups: Groups of both normalisations.
+        eps: Epsilon of both normalisations.
+        dropout: Dropout probability.
+        scale_shift: Scale and shift the second normalisation by the time embedding (Dhariwal and
+            Nichol 2021), instead of adding it before.
+        output_scale: The sum of block and shortcut is divided by it.
+        resample: "down" averages 2 x 2 pixels and "up" repeats them, after the first SiLU and on
+            the shortcut. None: neither.
     """
 
     def __init__(
@@ -93,7 +102,7 @@ class ResnetBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """[N, in, H, W] and [N or 1, E] -> [N, out, H', W']."""
+        """Map [N, in_channels, H, W] and embeddings [N or 1, E] to [N, out_channels, H', W']."""
         h = F.silu(group_norm(self.norm1, x), inplace=True)
         if self.resample == "down":
             x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
@@ -112,10 +121,14 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the H*W pixels with a residual connection.
+    """Self-attention over the H * W pixels, with a residual connection.
 
-    `head_dim` None is one head of all channels; otherwise channels // head_dim heads. `groups`
-    None leaves the input unnormalised.
+    Args:
+        channels: Channels of input and output.
+        head_dim: Width of a head; there are channels // head_dim. None: one head of all channels.
+        groups: Groups of the normalisation. None: no normalisation.
+        eps: Epsilon of the normalisation.
+        output_scale: The sum of attention and input is divided by it.
     """
 
     def __init__(
@@ -138,7 +151,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H, W]."""
+        """Map [N, C, H, W] to [N, C, H, W]."""
         n, c, height, width = x.shape
         h = x if self.group_norm is None else group_norm(self.group_norm, x)
         tokens = h.permute(0, 2, 3, 1).reshape(n, height * width, c)
@@ -153,7 +166,7 @@ class Attention(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks, each with attention where there is any, then an optional halving."""
+    """Level of the encoder: residual blocks, each with optional attention, and downsampling."""
 
     def __init__(
         self,
@@ -167,7 +180,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([] if downsampler is None else [downsampler])
 
     def forward(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """The outputs of every residual step and of the halving, all skip inputs; last is x'."""
+        """Return the outputs that the decoder reads: of all residual steps and of downsampling."""
         outputs = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, emb)
@@ -181,7 +194,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention (optional), residual block at the smallest size."""
+    """Middle block: residual block, optional attention, residual block."""
 
     def __init__(self, resnets: list[ResnetBlock], attentions: list[Attention]) -> None:
         super().__init__()
@@ -189,7 +202,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(resnets)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H, W]."""
+        """Map [N, C, H, W] to [N, C, H, W]."""
         x = self.resnets[0](x, emb)
         for attention in self.attentions:
             x = attention(x)
@@ -197,7 +210,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks over the concatenated skips, attention where any, optional doubling."""
+    """Level of the decoder: residual blocks, each with optional attention, and upsampling."""
 
     def __init__(
         self,
@@ -211,7 +224,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([] if upsampler is None else [upsampler])
 
     def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
-        """Takes one skip off the end of `skips` for each residual block."""
+        """Map `x` and outputs of the encoder, of which each residual block pops the last."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), emb)
             if len(self.attentions) > 0:

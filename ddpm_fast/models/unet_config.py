@@ -1,4 +1,4 @@
-"""The options of the U-Net, under the names diffusers' UNet2DModel gives them."""
+"""Configuration of the U-Net, with the option names of UNet2DModel of diffusers."""
 
 from __future__ import annotations
 
@@ -33,18 +33,46 @@ _BOOLS = ("center_input_sample", "flip_sin_to_cos", "add_attention")
 
 @dataclass(frozen=True)
 class UNetConfig(NetworkConfig):
-    """Options of `UNet`; names, meanings and defaults are those of diffusers' UNet2DModel.
+    """Options of `UNet`; names, meanings and defaults are those of UNet2DModel of diffusers.
 
-    Sequences may be given as lists and are kept as tuples. `attention_head_dim` is the width of
-    a head (None: one head as wide as the level). `downsample_padding` 0 pads right and bottom
-    by one pixel, 1 pads all sides. `downsample_type` and `upsample_type` "resnet" act in the
-    attention blocks only, as in diffusers. `attn_norm_num_groups` sets the groups of the middle
-    block's attention norm; None leaves `norm_num_groups`, or no norm at all under
-    `resnet_time_scale_shift="scale_shift"`.
+    Sequences may be lists and are stored as tuples.
+
+    Attributes:
+        sample_size: Side of an image, or (height, width). None: not specified.
+        in_channels: Channels of an image.
+        out_channels: Channels of the output; twice `in_channels` with a learned variance.
+        center_input_sample: Map images from [0, 1] to [-1, 1] first.
+        time_embedding_type: "positional": the sinusoidal encoding.
+        time_embedding_dim: Width of the time embedding. None: 4 times the first level's channels.
+        freq_shift: Frequencies are 10000^(-i / (half - freq_shift)), half = channels / 2.
+        flip_sin_to_cos: Cosines come first in the encoding.
+        down_block_types: Block of each level of the encoder, from full resolution down.
+        mid_block_type: "UNetMidBlock2D", or None for no middle block.
+        up_block_types: Block of each level of the decoder, from the lowest resolution up.
+        block_out_channels: Channels of the levels, from full resolution down.
+        layers_per_block: Residual blocks of a level of the encoder; the decoder has one more.
+        mid_block_scale_factor: Outputs of the middle block's layers are divided by it.
+        downsample_padding: 0 pads one pixel at the right and the bottom, 1 pads all sides.
+        downsample_type: "conv" or "resnet". As in diffusers, "resnet" applies to attention blocks.
+        upsample_type: As `downsample_type`.
+        dropout: Dropout probability, in [0, 1).
+        act_fn: "silu" or "swish", its other name.
+        attention_head_dim: Width of a head. None: one head as wide as the level.
+        norm_num_groups: Groups of the normalisations.
+        attn_norm_num_groups: Groups of the normalisation in the middle block's attention. None:
+            `norm_num_groups`, or no normalisation where `resnet_time_scale_shift` is
+            "scale_shift".
+        norm_eps: Epsilon of the normalisations.
+        resnet_time_scale_shift: "default" adds the time embedding; "scale_shift" scales and shifts
+            the second normalisation by it (Dhariwal and Nichol 2021).
+        add_attention: The middle block has attention.
+        class_embed_type: None: integer labels have a learned embedding. "timestep": labels are real
+            numbers, encoded as timesteps are. "identity": labels are embeddings.
+        num_class_embeds: Integer labels are in [0, num_class_embeds). None: no integer labels.
+        num_train_timesteps: Number of timesteps. None: not specified.
 
     Raises:
-        ValueError: an option has a value that is not supported, or two options contradict each
-            other; the message names the option, the value and what is accepted.
+        ValueError: A value is not supported, or two options contradict each other.
     """
 
     _network = "UNet"
@@ -99,7 +127,7 @@ class UNetConfig(NetworkConfig):
         for name, accepted in _CHOICES.items():
             value = getattr(self, name)
             if not any(value == one and type(value) is type(one) for one in accepted):
-                self._reject(name, value, ", ".join(map(repr, accepted)))
+                self._reject(name, value, " or ".join(map(repr, accepted)))
         for name in _POSITIVE_INTS:
             value = getattr(self, name)
             if not is_integer(value, 1):
@@ -146,42 +174,36 @@ class UNetConfig(NetworkConfig):
             self._reject("attn_norm_num_groups", groups, f"a divisor of {channels[-1]}")
         head, attended = self.attention_head_dim, self._attended_channels()
         if head is not None and attended and head > min(attended):
-            self._reject(
-                "attention_head_dim", head, f"at most {min(attended)}, the narrowest attention"
-            )
+            narrowest = f"at most {min(attended)}, the width of the narrowest attention"
+            self._reject("attention_head_dim", head, narrowest)
 
     def _attended_channels(self) -> list[int]:
         channels = self.block_out_channels
-        down = [
-            c
-            for c, kind in zip(channels, self.down_block_types, strict=True)
-            if kind.startswith("Attn")
+        levels = [
+            *zip(channels, self.down_block_types, strict=True),
+            *zip(reversed(channels), self.up_block_types, strict=True),
         ]
-        up = [
-            c
-            for c, kind in zip(reversed(channels), self.up_block_types, strict=True)
-            if kind.startswith("Attn")
-        ]
+        attended = [c for c, kind in levels if kind.startswith("Attn")]
         mid = [channels[-1]] if self.mid_block_type is not None and self.add_attention else []
-        return down + mid + up
+        return attended + mid
 
     @property
     def sample_shape(self) -> tuple[int, int, int] | None:
-        """(C, H, W) of an input image; None without a sample_size."""
+        """Shape (C, H, W) of an image; None without a sample_size."""
         sides = self._height_width(self.sample_size)
         return None if sides is None else (self.in_channels, *sides)
 
     @property
     def num_classes(self) -> int | None:
-        """Labels are 0 .. num_classes - 1; None where there are none, or none of this kind."""
+        """Number of integer labels; None without labels, or with labels of another type."""
         return None if self.class_embed_type is not None else self.num_class_embeds
 
     @property
     def time_channels(self) -> int:
-        """Width of the time embedding that the residual blocks see."""
+        """Width of the time embedding."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of an input are multiples of this: 2 to the number of halvings."""
+        """Divisor of height and width of an image: 2^(number of halvings)."""
         return 2 ** (len(self.block_out_channels) - 1)

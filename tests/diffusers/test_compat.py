@@ -104,7 +104,7 @@ def test_an_unknown_variance_type():
     """Any other name is fixed_small to DDPMScheduler."""
     theirs, follows = (cls(variance_type="tiny") for cls in (THEIRS["ddpm"], FAST["ddpm"]))
     assert_near(stepped(follows, 500), stepped(theirs, 500))
-    with pytest.raises(ValueError, match="variance_type='tiny' is not supported"):
+    with pytest.raises(ValueError, match=r"variance_type must be one of .*; got 'tiny'"):
         trio(variance_type="tiny")
 
 
@@ -252,16 +252,20 @@ def test_all_timesteps_repeat_one(kind):
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("dpm", {"solver_order": 3}, "solver_order=3 .* accepted: 1, 2"),
-        ("dpm", {"use_flow_sigmas": True}, "use_flow_sigmas=True"),
-        ("dpm", {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
+        ("dpm", {"solver_order": 3}, "solver_order .* must be 1 or 2; got 3"),
+        ("dpm", {"use_flow_sigmas": True}, "use_flow_sigmas .*must be .*; got True"),
+        (
+            "dpm",
+            {"prediction_type": "flow_prediction"},
+            "prediction_type .*must be .*; got 'flow_prediction'",
+        ),
         (
             "dpm",
             {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
-            "algorithm_type='dpmsolver'",
+            "algorithm_type .*must be .*; got 'dpmsolver'",
         ),
-        ("unipc", {"predict_x0": False}, "predict_x0=False"),
-        ("unipc", {"solver_p": diffusers.DDIMScheduler()}, "solver_p="),
+        ("unipc", {"predict_x0": False}, "predict_x0 .*must be .*; got False"),
+        ("unipc", {"solver_p": diffusers.DDIMScheduler()}, "solver_p .*must be .*; got "),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
@@ -284,7 +288,7 @@ def test_other_schedulers_and_arguments_are_refused_by_name():
         pass
 
     for subclass in (Own(), Mine()):
-        with pytest.raises(TypeError, match=r"got (Own|Mine), whose own steps are not known"):
+        with pytest.raises(TypeError, match=r"got (Own|Mine), whose steps may differ"):
             step_table(subclass)
     with pytest.raises(ValueError, match="compat must be"):
         step_table(diffusers.DDPMScheduler(), "right")

@@ -27,8 +27,8 @@ from ddpm_fast.models.checkpoint.hub import fetch, fetch_weights, is_repository_
 from ddpm_fast.models.checkpoint.scheduler_config import (
     SCHEDULERS,
     SchedulerOptions,
-    describe_schedule,
     diffusers_scheduler,
+    make_scheduler_config,
     parse_scheduler,
 )
 from ddpm_fast.models.checkpoint.weights import (
@@ -275,7 +275,7 @@ def save(
     if schedule is not None:
         if scheduler_config is not None:
             raise ValueError("scheduler_config: give either it or schedule, not both")
-        scheduler_config = describe_schedule(
+        scheduler_config = make_scheduler_config(
             schedule, prediction=prediction, variance=variance, clip=clip, spacing=spacing
         )
     documents: dict[str, Mapping[str, Any]] = {

@@ -1,4 +1,4 @@
-"""scheduler_config.json of diffusers' schedulers, in this package's terms."""
+"""Options of diffusers' schedulers: which are supported, and scheduler_config.json."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 
 from ddpm_fast.diffusion.schedule import NoiseSchedule, ScheduleWarning
 from ddpm_fast.diffusion.thresholding import Clip, DynamicThreshold
+from ddpm_fast.models.base_config import is_finite, is_integer
+from ddpm_fast.utils import checks
 
-# diffusers has no name for a score, and its schedulers refuse ours.
+# diffusers has no name for a score, and its schedulers reject this one.
 PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v", "score": "score"}
 VARIANCES = {
     "fixed_small": "posterior",
@@ -45,20 +47,39 @@ _THRESHOLD = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What a scheduler of diffusers reads.
+class SchedulerSpec:
+    """Options of a scheduler of diffusers, and the supported values.
 
-    lacks: options of `_DEFAULTS` that it has not; it samples as if they were off.
-    spacing: its default.
-    own: options that say how it steps, and nothing of the chain.
-    fixed: options that would move the steps or change what the network returns, and the one
-        value that leaves both alone.
+    Attributes:
+        lacks: Options in `_DEFAULTS` that the scheduler does not have; it samples without them.
+        spacing: Default of timestep_spacing.
+        solver: Options of the solver, which change neither schedule nor model output.
+        fixed: Options that change the timesteps or the meaning of the model output, each with the
+            only value that `parse_scheduler` accepts.
+        drop_in: Options of which `ddpm_fast.diffusers` accepts only some values, and these. None:
+            it does not support the scheduler.
     """
 
     lacks: tuple[str, ...] = ()
     spacing: str = "leading"
-    own: tuple[str, ...] = ()
+    solver: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    drop_in: Mapping[str, tuple[Any, ...]] | None = None
+
+    @property
+    def schedule(self) -> set[str]:
+        """Options that describe schedule, model output and timesteps."""
+        return _DEFAULTS.keys() - set(self.lacks)
+
+    def accepted_values(self, option: str, default: Any) -> tuple[Any, ...]:
+        """Return the values of an option that `ddpm_fast.diffusers` accepts; empty for all.
+
+        Args:
+            option: Name of the option.
+            default: Its default, the only accepted value if the option is not in this table.
+        """
+        known = {*self.schedule, *self.solver, *self.fixed}
+        return (self.drop_in or {}).get(option, () if option in known else (default,))
 
 
 _SIGMAS = {
@@ -71,46 +92,63 @@ _SIGMAS = {
     "time_shift_type": "exponential",
 }
 _MULTISTEP = ("solver_order", "solver_type", "lower_order_final", "final_sigmas_type")
-_ANCESTRAL = _Kind(own=("set_alpha_to_one",))
-_KINDS = {
-    "DDPMScheduler": _ANCESTRAL,
-    "DDIMScheduler": _ANCESTRAL,
-    "DPMSolverMultistepScheduler": _Kind(
+_DROP_IN = {"prediction_type": ("epsilon", "sample", "v_prediction")}
+_MULTISTEP_DROP_IN = {
+    **_DROP_IN,
+    "solver_order": (1, 2),
+    "use_flow_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+}
+_SINGLE_STEP = SchedulerSpec(solver=("set_alpha_to_one",), drop_in=_DROP_IN)
+SPECS: Mapping[str, SchedulerSpec] = {
+    "DDPMScheduler": _SINGLE_STEP,
+    "DDIMScheduler": _SINGLE_STEP,
+    "DPMSolverMultistepScheduler": SchedulerSpec(
         lacks=_CLIP,
         spacing="linspace",
-        own=(*_MULTISTEP, "algorithm_type", "euler_at_final"),
+        solver=(*_MULTISTEP, "algorithm_type", "euler_at_final"),
         fixed={**_SIGMAS, "use_lu_lambdas": False, "lambda_min_clipped": -math.inf},
+        drop_in={**_MULTISTEP_DROP_IN, "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")},
     ),
-    "UniPCMultistepScheduler": _Kind(
+    "UniPCMultistepScheduler": SchedulerSpec(
         lacks=_CLIP,
         spacing="linspace",
-        own=(*_MULTISTEP, "predict_x0", "disable_corrector", "solver_p"),
+        solver=(*_MULTISTEP, "predict_x0", "disable_corrector", "solver_p"),
         fixed={**_SIGMAS, "sigma_min": None, "sigma_max": None, "shift_terminal": None},
+        drop_in={
+            **_MULTISTEP_DROP_IN,
+            "predict_x0": (True,),
+            "solver_p": (None,),
+            "shift_terminal": (None,),
+        },
     ),
-    "PNDMScheduler": _Kind(
+    "PNDMScheduler": SchedulerSpec(
         lacks=(*_CLIP, *_THRESHOLD, "rescale_betas_zero_snr"),
-        own=("skip_prk_steps", "set_alpha_to_one"),
+        solver=("skip_prk_steps", "set_alpha_to_one"),
     ),
 }
 _REPLACEMENTS = {"FastDDPMScheduler": "DDPMScheduler", "FastDDIMScheduler": "DDIMScheduler"}
-SCHEDULERS = (*_KINDS, *_REPLACEMENTS)
+SCHEDULERS = (*SPECS, *_REPLACEMENTS)
 
 
-def diffusers_scheduler(kind: str) -> str:
-    """The class of diffusers that reads the config of `kind`, one of `SCHEDULERS`."""
-    return _REPLACEMENTS.get(kind, kind)
+def diffusers_scheduler(name: str) -> str:
+    """Return the class of diffusers that reads a configuration of `name`, one of `SCHEDULERS`."""
+    return _REPLACEMENTS.get(name, name)
 
 
 @dataclass(frozen=True)
 class SchedulerOptions:
-    """What a scheduler config says about the chain.
+    """Contents of a scheduler configuration.
 
-    schedule: from beta_schedule or trained_betas, rescaled where rescale_betas_zero_snr is on (its
-        last alphas_cumprod is then 0; diffusers' DPM-Solver++ and UniPC step from 2^-24 instead).
-    prediction: what the network returns, "epsilon", "x0", "v" or "score".
-    variance: "posterior" (fixed_small), "beta" (fixed_large), "learned" or "learned_range".
-    clip: x0 is clipped to [-clip, clip]; None leaves it; a `DynamicThreshold` thresholds it.
-    spacing: "linspace", "leading" or "trailing", with steps_offset added to leading timesteps.
+    Attributes:
+        schedule: From beta_schedule or trained_betas, rescaled if rescale_betas_zero_snr is true.
+            Its last alphas_cumprod is then 0; DPM-Solver++ and UniPC of diffusers start at 2^-24
+            instead.
+        prediction: Output of the network: "epsilon", "x0", "v" or "score".
+        variance: "posterior" (fixed_small), "beta" (fixed_large), "learned" or "learned_range".
+        clip: x0 is clipped to [-clip, clip], or thresholded by a `DynamicThreshold`. None: neither.
+        spacing: "linspace", "leading" or "trailing".
+        steps_offset: Is added to leading timesteps.
     """
 
     schedule: NoiseSchedule
@@ -122,36 +160,38 @@ class SchedulerOptions:
 
 
 def _reject(option: str, value: object, accepted: str) -> NoReturn:
-    raise ValueError(f"scheduler option {option}={value!r} is not supported; accepted: {accepted}")
+    raise ValueError(f"scheduler option {option} must be {accepted}; got {value!r}")
 
 
 def parse_scheduler(config: Mapping[str, Any]) -> SchedulerOptions:
-    """Options of a parsed scheduler_config.json; missing ones have diffusers' defaults.
+    """Parse the contents of scheduler_config.json.
 
-    Options that say how a solver steps are left to it. Options that the scheduler does not have
-    are ignored with a warning, as diffusers does.
+    Options of the solver are ignored. Options that the scheduler does not have are ignored with a
+    warning, as in diffusers.
+
+    Args:
+        config: Options by name; missing ones have their defaults in diffusers.
 
     Raises:
-        ValueError: another scheduler, or a value that is not supported; the message names both.
+        ValueError: The scheduler or a value is not supported.
     """
     name = config.get("_class_name", "DDPMScheduler")
     if name not in SCHEDULERS:
-        _reject("_class_name", name, ", ".join(SCHEDULERS))
-    kind = _KINDS[diffusers_scheduler(name)]
-    given = {key: value for key, value in config.items() if not key.startswith("_")}
-    for option, value in kind.fixed.items():
-        if option in given and given.pop(option) != value:
+        _reject("_class_name", name, f"one of {', '.join(SCHEDULERS)}")
+    spec = SPECS[diffusers_scheduler(name)]
+    options = {key: value for key, value in config.items() if not key.startswith("_")}
+    for option, value in spec.fixed.items():
+        if option in options and options.pop(option) != value:
             _reject(option, config[option], repr(value))
-    read = _DEFAULTS.keys() - set(kind.lacks)
-    if unread := sorted(given.keys() - read - set(kind.own)):
-        warnings.warn(f"scheduler options ignored: {', '.join(unread)}", stacklevel=2)
+    if ignored := sorted(options.keys() - spec.schedule - set(spec.solver)):
+        warnings.warn(f"scheduler options ignored: {', '.join(ignored)}", stacklevel=2)
     options = {
         **_DEFAULTS,
-        "timestep_spacing": kind.spacing,
-        **dict.fromkeys({"clip_sample"} & set(kind.lacks), False),
-        **{option: given[option] for option in given.keys() & read},
+        "timestep_spacing": spec.spacing,
+        **dict.fromkeys({"clip_sample"} & set(spec.lacks), False),
+        **{option: options[option] for option in options.keys() & spec.schedule},
     }
-    # null is DPM-Solver's, and DDPM's variance is then fixed_small's.
+    # DPM-Solver writes null, for which the variance is that of fixed_small.
     if options["variance_type"] is None:
         options["variance_type"] = _DEFAULTS["variance_type"]
     for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
@@ -163,59 +203,55 @@ def parse_scheduler(config: Mapping[str, Any]) -> SchedulerOptions:
         ("timestep_spacing", SPACINGS),
     ):
         if options[name] not in accepted:
-            _reject(name, options[name], ", ".join(accepted))
-    offset = options["steps_offset"]
-    if not isinstance(offset, int) or isinstance(offset, bool) or offset < 0:
-        _reject("steps_offset", offset, "an integer >= 0")
+            _reject(name, options[name], f"one of {', '.join(accepted)}")
+    if not is_integer(options["steps_offset"], 0):
+        _reject("steps_offset", options["steps_offset"], "an integer >= 0")
     return SchedulerOptions(
         schedule=_schedule(options),
         prediction=PREDICTIONS[options["prediction_type"]],
         variance=VARIANCES[options["variance_type"]],
         clip=_clip(options),
         spacing=options["timestep_spacing"],
-        steps_offset=offset,
+        steps_offset=options["steps_offset"],
     )
 
 
 def _clip(options: Mapping[str, Any]) -> Clip:
-    """As diffusers' step: thresholding comes before clip_sample."""
     bound, ratio, cap = (
         options[name]
         for name in ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value")
     )
-    if not _is_number(bound) or bound <= 0:
+    if not is_finite(bound) or bound <= 0:
         _reject("clip_sample_range", bound, "a finite number > 0")
-    if not _is_number(ratio) or not 0 < ratio <= 1:
+    if not is_finite(ratio) or not 0 < ratio <= 1:
         _reject("dynamic_thresholding_ratio", ratio, "a number in (0, 1]")
-    if not _is_number(cap) or cap <= 0:
+    if not is_finite(cap) or cap <= 0:
         _reject("sample_max_value", cap, "a finite number > 0")
+    # As in diffusers, thresholding precedes clip_sample.
     if options["thresholding"]:
         return DynamicThreshold(float(ratio), float(cap))
     return float(bound) if options["clip_sample"] else None
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _schedule(options: Mapping[str, Any]) -> NoiseSchedule:
     steps, betas = options["num_train_timesteps"], options["trained_betas"]
-    kind, ends = options["beta_schedule"], (options["beta_start"], options["beta_end"])
+    name, ends = options["beta_schedule"], (options["beta_start"], options["beta_end"])
     try:
         if betas is not None:
             schedule = NoiseSchedule.from_betas(betas)
             if steps != schedule.T:
                 _reject("num_train_timesteps", steps, f"{schedule.T}, as many as trained_betas")
-        elif kind == "linear":
+        elif name == "linear":
             schedule = NoiseSchedule.linear(steps, *ends)
-        elif kind == "scaled_linear":
+        elif name == "scaled_linear":
             schedule = NoiseSchedule.scaled_linear(steps, *ends)
-        elif kind == "squaredcos_cap_v2":
+        elif name == "squaredcos_cap_v2":
             schedule = NoiseSchedule.cosine(steps)
-        elif kind == "sigmoid":
+        elif name == "sigmoid":
             schedule = NoiseSchedule.sigmoid(steps, *ends)
         else:
-            _reject("beta_schedule", kind, "linear, scaled_linear, squaredcos_cap_v2, sigmoid")
+            accepted = "one of linear, scaled_linear, squaredcos_cap_v2, sigmoid"
+            _reject("beta_schedule", name, accepted)
         if options["rescale_betas_zero_snr"]:
             schedule = schedule.rescale_zero_terminal_snr()
     except TypeError as error:
@@ -223,21 +259,27 @@ def _schedule(options: Mapping[str, Any]) -> NoiseSchedule:
     return schedule
 
 
-def describe_schedule(
+def make_scheduler_config(
     schedule: NoiseSchedule, *, prediction: str, variance: str, clip: Clip, spacing: str
 ) -> dict[str, Any]:
-    """A DDPMScheduler config for these options, the inverse of `parse_scheduler`.
+    """Return a DDPMScheduler configuration, the inverse of `parse_scheduler`.
 
-    A schedule that diffusers can make by name is named; any other is given by its betas.
+    A schedule that diffusers has is written by name, and any other by its betas.
+
+    Args:
+        schedule: The noise schedule.
+        prediction: "epsilon", "x0", "v" or "score".
+        variance: "posterior", "posterior_log", "beta", "beta_log", "learned" or "learned_range".
+        clip: Bound of x0, a `DynamicThreshold` or None.
+        spacing: "linspace", "leading" or "trailing".
 
     Raises:
-        TypeError: `schedule` is something else.
-        ValueError: an option is none that `parse_scheduler` gives.
+        TypeError: `schedule` is not a `NoiseSchedule`.
+        ValueError: Another argument has a value that is not supported.
     """
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule; got {type(schedule).__name__}")
-    predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    variances = {
+    checks.instance("schedule", schedule, NoiseSchedule)
+    prediction_types = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    variance_types = {
         "posterior": "fixed_small",
         "posterior_log": "fixed_small_log",
         "beta": "fixed_large",
@@ -245,16 +287,12 @@ def describe_schedule(
         "learned": "learned",
         "learned_range": "learned_range",
     }
-    for name, value, accepted in (
-        ("prediction", prediction, tuple(predictions)),
-        ("variance", variance, tuple(variances)),
-        ("spacing", spacing, SPACINGS),
-    ):
-        if value not in accepted:
-            raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
+    checks.choice("prediction", prediction, prediction_types)
+    checks.choice("variance", variance, variance_types)
+    checks.choice("spacing", spacing, SPACINGS)
     threshold = clip if isinstance(clip, DynamicThreshold) else None
     bound = clip if isinstance(clip, float | int) else None
-    if clip is not threshold and (bound is None or not _is_number(bound) or bound <= 0):
+    if clip is not threshold and (bound is None or not is_finite(bound) or bound <= 0):
         raise ValueError(f"clip must be None, a finite number > 0 or a threshold; got {clip!r}")
     if threshold and math.isinf(threshold.cap):
         raise ValueError(f"clip must be a threshold with a finite cap; got {clip!r}")
@@ -262,8 +300,8 @@ def describe_schedule(
         "_class_name": "DDPMScheduler",
         **_DEFAULTS,
         **_describe_betas(schedule),
-        "prediction_type": predictions[prediction],
-        "variance_type": variances[variance],
+        "prediction_type": prediction_types[prediction],
+        "variance_type": variance_types[variance],
         "clip_sample": bound is not None,
         "clip_sample_range": 1.0 if bound is None else float(bound),
         "thresholding": threshold is not None,

@@ -99,10 +99,14 @@ CORRUPTIONS = [
         id="config-key-twice",
     ),
     pytest.param(
-        edit_json(CONFIG, norm_eps=float("inf")), "config.json.*norm_eps=inf", id="config-infinite"
+        edit_json(CONFIG, norm_eps=float("inf")),
+        "config.json.*norm_eps must .*got inf",
+        id="config-infinite",
     ),
-    pytest.param(edit_json(CONFIG, act_fn="gelu"), "config.json.*act_fn='gelu'", id="config-value"),
-    pytest.param(edit_json(CONFIG, extra=1), "config.json.*extra=1", id="config-unknown-key"),
+    pytest.param(
+        edit_json(CONFIG, act_fn="gelu"), "config.json.*act_fn must .*got 'gelu'", id="config-value"
+    ),
+    pytest.param(edit_json(CONFIG, extra=1), "config.json.*got 'extra'", id="config-unknown-key"),
     pytest.param(truncate(SCHEDULER, 40), "scheduler_config.json.*JSON", id="scheduler-cut"),
     pytest.param(
         edit_json(SCHEDULER, _class_name="LMSDiscreteScheduler"),
@@ -111,7 +115,7 @@ CORRUPTIONS = [
     ),
     pytest.param(
         edit_json(SCHEDULER, beta_schedule="laplace"),
-        "scheduler_config.json.*beta_schedule='laplace'",
+        "scheduler_config.json.*beta_schedule .*must be .*; got 'laplace'",
         id="beta-schedule",
     ),
     pytest.param(
@@ -121,7 +125,7 @@ CORRUPTIONS = [
     ),
     pytest.param(
         edit_json(SCHEDULER, trained_betas=[0.1, 0.999]),
-        "num_train_timesteps=1000",
+        "num_train_timesteps .*must be .*; got 1000",
         id="betas-and-length",
     ),
     pytest.param(
@@ -131,13 +135,29 @@ CORRUPTIONS = [
         edit_json(SCHEDULER, num_train_timesteps=10.5), "scheduler_config.json.*10.5", id="steps"
     ),
     pytest.param(
-        edit_json(SCHEDULER, prediction_type="flow"), "prediction_type='flow'", id="prediction"
+        edit_json(SCHEDULER, prediction_type="flow"),
+        "prediction_type .*must be .*; got 'flow'",
+        id="prediction",
     ),
-    pytest.param(edit_json(SCHEDULER, variance_type="big"), "variance_type='big'", id="variance"),
-    pytest.param(edit_json(SCHEDULER, timestep_spacing=3), "timestep_spacing=3", id="spacing"),
-    pytest.param(edit_json(SCHEDULER, clip_sample=1), "clip_sample=1", id="clip"),
-    pytest.param(edit_json(SCHEDULER, clip_sample_range=-1), "clip_sample_range=-1", id="range"),
-    pytest.param(edit_json(SCHEDULER, steps_offset=-1), "steps_offset=-1", id="offset"),
+    pytest.param(
+        edit_json(SCHEDULER, variance_type="big"),
+        "variance_type .*must be .*; got 'big'",
+        id="variance",
+    ),
+    pytest.param(
+        edit_json(SCHEDULER, timestep_spacing=3),
+        "timestep_spacing .*must be .*; got 3",
+        id="spacing",
+    ),
+    pytest.param(edit_json(SCHEDULER, clip_sample=1), "clip_sample .*must be .*; got 1", id="clip"),
+    pytest.param(
+        edit_json(SCHEDULER, clip_sample_range=-1),
+        "clip_sample_range .*must be .*; got -1",
+        id="range",
+    ),
+    pytest.param(
+        edit_json(SCHEDULER, steps_offset=-1), "steps_offset .*must be .*; got -1", id="offset"
+    ),
     pytest.param(write(UNET_FILE, b""), "safetensors.*not a whole", id="weights-empty"),
     pytest.param(truncate(UNET_FILE, 3000), "safetensors.*not a whole", id="weights-header-cut"),
     pytest.param(truncate(UNET_FILE, -4), "safetensors.*not a whole", id="weights-cut"),
@@ -373,7 +393,7 @@ except OSError as error:
             pytest.param(
                 {"schedule": None, "scheduler_config": {"beta_schedule": "?"}},
                 ValueError,
-                "beta_schedule='",
+                "beta_schedule .*must be .*; got '",
                 id="config",
             ),
             pytest.param(

@@ -125,12 +125,12 @@ class TestRefused:
             ),
             pytest.param(
                 edit_json(CONFIG, norm="batch"),
-                f"{CONFIG}: ThesisUNet option norm='batch'",
+                f"{CONFIG}: ThesisUNet option norm must be .*got 'batch'",
                 id="option",
             ),
             pytest.param(
                 edit_json(CONFIG, in_channels=1),
-                f"{CONFIG}: ThesisUNet option in_channels=1 is not supported",
+                f"{CONFIG}: ThesisUNet option must be one of .*; got .in_channels",
                 id="option-of-a-unet",
             ),
             pytest.param(
