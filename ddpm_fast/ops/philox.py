@@ -56,6 +56,15 @@ def random_words(seed: int, stream: int, first: int, num: int) -> Tensor:
     Returns:
         The first Philox word of each counter, int64 [num] on the CPU, in [0, 2^32).
     """
+    try:
+        from ddpm_fast._C import philox_words
+    except ImportError:  # not built
+        return _reference_words(seed, stream, first, num)
+    return torch.from_numpy(philox_words(num, 1, seed, stream, first)[:, 0].astype("int64"))
+
+
+def _reference_words(seed: int, stream: int, first: int, num: int) -> Tensor:
+    """Return random_words by the reference implementation."""
     counter = first + torch.arange(num, device="cpu")
     zero = torch.zeros_like(counter)
     key = philox_rng(seed, stream, device="cpu")

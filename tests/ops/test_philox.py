@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from cases import (
 )
 from ddpm_fast import _C, philox_normal, philox_rng
 from ddpm_fast.ops import reference
-from ddpm_fast.ops.philox import STREAM_STEPS
+from ddpm_fast.ops.philox import STREAM_STEPS, random_words
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -167,6 +168,32 @@ def test_numpy_noise_is_that_of_torch():
     assert np.array_equal(ours, theirs.numpy())
     assert _C.philox_normal(0, 5, 1, 1).shape == (0, 5)
     assert _C.philox_normal(5, 0, 1, 1).shape == (5, 0)
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["built", "not-built"])
+def test_random_words_are_the_first_philox_words_of_their_counters(monkeypatch, built):
+    seed, stream, first = (1 << 64) - 3, (1 << 32) - 1, (1 << 32) - 2
+    if not built:
+        monkeypatch.setitem(sys.modules, "ddpm_fast._C", None)
+    key = [seed & 0xFFFFFFFF, seed >> 32]
+    expected = [
+        philox([0, stream, k & 0xFFFFFFFF, k >> 32], key)[0] for k in range(first, first + 4)
+    ]
+    words = random_words(seed, stream, first, 4)
+    assert words.dtype == torch.int64
+    assert words.tolist() == expected
+    assert random_words(seed, stream, first, 0).shape == (0,)
+
+
+def test_numpy_words_are_those_of_the_normals():
+    counter, key = [1, 4, 3, 0], [9, 0]
+    words = _C.philox_words(num=2, words=7, seed=9, stream=4, first_sample=3)
+    assert words.dtype == np.uint32
+    assert words.shape == (2, 7)
+    assert words[0, 4:].tolist() == philox(counter, key)[:3]
+    assert words[1, :4].tolist() == philox([0, 4, 4, 0], key)
+    with pytest.raises(ValueError, match="words must be at least 0; got -1"):
+        _C.philox_words(1, -1, 9, 4)
 
 
 DRAWS = 10_000_000
