@@ -1,9 +1,9 @@
-// The operators torch.ops.ddpm_fast.*, written once for every device.
+// The operators torch.ops.ddpm_fast.*, implemented once for every device.
 //
-// A Launch type says how a device runs the kernels. Schemas, fakes and gradients are in
-// ddpm_fast/ops/registry.py, which defines the operators before these libraries are loaded.
-// Messages for users come from Python as well; the checks here only keep a direct call from reading
-// outside its tensors.
+// A Launch type runs the kernels on one device. ddpm_fast/ops/registry.py has the schemas, the fake
+// kernels and the gradients, and defines the operators before these libraries are loaded. Python
+// validates the arguments of users; the checks here only prevent a direct call from accessing
+// memory outside its tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -39,7 +39,7 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-// Of all dimensions of a after the first `skipped`.
+// Compares all dimensions of a after the first `skipped` with those of b.
 inline bool same_shape(const Tensor& a, const Tensor& b, size_t skipped) {
   const auto sizes = a.sizes(), others = b.sizes();
   if (sizes.size() != others.size() + skipped) return false;
@@ -53,7 +53,7 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
-// The walk over the elements of one batch [samples, ...], and the views of its tensors.
+// The iteration order of the elements of one batch [samples, ...], and views of its tensors.
 class Batch {
  public:
   Batch(const Tensor& first_tensor, bool channels_last) : first_tensor_(first_tensor) {
@@ -73,7 +73,7 @@ class Batch {
 
   View view(const Tensor& tensor, const char* name) const { return view_after(0, tensor, name); }
 
-  // Slot 0 of a ring [depth, samples, ...].
+  // Slot 0 of a ring buffer [depth, samples, ...].
   View view_of_slot(const Tensor& ring, const char* name) const {
     return view_after(1, ring, name);
   }
@@ -83,7 +83,7 @@ class Batch {
   }
 
  private:
-  // Of the dimensions after the first `skipped`.
+  // View of the dimensions after the first `skipped`.
   View view_after(int skipped, const Tensor& tensor, const char* name) const {
     STD_TORCH_CHECK(same_shape(tensor, first_tensor_, static_cast<size_t>(skipped)), name,
                     " must have the shape of the state");
@@ -138,7 +138,7 @@ inline void check_threshold(const Tensor& threshold, const Tensor& state) {
                   " with one value for each sample, on the state's device");
 }
 
-// The tensor of a term is there where the flags have the term, and only there.
+// A tensor must be passed if and only if its flag is set.
 inline void check_flagged(const std::optional<Tensor>& tensor, int64_t flag, const char* name) {
   STD_TORCH_CHECK(tensor.has_value() == (flag != 0), name,
                   flag ? " is needed by the flags" : " is no term of the flags");
@@ -227,7 +227,7 @@ struct Ops {
     a.depth = history.size(0);
   }
 
-  // What a step reads beside the state x.
+  // Fills the inputs of a step other than the state x.
   static void fill_step(ReverseStepArgs& a, const Batch& batch, const Tensor& x,
                         const Tensor& model_output, const Tensor& rows, const Tensor& step,
                         const std::optional<Tensor>& noise, int64_t flags,

@@ -1,6 +1,7 @@
-// The operators of the U-Net that have kernels of their own here: group_norm_, for every device.
+// The operator group_norm_ of the U-Net, for every device.
 //
-// As in ops.h, the checks only keep a direct call from reading outside its tensors.
+// As in diffusion_ops.h, the checks only prevent a direct call from accessing memory outside its
+// tensors.
 #pragma once
 
 #include "bindings/diffusion_ops.h"

@@ -1,4 +1,4 @@
-// The operators on the CPU: blocks of work spread over torch's own threads.
+// The operators on the CPU. Blocks of elements are distributed over torch's thread pool.
 #include <memory>
 #include <string>
 
@@ -9,8 +9,8 @@
 namespace ddpm {
 namespace {
 
-// Blocks a thread should have at the least: handing work out costs about as much as one block of
-// generated noise, and several of noise input.
+// Minimum number of blocks per task. Starting a task costs about as much as generating one block of
+// noise, or as several blocks whose noise is an input.
 constexpr int64_t kGrainNoiseInput = 16;
 constexpr int64_t kGrainNoiseGenerated = 2;
 
@@ -58,8 +58,8 @@ struct CpuLaunch {
   }
 };
 
-// Chooses the instruction set ("baseline", "avx2", "avx512", "auto"; "" leaves it) and returns the
-// one now used.
+// Selects the instruction set ("baseline", "avx2", "avx512" or "auto"; "" keeps the current one)
+// and returns the name of the one in use.
 std::string use_cpu_kernels(std::string name) {
   STD_TORCH_CHECK(name.empty() || select_cpu_kernels(name.c_str()), "CPU kernels '", name,
                   "' cannot run here; these can: ", runnable_instruction_sets());

@@ -1,5 +1,5 @@
-// The arithmetic of the three fused updates, one element at a time: the only place it is written.
-// Used by the CPU and the CUDA kernels; the Triton twin is ddpm_fast/ops/triton/arithmetic.py.
+// Arithmetic of the fused updates for one element, shared by the CPU and the CUDA kernels.
+// ddpm_fast/ops/triton/arithmetic.py has the same functions for Triton.
 #pragma once
 
 #include "core/exponential.h"
@@ -19,14 +19,15 @@ DDPM_HD R q_posterior_mean(R x0, R x_t, R coef_x0, R coef_x_t) {
   return fma(coef_x0, x0, coef_x_t * x_t);
 }
 
-// The output of a model and the one that guides it, as one.
+// Combines the model output with the output that guides it.
 template <class R>
 DDPM_HD R guided(R out, R out2, const Row<R>& row) {
   return fma(row.G1, out2, row.G0 * out);
 }
 
-// x0 from the model's output, whatever it predicts: P x + Q out, by the ratio Q / P where there is
-// one. Where abar is small both terms are large and cancel, and a rounded Q out would be left.
+// x0 from the model output for every prediction type: P x + Q out. Computed with the ratio Q / P
+// where P is not 0: for small abar both terms are large and cancel, and rounding Q out would
+// dominate the result.
 template <class R>
 DDPM_HD R predict_x0(R x, R out, const Row<R>& row) {
   const bool direct = row.P == R(0);
@@ -34,7 +35,7 @@ DDPM_HD R predict_x0(R x, R out, const Row<R>& row) {
   return (direct ? row.Q : row.P) * sum;
 }
 
-// NaN passes: both comparisons are false for it, where fmin and fmax would swallow it.
+// NaN passes: both comparisons are false for it. fmin and fmax would drop it.
 template <class R>
 DDPM_HD R clip(R value, R bound) {
   value = value < -bound ? -bound : value;
@@ -60,8 +61,8 @@ DDPM_HD R add_noise(R mean, R noise, const Row<R>& row) {
   return fma(row.S, noise, mean);
 }
 
-// The logarithm of what scales the noise of a model whose output v lies between the logarithms of
-// two variances: Nichol and Dhariwal 2021.
+// Logarithm of the noise scale for a learned variance: the output v interpolates between the
+// logarithms of two variances (Nichol and Dhariwal 2021).
 template <class R>
 DDPM_HD R log_scale(R v, const Row<R>& row) {
   return fma(v, R(0.5) * (row.Lmax - row.Lmin), R(0.5) * row.Lmin);

@@ -1,6 +1,7 @@
-// exp with the same float32 bits on every processor, as normal.h has its logarithm.
+// exp with the same float32 bits on every processor, like the logarithm of normal.h.
 //
-// The Triton twin is in ddpm_fast/ops/triton/arithmetic.py: same name, same order, same constants.
+// ddpm_fast/ops/triton/arithmetic.py has the same function for Triton: same order of operations,
+// same constants.
 #pragma once
 
 #include "core/macros.h"
@@ -17,27 +18,27 @@ DDPM_HD float exponential_near_0(float r) {
   return 1.0f + fma(r * r, q, r);
 }
 
-// Up to here exponential() is exponential_near_0() to the bit: its k is 0.
+// For |x| up to here, exponential() equals exponential_near_0() bit for bit, because k is 0.
 constexpr float kNear0 = 0x1.6p-2f;
 
-// exp(x) within 1.1 units in the last place; infinite above 88.73, 0 below -103.98, NaN for NaN.
-// exp(x) = 2^k exp(r).
+// exp(x) within 1.1 ulp; infinity above 88.73, 0 below -103.98, NaN for NaN. exp(x) = 2^k exp(r).
 DDPM_HD float exponential(float x) {
-  // Into [-104, 89], by the order of the bits, as in silu(); a NaN is put back at the end.
+  // Clamp to [-104, 89] by comparing bit patterns, as in silu(). NaN is restored at the end.
   constexpr int32_t kHigh = 0x42B20000;
   constexpr uint32_t kLow = 0xC2D00000u;
   const int32_t word = static_cast<int32_t>(bits_of(x));
   const uint32_t below = static_cast<uint32_t>(word < kHigh ? word : kHigh);
   const float bounded = float_of(below < kLow ? below : kLow);
-  // Adding this leaves k + 254 in the last places.
+  // Adding kRound leaves k + 254 in the lowest bits.
   constexpr float kRound = 0x1.8p23f + 254.0f;
   const float shifted = fma(bounded, 0x1.715476p+0f, kRound);
   const float k = shifted - kRound;
-  // ln 2 in two parts: k * high is exact.
+  // ln 2 is split into two parts, so that k * high is exact.
   float r = fma(k, -0x1.62p-1f, bounded);
   r = fma(k, -0x1.c85fep-10f, r);
   const float p = exponential_near_0(r);
-  // 2^k as two powers of half the exponent: alone it may be out of range where exp(x) is not.
+  // 2^k is the product of two powers with half the exponent: alone it can be out of range where
+  // exp(x) is not.
   const uint32_t first = bits_of(shifted) >> 1 << 23;
   const uint32_t second = (bits_of(shifted) << 23) - first;
   const float result = p * float_of(first) * float_of(second);

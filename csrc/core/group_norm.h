@@ -1,28 +1,28 @@
-// The arithmetic of GroupNorm (Wu and He 2018) with a modulation and SiLU, for host and device.
+// Arithmetic of GroupNorm (Wu and He 2018) with modulation and SiLU, for host and device.
 #pragma once
 
 #include "core/macros.h"
 
 namespace ddpm {
 
-// exp(-y) within 4e-7 of itself for y in [-88, 87]; infinite for y = -89, NaN for NaN. exp(-y) =
-// 2^n exp(-r) with |r| <= ln 2 / 2, and exp(-r) = 1 - r + r^2 q(-r), q a minimax polynomial.
-// Without fma, so that it is as fast where there is none.
+// exp(-y) with a relative error below 4e-7 for y in [-88, 87]; infinity for y = -89, NaN for NaN.
+// exp(-y) = 2^n exp(-r) with |r| <= ln 2 / 2, and exp(-r) = 1 - r + r^2 q(-r), q a minimax
+// polynomial. Without fma, so that it is equally fast on processors without one.
 DDPM_HD float exp_of_minus(float y) {
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves an integer in the last places
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves an integer in the lowest bits
   const float shifted = y * -0x1.715476p0f + kRound;
   const float n = shifted - kRound;
-  // ln 2 in two parts: n * high is exact.
+  // ln 2 is split into two parts, so that n * high is exact.
   const float r = (y + n * 0.693359375f) + n * -2.12194440e-4f;
   float q = -0x1.10627ap-7f;
   q = q * r + 0x1.572a08p-5f;
   q = q * r + -0x1.5557aep-3f;
   q = q * r + 0x1.fffdfcp-2f;
-  const float scale = float_of((bits_of(shifted) << 23) + 0x3F800000u);  // n = 128: infinite
+  const float scale = float_of((bits_of(shifted) << 23) + 0x3F800000u);  // infinity for n = 128
   return (q * (r * r) + (1.0f - r)) * scale;
 }
 
-// y / (1 + exp(-y)), and what that comes to for NaN and the infinities: -inf is NaN, as in PyTorch.
+// y / (1 + exp(-y)). As in PyTorch, -inf and NaN give NaN.
 DDPM_HD float silu(float y) {
 #if defined(__CUDA_ARCH__)
   float e, reciprocal;
@@ -30,8 +30,8 @@ DDPM_HD float silu(float y) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + e));
   return y * reciprocal;
 #else
-  // Into [-89, 87], by the order of the bits: of a choice between floats GCC makes a division each.
-  // What becomes of a NaN is of no matter, because the numerator is one.
+  // Clamp to [-89, 87] by comparing bit patterns: GCC compiles a selection between floats into two
+  // divisions. NaN needs no care here, because the numerator is NaN.
   constexpr int32_t kHigh = 0x42AE0000;   // 87
   constexpr uint32_t kLow = 0xC2B20000u;  // -89
   const int32_t word = static_cast<int32_t>(bits_of(y));
@@ -57,7 +57,7 @@ DDPM_HD float reciprocal_sqrt(float a) {
 #endif
 }
 
-// What the affine parameters and a modulation make of a normalised value: gain * value + offset.
+// gain * value + offset: the affine parameters and the modulation, applied to a normalised value.
 template <class R>
 struct Affine {
   R gain, offset;

@@ -1,7 +1,8 @@
-// float32 to and from the bits of float16 and bfloat16, rounded to nearest even.
+// Conversions between float32 and float16 or bfloat16, rounding to nearest even.
 //
-// Integer code on the host, so that a loop of it vectorises on any instruction set and does not
-// depend on the flush-to-zero mode; the conversion instruction on the device. NaN stays NaN.
+// On the host this is integer code, so that loops vectorise on every instruction set and the result
+// does not depend on the flush-to-zero mode. On the device it is the conversion instruction. NaN
+// stays NaN.
 #pragma once
 
 #include "core/macros.h"
@@ -40,7 +41,7 @@ DDPM_HD half_t to_half(float value) {
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   const uint32_t rebased = magnitude - 0x38000000u;
   const uint32_t normal = (rebased + 0x0FFFu + ((rebased >> 13) & 1u)) >> 13;
-  // Below 2^-14 the sum's last place is 2^-24, the spacing of float16's subnormals.
+  // Below 2^-14 the last bit of the sum is 2^-24, the spacing of float16's subnormals.
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;
   uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
   result = magnitude >= 0x477FF000u ? 0x7C00u : result;

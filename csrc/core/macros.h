@@ -1,14 +1,15 @@
-// How a function of csrc/core is compiled: once, for the host and for the device.
+// Function attributes and elementary operations of csrc/core, for host and device.
 //
-// Everything here is forced inline. The CPU kernels are compiled once per instruction set, and an
-// out-of-line copy that the linker shares between them could carry AVX-512 into the baseline path.
+// Everything is forced inline. The CPU kernels are compiled once per instruction set, and an
+// out-of-line copy that the linker shares between them could bring AVX-512 code into the baseline
+// path.
 #pragma once
 
 #include <stdint.h>
 
 #if defined(__CUDACC__)
 #define DDPM_HD __host__ __device__ __forceinline__
-#elif !defined(DDPM_HD)  // a test may do without, to be compiled in less time
+#elif !defined(DDPM_HD)  // tests may define it, to compile faster
 #define DDPM_HD inline __attribute__((always_inline))
 #endif
 
@@ -24,7 +25,8 @@ DDPM_HD float sqrt_rn(float a) {
   return __builtin_sqrtf(a);
 }
 
-// The 64-bit product of two words. nvcc widens a constant first and then multiplies in 64 bits.
+// The 64-bit product of two 32-bit numbers. nvcc would widen a constant first and multiply in 64
+// bits.
 DDPM_HD uint64_t mul_wide(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
   uint64_t product;

@@ -1,9 +1,9 @@
 // Standard normals from random words, with the same float32 bits on every processor.
 //
-// Only fma, add, multiply, a correctly rounded square root and integer operations are used; the
-// libraries' log, sin and cos differ between platforms. csrc is compiled without contraction, so
-// each fma below is one and nothing else becomes one. The Triton twin is
-// ddpm_fast/ops/triton/arithmetic.py: same names, same order, same constants.
+// Only fma, add, multiply, the correctly rounded square root and integer operations are used: log,
+// sin and cos of the libraries differ between platforms. csrc is compiled without contraction, so
+// that an fma is used exactly where one is written. ddpm_fast/ops/triton/arithmetic.py has the same
+// functions for Triton: same names, same order, same constants.
 #pragma once
 
 #include "core/macros.h"
@@ -11,13 +11,13 @@
 
 namespace ddpm {
 
-// A word as a uniform in (0, 1]: r * 2^-32 + 2^-33, rounded to float32.
+// Maps a random word r to a uniform number in (0, 1]: r * 2^-32 + 2^-33, rounded to float32.
 DDPM_HD float uniform_of(uint32_t word) {
   return fma(static_cast<float>(word), 0x1p-32f, 0x1p-33f);
 }
 
-// ln(u) for u in [2^-33, 1], within one unit in the last place.
-// u = m * 2^e with m in [2/3, 4/3); log1p(f) = f - f^2/2 + f^3 q(f), q a minimax polynomial.
+// ln(u) for u in [2^-33, 1], within one ulp. u = m * 2^e with m in [2/3, 4/3); log1p(f) = f - f^2/2
+// + f^3 q(f), q a minimax polynomial.
 DDPM_HD float log_unit(float u) {
   const uint32_t shifted = bits_of(u) - 0x3F2AAAABu;
   const int32_t e = static_cast<int32_t>(shifted) >> 23;
@@ -34,7 +34,7 @@ DDPM_HD float log_unit(float u) {
   q = fma(q, f, 0x1.555506p-2f);
   const float tail = fma(f2 * f, q, -0.5f * f2);
   const float ef = static_cast<float>(e);
-  // ln 2 in two parts: ef * high is exact.
+  // ln 2 is split into two parts, so that ef * high is exact.
   return fma(ef, 0x1.62E400p-1f, f + fma(ef, 0x1.7F7D1Cp-20f, tail));
 }
 
@@ -42,8 +42,8 @@ struct SinCos {
   float sin, cos;
 };
 
-// sin and cos of 2 pi u for u in [0, 1], within 1e-7.
-// u = quadrant / 4 + r with |r| <= 1/8, exactly.
+// sin and cos of 2 pi u for u in [0, 1], with an absolute error below 1e-7. u = quadrant / 4 + r
+// with |r| <= 1/8, exactly.
 DDPM_HD SinCos sincos_turns(float u) {
   const int32_t quadrant = static_cast<int32_t>(fma(u, 4.0f, 0.5f));
   const float r = fma(static_cast<float>(quadrant), -0.25f, u);
@@ -70,16 +70,16 @@ struct NormalPair {
   float z0, z1;
 };
 
-// Box and Muller, 1958: two independent N(0, 1) from two words.
+// Two independent N(0, 1) from two random words (Box and Muller 1958).
 DDPM_HD NormalPair box_muller(uint32_t word0, uint32_t word1) {
   const float radius = sqrt_rn(-2.0f * log_unit(uniform_of(word0)));
   const SinCos angle = sincos_turns(uniform_of(word1));
   return {radius * angle.cos, radius * angle.sin};
 }
 
-// The four normals of one Philox block: elements 4 * block .. 4 * block + 3 of a sample, the
-// elements counted in channels-last order. A stream is one use of noise: 0 is x_T, 1 + i the noise
-// of step i, and training streams set the top bit.
+// The four normals of one Philox block: elements 4 * block .. 4 * block + 3 of a sample, numbered
+// in channels-last order. Streams: 0 is x_T, 1 + i the noise of step i; training streams set the
+// top bit.
 struct Normal4 {
   float z[4];
 };

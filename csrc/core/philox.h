@@ -1,5 +1,5 @@
-// Philox4x32-10: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-// 2011.
+// Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2,
+// 3").
 #pragma once
 
 #include "core/macros.h"
@@ -10,7 +10,7 @@ struct Philox4 {
   uint32_t r0, r1, r2, r3;
 };
 
-// Four words from a counter (c0, c1, c2, c3) and a 64-bit key (k0 low, k1 high).
+// Returns four random words for a counter (c0, c1, c2, c3) and a 64-bit key (k0 low, k1 high).
 DDPM_HD Philox4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
                               uint32_t k1) {
   for (int round = 0; round < 10; ++round) {

@@ -1,5 +1,5 @@
-// The row of a step table: what one step of any solver does to every element.
-// The equation, and the same order of columns, are in ddpm_fast/ops/row.py.
+// A row of a step table: the coefficients of one step of any solver, the same for every element.
+// ddpm_fast/ops/row.py has the equation and the same order of columns.
 #pragma once
 
 #include "core/macros.h"
@@ -22,36 +22,36 @@ enum RowColumn : int {
 constexpr int kRowWidth = 32;  // a float32 row is one 128-byte line
 static_assert(kRowColumns <= kRowWidth);
 
-// What a table uses. A term that no row uses is neither loaded nor computed: 0 * NaN is NaN.
+// Terms that a table uses. A term that no row uses is neither loaded nor computed: 0 * NaN is NaN.
 enum RowFlag : int64_t {
   kClip = 1,        // x0 is clipped to [-clip, clip]
-  kRawOut = 2,      // Xo: the model's output enters x' directly (DDIM with the raw epsilon)
-  kScaleIn = 4,     // Cin: the model's next input is scaled
-  kGuide = 8,       // G0, G1: the model has a second output
-  kLearned = 16,    // Lmin, Lmax: the model has an output that scales the noise
-  kThreshold = 32,  // x0 is clipped to the sample's threshold and divided by it; clip is not read
-  kPast1 = 64,      // Xh1, Yh1: the value pushed last
+  kRawOut = 2,      // Xo: x' depends on the model output (DDIM with the unclipped epsilon)
+  kScaleIn = 4,     // Cin: the next model input is scaled
+  kGuide = 8,       // G0, G1: guidance by a second model output
+  kLearned = 16,    // Lmin, Lmax: a learned variance scales the noise
+  kThreshold = 32,  // x0 is clipped to the sample's threshold and divided by it; clip is ignored
+  kPast1 = 64,      // Xh1, Yh1: the last pushed value
   kPast2 = 128,     // Xh2, Yh2
   kPast3 = 256,     // Xh3, Yh3
-  kPush = 512,      // Hx, Hv: rows push a value
-  kPushOut = 1024,  // Ho: the model's output is part of it
-  kSecond = 2048,   // Y, Xy: there is a second state
+  kPush = 512,      // Hx, Hv: rows push a value to the history
+  kPushOut = 1024,  // Ho: the pushed value depends on the model output
+  kSecond = 2048,   // Y, Xy: the state has a second tensor
   kKnownFlags = 4095,
 };
 
-constexpr int kDeepest = 3;  // slots of the longest ring of past values
+constexpr int kDeepest = 3;  // maximum depth of the history
 constexpr int64_t kPast = kPast1 | kPast2 | kPast3;
-constexpr int64_t kRing = kPast | kPush;  // what needs the ring
+constexpr int64_t kRing = kPast | kPush;  // flags that need the history
 constexpr int64_t kMultistepTerms = kGuide | kLearned | kThreshold | kRing | kSecond;
 
-// Of a step that changes none of its arguments: it keeps nothing, and makes no input for a model.
+// Flags allowed in a functional step, which writes neither a history nor a model input.
 constexpr int64_t kFunctionalFlags = kClip | kRawOut | kLearned | kThreshold;
 
 DDPM_HD bool reads_past(int64_t flags, int k) {
   return (flags & (kPast1 << (k - 1))) != 0;
 }
 
-// Slots that the past values of a table need.
+// Number of past values that a table reads.
 DDPM_HD int history_depth(int64_t flags) {
   for (int k = kDeepest; k > 0; --k) {
     if (reads_past(flags, k)) return k;
@@ -79,8 +79,8 @@ DDPM_HD Row<R> load_row(const R* rows, int64_t index) {
   };
 }
 
-// The slot of h_k, and for k = 0 the one that a push goes to. Whatever a row holds, it is one of
-// the ring's.
+// The slot of h_k; for k = 0 the slot that a push writes. Always in [0, depth), whatever the row
+// contains.
 template <class R>
 DDPM_HD int past_slot(const Row<R>& row, int k, int depth) {
   const int column = row.slot >= R(2) ? 2 : row.slot >= R(1) ? 1 : 0;

@@ -1,9 +1,8 @@
-// How the elements of one sample lie in memory, and what the kernels are told about a tensor.
+// Memory layout of a sample's elements, as the kernels see a tensor.
 //
-// An operation walks the elements of a sample in one order for all its tensors. Where it makes
-// noise the order is channels-last (every spatial dimension, then the channel), because that is
-// how the noise is numbered; otherwise any order serves, and the order of the tensor that is
-// updated makes it a straight line.
+// All tensors of an operation are iterated in one order. If the operation generates noise, that is
+// channels-last (every spatial dimension, then the channel), the order in which noise is numbered.
+// Otherwise it is the memory order of the updated tensor, which makes that tensor linear.
 #pragma once
 
 #include "core/macros.h"
@@ -12,10 +11,11 @@ namespace ddpm {
 
 enum class DType : int32_t { f16, bf16, f32, f64 };
 
-constexpr int kMaxDims = 16;  // dimensions of a sample that no two of can be walked as one
+constexpr int kMaxDims = 16;  // most dimensions of a sample after merging
 
-// One tensor [samples, ...]: `strides` (in elements) of the dimensions of one sample, outermost
-// first in the order of the walk, neighbours merged where one stride serves both.
+// One tensor [samples, ...]: sizes and strides (in elements) of the dimensions of one sample,
+// outermost first in iteration order. Neighbouring dimensions are merged where one stride covers
+// both.
 struct View {
   void* data;
   int64_t sample_stride;
@@ -23,7 +23,7 @@ struct View {
   int64_t strides[kMaxDims];
   DType dtype;
   int32_t ndim;
-  bool linear;  // element e of a sample lies at e
+  bool linear;  // element e of a sample has offset e
 };
 
 DDPM_HD int64_t offset_in_sample(const View& view, int64_t element) {
@@ -38,13 +38,13 @@ DDPM_HD int64_t offset_in_sample(const View& view, int64_t element) {
   return view.ndim > 0 ? offset + element * view.strides[0] : 0;
 }
 
-// Which dimension of the tensor (1 .. ndim - 1) is walked at each depth, outermost first.
+// Dimension of the tensor (1 .. ndim - 1) at each depth of the iteration, outermost first.
 struct WalkOrder {
   int dims[64];
   int count;
 };
 
-// [N, C, d1, d2, ...] is walked d1, d2, ..., C.
+// [N, C, d1, d2, ...] is iterated in the order d1, d2, ..., C.
 inline WalkOrder channels_last_order(int ndim) {
   WalkOrder order{};
   for (int d = 2; d < ndim; ++d) order.dims[order.count++] = d;
@@ -52,7 +52,7 @@ inline WalkOrder channels_last_order(int ndim) {
   return order;
 }
 
-// The dimensions by falling stride: as the tensor lies in memory.
+// Dimensions by decreasing stride: the order in memory.
 inline WalkOrder memory_order(int ndim, const int64_t* sizes, const int64_t* strides) {
   WalkOrder order{};
   for (int d = 1; d < ndim; ++d) {
@@ -67,7 +67,7 @@ inline WalkOrder memory_order(int ndim, const int64_t* sizes, const int64_t* str
   return order;
 }
 
-// False where more than kMaxDims dimensions are left after merging.
+// Returns false if more than kMaxDims dimensions remain after merging.
 inline bool make_view(View* view, void* data, DType dtype, int ndim, const int64_t* sizes,
                       const int64_t* strides, const WalkOrder& order) {
   view->data = data;

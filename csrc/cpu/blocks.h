@@ -1,5 +1,5 @@
-// Blocks of one sample's elements between tensors of any type and layout and a buffer that the
-// arithmetic loops run over. A tensor that already is such a buffer is used where it lies.
+// Copies of one sample's elements between tensors of any dtype and layout and the buffers of the
+// arithmetic loops. A tensor that already has the layout and dtype of a buffer is used in place.
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 
@@ -64,9 +64,9 @@ DDPM_HD bool is_buffer(const View& view) {
 
 #include "cpu/triples.h"
 
-// [pixels, kSize], a few channels side by side, out of [pixels, stride]. All but the last pixel are
-// moved in one piece of four, whose surplus the next one overwrites; what it reads lies before the
-// end of the last.
+// Copies [pixels, kSize] out of [pixels, stride], with dense channels. All pixels but the last are
+// copied four values at a time: the next pixel overwrites the fourth value, and the last pixel
+// bounds what is read.
 template <int kSize, class T>
 DDPM_HD void pack_pixels(const T* from, int64_t stride, int64_t pixels, T* to) {
   int64_t p = 0;
@@ -82,8 +82,8 @@ DDPM_HD void pack_pixels(const T* from, int64_t stride, int64_t pixels, T* to) {
   if (p < pixels) __builtin_memcpy(to + p * kSize, from + p * stride, kSize * sizeof(T));
 }
 
-// Of two dimensions, a few elements side by side in the inner one: the channels of an image whose
-// pixels hold more, such as the halves of an output with a variance.
+// Two dimensions with three or four dense elements in the inner one: some channels of a
+// channels-last tensor, such as the output beside a learned variance.
 DDPM_HD bool is_pixels(const View& view) {
   return view.ndim == 2 && view.strides[1] == 1 && view.strides[0] > 0 &&
          (view.sizes[1] == 3 || view.sizes[1] == 4);
@@ -128,7 +128,7 @@ DDPM_HD void gather_as(const View& view, int64_t sample, int64_t first, int64_t 
   }
 }
 
-// At most kBlock elements.
+// Copies at most kBlock elements into `buffer`.
 template <class R>
 void gather(const View& view, int64_t sample, int64_t first, int64_t count, R* buffer) {
   switch (view.dtype) {
@@ -175,7 +175,7 @@ void scatter(const View& view, int64_t sample, int64_t first, int64_t count, con
   }
 }
 
-// The elements to read: in place where the tensor is a buffer, else gathered into `scratch`.
+// Elements to read: in place if the tensor is a buffer, otherwise gathered into `scratch`.
 template <class R>
 const R* read_block(const View& view, int64_t sample, int64_t first, int64_t count, R* scratch) {
   if (is_buffer<R>(view)) return sample_pointer<R>(view, sample) + first;
@@ -183,7 +183,7 @@ const R* read_block(const View& view, int64_t sample, int64_t first, int64_t cou
   return scratch;
 }
 
-// Where to compute what will be written: in place, or `scratch`, which write_block then scatters.
+// Where to compute results: in place, or in `scratch`, which write_block scatters.
 template <class R>
 R* target_block(const View& view, int64_t sample, int64_t first, R* scratch) {
   return is_buffer<R>(view) ? sample_pointer<R>(view, sample) + first : scratch;
@@ -194,7 +194,7 @@ void write_block(const View& view, int64_t sample, int64_t first, int64_t count,
   if (!is_buffer<R>(view)) scatter(view, sample, first, count, block);
 }
 
-// The elements to change: in place, or gathered into `scratch`, which write_block then scatters.
+// Elements to update: in place, or gathered into `scratch`, which write_block scatters.
 template <class R>
 R* updated_block(const View& view, const Block& b, R* scratch) {
   R* block = target_block(view, b.sample, b.first, scratch);

@@ -1,4 +1,4 @@
-// Selects the instruction set whose kernels run.
+// Selects the instruction set of the kernels.
 #include <string.h>
 
 #include <atomic>
@@ -25,7 +25,7 @@ const CpuKernels* const kCompiled[] = {
 #endif
 };
 
-// The kernels of that name, or the widest that run here for "auto"; null where there are none.
+// The kernels with that name; for "auto" the widest available; null if there are none.
 const CpuKernels* find(const char* name) {
   InstructionSet sets[3];
   for (int i = instruction_sets(sets) - 1; i >= 0; --i) {

@@ -1,15 +1,15 @@
-// GroupNorm with its sum before and SiLU behind it.
+// GroupNorm with optional sums before it and SiLU after it.
 //
-// The work is cut into slabs: some whole groups of one image, and one thread makes all of a slab,
-// so that the bits do not depend on the number of threads. The values of a slab are rows, one a
-// pixel, in kNormRows at a time. They are used where they lie, or gathered into rows of the
-// arithmetic's type: once, where the slab is small enough to be cached, else again for each pass.
+// The work is divided into slabs: some whole groups of one image. One thread processes a whole
+// slab, so that the bits do not depend on the number of threads. The values of a slab are rows, one
+// per pixel, processed kNormRows at a time. They are used in place, or gathered and converted: once
+// if the slab is small enough to be cached, otherwise again in each pass.
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 
-constexpr int64_t kNormRows = 64;  // the most pixels that are summed in the arithmetic's type
+constexpr int64_t kNormRows = 64;  // most pixels summed in the dtype of the arithmetic
 
-// What is needed of each channel. Sums of rows go into `part`, and from there into `sum`.
+// Per-channel values. Rows are summed into `part`, and parts into `sum`.
 template <class R>
 struct NormChannels {
   R *part, *vector, *mean, *gain, *offset;
@@ -19,7 +19,7 @@ struct NormChannels {
 template <class R>
 struct NormRows {
   R* data;
-  int64_t stride;  // from row to row
+  int64_t stride;  // elements between rows
 };
 
 template <class R>
@@ -27,11 +27,11 @@ struct NormSlab {
   const GroupNormArgs& a;
   NormChannels<R> c;
   int64_t sample, first, channels;
-  R* cached;  // [pixels, channels] where it fits, else null
-  R* block;   // [NormSlabs::kBlock], or the channels if they are more
+  R* cached;  // [pixels, channels] if it fits, otherwise null
+  R* block;   // max(NormSlabs::kBlock, channels) values
 
   int64_t pixels() const { return a.pixels(); }
-  // Pixels at a time.
+  // Pixels processed at a time.
   int64_t step() const {
     const int64_t rows = NormSlabs::kBlock / channels;
     return rows < kNormRows ? (rows < 1 ? 1 : rows) : kNormRows;
@@ -72,7 +72,7 @@ DDPM_HD void narrow(R v, R* to) {
   *to = v;
 }
 
-// Values side by side: to float32, or added to what is there, and back.
+// Contiguous values: converted to the dtype of the arithmetic (or added), and back.
 template <bool kAdd, class T, class R>
 DDPM_HD void widen_row(const T* from, int64_t count, R* to) {
 #pragma GCC ivdep
@@ -84,8 +84,8 @@ DDPM_HD void narrow_row(const R* from, int64_t count, T* to) {
   for (int64_t c = 0; c < count; ++c) narrow(from[c], to + c);
 }
 
-#if defined(DDPM_F16C)  // of the instruction set that this is compiled for
-// Eight at a time by the processor's own conversion, which gives the same values.
+#if defined(DDPM_F16C)  // the instruction set has conversions
+// Eight values at a time by the conversion instruction, which gives the same results.
 typedef float Float32x8 __attribute__((vector_size(32)));
 typedef short Float16x8 __attribute__((vector_size(16)));
 constexpr int kToNearestEven = 0;
@@ -118,7 +118,7 @@ DDPM_HD void narrow_row(const float* from, int64_t count, half_t* to) {
 }
 #endif
 
-// Channels [first, first + channels) of some pixels of one map into rows, or added to them.
+// Copies channels [first, first + channels) of some pixels of one map into rows, or adds them.
 template <bool kAdd, class T, class R>
 void gather_map(const Map& map, int64_t width, int64_t sample, int64_t first, int64_t channels,
                 int64_t pixel, int64_t count, const NormRows<R>& rows) {
@@ -129,7 +129,8 @@ void gather_map(const Map& map, int64_t width, int64_t sample, int64_t first, in
     });
     return;
   }
-  for (int64_t c = 0; c < channels; ++c) {  // neighbours in memory are neighbours here
+  // Channels outermost: in this layout, neighbouring pixels are adjacent.
+  for (int64_t c = 0; c < channels; ++c) {
     over_pixels(map, width, pixel, count, [&](int64_t i, int64_t at) {
       R& to = rows.data[i * rows.stride + c];
       const R value = widened(from[at + c * map.channel]);
@@ -155,7 +156,7 @@ void scatter_map(const Map& map, int64_t width, int64_t sample, int64_t first, i
   }
 }
 
-// The sum of the maps and the vector, for some pixels of the slab.
+// Sums the maps and the vector for some pixels of the slab.
 template <class T, class R>
 void gather_slab(const NormSlab<R>& s, int64_t pixel, int64_t count, const NormRows<R>& rows) {
   const GroupNormArgs& a = s.a;
@@ -181,7 +182,7 @@ void gather_slab(const NormSlab<R>& s, int64_t pixel, int64_t count, const NormR
   }
 }
 
-// x itself, where its rows are of the arithmetic's type and nothing is added to them.
+// True if the rows of x can be used in place: nothing is converted or added.
 template <class T, class R>
 bool used_in_place(const NormSlab<R>& s) {
   const GroupNormArgs& a = s.a;
@@ -195,7 +196,7 @@ NormRows<R> rows_of(const NormSlab<R>& s, const Map& map, int64_t pixel) {
           map.column};
 }
 
-// Calls f(rows, pixel, count) for all of the slab, in blocks of at most kNormRows.
+// Calls f(rows, pixel, count) for the whole slab, in blocks of at most kNormRows.
 template <class T, class R, class F>
 DDPM_HD void over_rows(const NormSlab<R>& s, bool first_pass, F f) {
   const bool in_place = used_in_place<T>(s);
@@ -213,7 +214,7 @@ DDPM_HD void over_rows(const NormSlab<R>& s, bool first_pass, F f) {
   }
 }
 
-// sum[c] of term(row value, c) over all the slab's rows.
+// Sets sum[c] to the sum of term(value, c) over all rows of the slab.
 template <class T, class R, class Term>
 DDPM_HD void sum_rows(const NormSlab<R>& s, bool first_pass, Term term) {
   const int64_t channels = s.channels;
@@ -242,7 +243,7 @@ DDPM_HD void sum_rows(const NormSlab<R>& s, bool first_pass, Term term) {
   });
 }
 
-// The mean over each group of what sum_rows left.
+// Calls use(channel, mean over its group) with the sums of sum_rows.
 template <class R, class Use>
 DDPM_HD void over_groups(const NormSlab<R>& s, Use use) {
   const int64_t size = s.a.group_size();

@@ -1,4 +1,5 @@
-// The instruction sets that the CPU kernels are compiled for, and those that this processor has.
+// Instruction sets that the CPU kernels are compiled for. Header only, so that the Python module
+// ddpm_fast._C needs no kernel.
 #pragma once
 
 #include <string>
@@ -21,7 +22,7 @@ inline int instruction_sets(InstructionSet (&sets)[3]) {
   return count;
 }
 
-// The names of those that run on this processor, separated by spaces.
+// Names of the sets that this processor has, separated by spaces.
 inline std::string runnable_instruction_sets() {
   InstructionSet sets[3];
   const int count = instruction_sets(sets);

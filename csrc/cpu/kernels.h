@@ -1,27 +1,28 @@
-// The CPU kernels: one table of functions for each instruction set they are compiled for.
+// The CPU kernels: one table of functions per instruction set.
 //
-// A kernel works on a range of blocks, so that the caller decides how to spread them over threads.
-// The same bits come out whatever the instruction set and the number of threads.
+// A kernel processes a range of blocks, so that the caller can distribute them over threads. The
+// bits of the results depend neither on the instruction set nor on the number of threads.
 #pragma once
 
 #include "core/args.h"
 
 namespace ddpm {
 
-// Elements: a multiple of the four normals of a Philox block, and of the channels of most images.
+// Elements of a block: a multiple of the four normals of a Philox block and of common channel
+// counts.
 constexpr int64_t kBlock = 3072;
 
-// At least one: q_posterior has a variance for a sample without elements too.
+// At least one: q_posterior writes a variance for a sample without elements too.
 DDPM_HD int64_t blocks_per_sample(int64_t elements) {
   return elements > 0 ? (elements + kBlock - 1) / kBlock : 1;
 }
 
-// How group_norm_ is divided into units of work: some whole groups of one sample each, whatever the
-// batch. `cached`: their values are cached in the arithmetic's type from pass to pass.
+// Units of work of group_norm_: a slab is some whole groups of one sample, whatever the batch size.
+// `cached`: its values are converted once and cached for all passes.
 struct NormSlabs {
-  static constexpr int64_t kCached = 65536;           // values: 256 KiB in float32
-  static constexpr int64_t kBlock = 8192;             // values that are gathered at a time
-  static constexpr int64_t kNarrow = 16, kWide = 64;  // channels that a slab should have
+  static constexpr int64_t kCached = 65536;  // most values of a cached slab: 256 KiB in float32
+  static constexpr int64_t kBlock = 8192;    // values gathered at a time
+  static constexpr int64_t kNarrow = 16, kWide = 64;  // preferred range of channels per slab
 
   int64_t channels, per_sample;
   bool cached;
@@ -40,7 +41,7 @@ struct NormSlabs {
   static DDPM_HD int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
   DDPM_HD int64_t block() const { return channels > kBlock ? channels : kBlock; }
 
-  // Of the memory that a call of the kernel needs for itself.
+  // Size of the workspace that one call of the kernel needs.
   DDPM_HD int64_t workspace_bytes(const GroupNormArgs& a) const {
     const int64_t width = a.dtype == DType::f64 ? 8 : 4;
     return 5 * padded(channels * width) + padded(channels * 8) + padded(block() * width) +
@@ -54,14 +55,16 @@ struct CpuKernels {
   void (*q_posterior)(const QPosteriorArgs&, int64_t begin, int64_t end);
   void (*reverse_step)(const ReverseStepArgs&, int64_t begin, int64_t end);
   void (*philox_normal)(const PhiloxNormalArgs&, int64_t begin, int64_t end);
-  // Works on slabs, in a workspace of its own at a multiple of 64 bytes.
+  // Processes slabs; each call needs its own workspace, aligned to 64 bytes.
   void (*group_norm)(const GroupNormArgs&, int64_t begin, int64_t end, void* workspace);
 };
 
-// The widest that this processor runs, or those that select_cpu_kernels selected.
+// The kernels in use: the widest that run on this processor, or those that select_cpu_kernels
+// selected.
 const CpuKernels& cpu_kernels();
 
-// Selects "baseline", "avx2", "avx512" or "auto"; false where it is unknown or cannot run here.
+// Selects "baseline", "avx2", "avx512" or "auto"; returns false if the name is unknown or the
+// instruction set is not available.
 bool select_cpu_kernels(const char* name);
 
 }  // namespace ddpm

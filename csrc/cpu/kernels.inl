@@ -1,6 +1,6 @@
 // The CPU kernels, compiled once per instruction set: kernels_*.cpp set the target, define DDPM_ISA
-// and include this file. Everything that is compiled lies in namespace ddpm::DDPM_ISA or is forced
-// inline, so that the linker cannot mix the sets.
+// and include this file. Every function is in namespace ddpm::DDPM_ISA or forced inline, so that
+// the linker cannot mix the instruction sets.
 
 #include <type_traits>
 
@@ -37,7 +37,7 @@ void q_sample_blocks(const QSampleArgs& a, int64_t begin, int64_t end) {
       make_normals(normals, b.first, b.count, static_cast<uint32_t>(a.rng.state[1]),
                    static_cast<uint64_t>(a.rng.state[2]) + static_cast<uint64_t>(b.sample),
                    static_cast<uint64_t>(a.rng.state[0]));
-      // x_t is made from the noise as it is returned: rounded to its type.
+      // x_t is computed from the returned noise, which is rounded to its dtype.
       scatter(a.noise, b.sample, b.first, b.count, normals);
       gather(a.noise, b.sample, b.first, b.count, noise_scratch);
       noise = noise_scratch;

@@ -1,4 +1,3 @@
-// What every processor runs. Without an fma instruction each fma is a library call: right, and
-// slow.
+// For every processor. Without an fma instruction each fma is a library call: correct, but slow.
 #define DDPM_ISA baseline
 #include "cpu/kernels.inl"

@@ -1,10 +1,10 @@
-// Normals by the hundred: the arithmetic of core/normal.h over arrays, so that it vectorises.
+// Blocks of normals: the arithmetic of core/normal.h over arrays, so that it vectorises.
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 
-constexpr int kLanes = 64;  // Philox blocks made together
+constexpr int kLanes = 64;  // Philox blocks generated together
 
-// normals[0 .. 4 * kLanes): those of `kLanes` Philox blocks from `block` on.
+// Fills normals[0 .. 4 * kLanes) from `kLanes` Philox blocks, starting at `block`.
 inline void make_lanes(float* normals, uint32_t block, uint32_t stream, uint64_t sample,
                        uint64_t seed) {
   alignas(64) uint32_t random_bits[4][kLanes];
@@ -33,8 +33,8 @@ inline void make_lanes(float* normals, uint32_t block, uint32_t stream, uint64_t
   }
 }
 
-// normals[0 .. count): elements first .. first + count of a sample; first is a multiple of 4 and
-// the buffer holds kBlock floats, of which those after count may be overwritten.
+// Fills normals[0 .. count) with elements first .. first + count - 1 of a sample. first must be a
+// multiple of 4; the buffer has kBlock floats, of which those after count may be overwritten.
 inline void make_normals(float* normals, int64_t first, int64_t count, uint32_t stream,
                          uint64_t sample, uint64_t seed) {
   uint32_t block = static_cast<uint32_t>(first / 4);
@@ -43,7 +43,7 @@ inline void make_normals(float* normals, int64_t first, int64_t count, uint32_t 
   }
 }
 
-// The same in the arithmetic's type: `scratch` is used where that is float64.
+// Converts the normals to the dtype of the arithmetic; `scratch` is used for float64.
 inline const float* generated_block(const float* normals, int64_t, float*) {
   return normals;
 }

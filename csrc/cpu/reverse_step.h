@@ -1,4 +1,5 @@
-// A reverse step: one loop for all of a plain one, and parts for one with more terms.
+// A reverse step: one fused loop for a plain step, several loops per part for one with multistep
+// terms.
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 

@@ -1,8 +1,8 @@
-// The tensors of a reverse step, a block at a time: its noise, the state before it, the results.
+// Inputs and outputs of a reverse step for one block: noise, state before the step, results.
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 
-// The noise of a block, null where the step has none. Where it is made, `normals` holds the block.
+// Noise of a block, null if the step has none. `normals` receives generated noise.
 template <class R>
 const R* step_noise(const ReverseStepArgs& a, const Block& b, int64_t index, float* normals,
                     R* scratch) {
@@ -16,13 +16,13 @@ const R* step_noise(const ReverseStepArgs& a, const Block& b, int64_t index, flo
   return a.noise.data ? read_block(a.noise, b.sample, b.first, b.count, scratch) : nullptr;
 }
 
-// The state before the step. The one after it goes to target_block of x, with the same scratch.
+// State before the step. The state after it goes to target_block of x, with the same scratch.
 template <class R>
 const R* state_block(const ReverseStepArgs& a, const Block& b, R* scratch) {
   return read_block(a.source.data ? a.source : a.x, b.sample, b.first, b.count, scratch);
 }
 
-// What a sample without a row is given where it has no state of its own to be left at.
+// Result of a functional step for a sample whose step is outside the table.
 template <class R>
 void write_nan(const ReverseStepArgs& a, const Block& b) {
   R nan[kBlock];
@@ -31,7 +31,7 @@ void write_nan(const ReverseStepArgs& a, const Block& b) {
   if (a.pred_x0.data) scatter(a.pred_x0, b.sample, b.first, b.count, nan);
 }
 
-// x' to where it belongs, and to the model's next input.
+// Writes x' and the next model input.
 template <class R>
 void write_state(const ReverseStepArgs& a, const Block& b, const Row<R>& row, const R* x,
                  R* scratch) {

@@ -1,14 +1,13 @@
-// A plain step but for its learned variance, in float32: one loop, over groups that are packed,
-// looked through and stepped while they are in registers, so that what waits for memory overlaps
-// with the exponentials.
+// A plain step with a learned variance, in float32: one fused loop over groups of elements that
+// stay in registers, so that loads overlap with the exponentials.
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 
-// Few enough that all of a group stays in registers; a multiple of any vector.
+// Elements of a group: few enough to stay in registers, and a multiple of every vector width.
 constexpr int kGroup = 48;
 
-// Elements whose blocks stay in the first cache where they must be gathered or made; whole pixels
-// of three, whole groups and what make_normals makes together.
+// Elements of a part, whose buffers stay in the L1 cache: whole pixels of three channels, whole
+// groups, and a multiple of what make_normals generates together.
 constexpr int64_t kLearnedPart = 768;
 static_assert(kBlock % kLearnedPart == 0 && kLearnedPart % (4 * kLanes) == 0);
 static_assert(kLearnedPart % 3 == 0 && kLearnedPart % kGroup == 0);
@@ -32,8 +31,8 @@ struct LearnedBlock {
   DDPM_HD LearnedBlock at(int64_t i) const { return with(i, out + i, v + i); }
 };
 
-// The logarithms of the scales, and whether half of the exponential has nothing to do for them, as
-// in nearly every step of a chain.
+// Computes the logarithms of the noise scales. Returns true if exponential_near_0 is enough for
+// them, as in nearly every step of a chain.
 DDPM_HD bool log_scales(const float* v, const Row<float>& row, float* sizes) {
   uint32_t largest = 0;  // a NaN is larger than any number
   for (int i = 0; i < kGroup; ++i) {
@@ -62,7 +61,8 @@ DDPM_HD void learned_group(const LearnedBlock& b, const Row<float>& row) {
   }
 }
 
-// Less than a group. Here and below the row is passed by value: then no store may change it.
+// The last elements, less than a group. Here and below the row is passed by value, so that no store
+// can alias it.
 template <bool kUsesOut, bool kStoresX0>
 void learned_remainder(LearnedBlock b, int64_t count, Row<float> row) {
   alignas(64) float x[kGroup]{}, out[kGroup]{}, v[kGroup]{}, noise[kGroup]{}, x0[kGroup];
@@ -76,7 +76,7 @@ void learned_remainder(LearnedBlock b, int64_t count, Row<float> row) {
   if constexpr (kStoresX0) __builtin_memcpy(b.pred_x0, x0, bytes);
 }
 
-// The output and the variance lie as they are stepped.
+// The output and the variance are dense.
 template <bool kUsesOut, bool kStoresX0>
 void learned_dense(LearnedBlock b, int64_t count, Row<float> row) {
   const int64_t whole = count - count % kGroup;
@@ -87,7 +87,8 @@ void learned_dense(LearnedBlock b, int64_t count, Row<float> row) {
 #if defined(DDPM_PERMUTES)
 static_assert(kGroup == kTriples);
 
-// They are the halves of one tensor, three channels of six each, and the part begins with a pixel.
+// The output and the variance are the two channel halves of one tensor with six channels, and the
+// part begins with a whole pixel.
 template <bool kUsesOut, bool kStoresX0>
 void split_learned_variance(LearnedBlock b, int64_t count, Row<float> row) {
   alignas(64) float out[kGroup], v[kGroup];

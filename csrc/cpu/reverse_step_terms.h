@@ -1,17 +1,17 @@
-// A reverse step with more terms than the plain one: guidance, a learned variance, thresholds, past
-// values and a second state.
+// A reverse step with multistep terms: guidance, a learned variance, thresholds, past values and a
+// second state.
 //
-// A part of a sample at a time, small enough that all of its blocks stay in the first cache beside
-// the lines that are fetched ahead, and a loop for each of its sums: y', which is kept aside
-// until nothing needs y, then x' and with it h0.
+// A sample is processed in parts, small enough that all blocks of a part stay in the L1 cache, with
+// one loop per sum: y' first, stored aside until y is no longer needed, then x' together with h0.
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 
-constexpr int64_t kPart = 512;  // elements; a multiple of those that make_normals makes together
+// Elements of a part: a multiple of those that make_normals generates together.
+constexpr int64_t kPart = 512;
 constexpr int kMostTerms = 5 + kDeepest;  // x, x0, out, y, the past values and the noise
 static_assert(kBlock % kPart == 0 && kPart % (4 * kLanes) == 0);
 
-// A sum of coefficients times blocks, in their order.
+// A sum of coefficients times blocks, evaluated in order.
 template <int kCount, class R>
 struct Sum {
   R coefficients[kCount];
@@ -33,7 +33,7 @@ class Terms {
     blocks_[count_++] = block;
   }
 
-  // Calls body with the Sum of these terms: kLeast to kMost of them.
+  // Calls f with the Sum of these terms, of which there are kLeast to kMost.
   template <int kLeast, int kMost, class F>
   DDPM_HD void visit(F f) const {
     if constexpr (kLeast < kMost) {
@@ -53,7 +53,7 @@ class Terms {
   int count_ = 0;
 };
 
-// A result may be one of the blocks: an element is read before it is written.
+// The result may alias one of the blocks: an element is read before it is written.
 template <class Sum, class R>
 void write_sum(const Sum& sum, int64_t count, R* to) {
 #pragma GCC ivdep
@@ -70,7 +70,7 @@ void write_sums(const Sum& sum, const Other& other, int64_t count, R* to, R* to_
   }
 }
 
-// What is read of tensors that are no buffers, and what is made.
+// Buffers for tensors that cannot be accessed in place, and for intermediate results.
 template <class R>
 struct StepScratch {
   alignas(64) R x[kPart], out[kPart], noise[kPart], x0[kPart];
@@ -153,7 +153,7 @@ class StepPart {
     return s_.out;
   }
 
-  // Null where the step has none.
+  // Null if the step has no noise.
   const R* scaled_noise(const Block& b, const Row<R>& row, int64_t index) {
     const R* noise = step_noise(a_, b, index, s_.normals, s_.noise);
     if (!noise || !has(kLearned)) return noise;
@@ -171,7 +171,8 @@ class StepPart {
     return s_.noise;
   }
 
-  // As they are in nearly every step of a chain; then half of the exponential has nothing to do.
+  // True in nearly every step of a chain. Then exponential_near_0 is enough, half of the
+  // exponential.
   static bool scales_are_near_1(const R* v, int64_t count, const Row<R>& row) {
     if constexpr (sizeof(R) == 8) return false;
     uint32_t largest = 0;  // a NaN is larger than any number
@@ -196,7 +197,7 @@ class StepPart {
     }
   }
 
-  // Writes x' and, in the same loop, h0.
+  // Writes x' and h0 in one loop.
   void push(const Block& b, const Row<R>& row, const Terms<R>& next, const R* x, const R* out,
             const R* x0, R* new_x) {
     Terms<R> pushed;

@@ -1,11 +1,10 @@
-// Three channels of six, such as the halves of an output with a variance: dense pixels out of
-// [pixels, 6] by permutations, for the instruction sets that define DDPM_PERMUTES, the floats of a
-// vector.
+// Three of six channels, such as an output beside a learned variance: dense pixels out of [pixels,
+// 6] by permutations. For the instruction sets that define DDPM_PERMUTES, the floats of a vector.
 //
 // Included once per instruction set, inside namespace ddpm::DDPM_ISA (see kernels.inl).
 
 #if defined(DDPM_PERMUTES)
-constexpr int kTriples = 48;  // elements that are packed together: sixteen pixels
+constexpr int kTriples = 48;  // elements packed together: sixteen pixels
 
 typedef float Floats __attribute__((vector_size(4 * DDPM_PERMUTES)));
 
@@ -20,8 +19,8 @@ DDPM_HD void put(float* to, Floats values) {
   __builtin_memcpy(to, &values, sizeof values);
 }
 
-// Both halves of sixteen pixels. Sixteen elements of a half lie in two registers, but for one at
-// most: it is first put where one of the two has an element of the other half.
+// Splits sixteen pixels into output and variance. Sixteen elements of one of them come from at most
+// three registers; the third contributes one element, which is first moved into an unused lane.
 DDPM_HD void split_learned_variance(const float* from, float* first, float* second) {
   const Floats a = floats_at(from), b = floats_at(from + 16), c = floats_at(from + 32);
   const Floats d = floats_at(from + 48), e = floats_at(from + 64), f = floats_at(from + 80);
@@ -51,8 +50,8 @@ DDPM_HD void split_learned_variance(const float* from, float* first, float* seco
 }
 #endif
 
-// Consecutive elements of a half, from channel kChannel of a pixel on. Nothing behind the last of
-// them is read.
+// Consecutive elements, starting at channel kChannel of a pixel. Nothing after the last of them is
+// read.
 template <int kChannel>
 DDPM_HD Floats triples_at(const float* from) {
   // clang-format off
@@ -69,7 +68,7 @@ DDPM_HD Floats triples_at(const float* from) {
         0, 4, 5, 6, 10, 11, 12, 17, 18, 19, 23, 24, 25, 29, 30, 31);
   }
 #else
-  // A pixel further on, an element lies three further than its place.
+  // In a vector loaded one pixel later, an element is three lanes further on.
   const Floats first = floats_at(from), second = floats_at(from + 3), third = floats_at(from + 6);
   if constexpr (kChannel == 0) {
     const Floats two = __builtin_shufflevector(first, second, 0, 1, 2, 11, 12, 13, 14, 15);

@@ -1,5 +1,4 @@
-// CHECK, and a main that reports. A test file has its cases as functions and lists them in
-// DDPM_TEST_MAIN.
+// CHECK and a runner: main() of a test file returns run(case, case, ...).
 #pragma once
 
 #include <cstdio>
@@ -28,7 +27,7 @@ inline bool check(bool holds, const char* file, int line, const std::string& wha
   return holds;
 }
 
-// The detail of a check is made only where it fails.
+// The message is formatted only if the check fails.
 #define CHECK(condition, ...)                                    \
   ((condition) ? ddpm::test::check(true, __FILE__, __LINE__, "") \
                : ddpm::test::check(false, __FILE__, __LINE__,    \

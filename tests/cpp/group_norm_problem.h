@@ -1,4 +1,4 @@
-// Random problems for group_norm_, and what their results should be.
+// Random problems for group_norm_, and their results in float64.
 #pragma once
 
 #include <cmath>
@@ -20,8 +20,9 @@ struct NormChoices {
   double mean = 0.0;
 };
 
-// Shapes with one group and with many, groups of 12 that straddle the sources, groups of every
-// common divisor with a piece, pixels in odd numbers and one alone, channels that fill no piece.
+// Shapes with one group and with many, groups of 12 that straddle the two sources, groups of every
+// common divisor with a vector, odd numbers of pixels and a single one, channels that fill no
+// vector.
 inline NormChoices random_choices(Random& random) {
   struct Shape {
     int64_t first, second, groups, height, width;
@@ -60,7 +61,7 @@ struct NormProblem {
   Table vector, modulation, weight, bias;
   std::vector<uint16_t> narrow[2];  // weight and bias in 16 bits
   std::vector<int64_t> row;
-  static constexpr int64_t kRows = 3, kGap = 5;  // of the tables
+  static constexpr int64_t kRows = 3, kGap = 5;  // rows of the tables, and gap between them
 
   NormProblem(const NormChoices& choices, Random& random) : c(choices) {
     const bool wide = c.dtype == DType::f64;
@@ -139,7 +140,7 @@ struct NormProblem {
     return inside ? table[r * (width + kGap) + column] : std::nan("");
   }
 
-  // h of every element, in the order of each(), before anything has run.
+  // h at an index, before any kernel has run.
   double sum_at(const Sizes& at) const {
     const int64_t channel = at[1];
     Sizes second_at = at;
@@ -150,7 +151,7 @@ struct NormProblem {
   }
 };
 
-// The reference, in float64: made before a problem runs, because total may lie over the residual.
+// The result in float64. Computed before the kernels run, because total may alias the residual.
 class NormReference {
  public:
   explicit NormReference(const NormProblem& problem) : p_(problem) {
@@ -187,7 +188,7 @@ class NormReference {
     });
   }
 
-  // `ran` has run on a copy of the problem.
+  // `ran` is a copy of the problem after a kernel has run.
   void check(const NormProblem& ran, const char* what) const {
     size_t i = 0;
     double top = 0, sum_top = 0;
@@ -198,8 +199,8 @@ class NormReference {
     const double half_ulp = p_.c.dtype == DType::f16    ? 0x1p-11
                             : p_.c.dtype == DType::bf16 ? 0x1p-8
                                                         : 0;
-    const double cancellation = eps * (1 + std::fabs(p_.c.mean));  // where a mean is taken off
-    const double folded = p_.has_16_bits() ? 0x1p-22 : 0.0;        // where it is part of an offset
+    const double cancellation = eps * (1 + std::fabs(p_.c.mean));  // the mean is subtracted
+    const double folded = p_.has_16_bits() ? 0x1p-22 : 0.0;        // the mean is part of an offset
     const TestTensor& total = p_.c.over_residual ? ran.residual : ran.total;
     ran.out.each([&](const Sizes& at) {
       const double want = values_[i], got = ran.out.get(at);
@@ -222,7 +223,7 @@ class NormReference {
 
   const NormProblem p_;
   std::vector<double> sums_, values_;
-  std::vector<double> offsets_;  // by which the mean shifts a result
+  std::vector<double> offsets_;  // shift of each result by the mean
 };
 
 }  // namespace ddpm::test

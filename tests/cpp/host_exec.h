@@ -1,8 +1,8 @@
-// Runs the phases of csrc/cuda/group_norm/phases.cuh on the host, for all threads of a cluster.
+// Executes the phases of csrc/cuda/group_norm/phases.cuh on the host, for all threads of a cluster.
 //
-// What lies between two barriers is put off and then run warp after warp, and what lies between two
-// barriers of the cluster block after block, forwards or backwards: where a barrier is missing, the
-// results differ. A block's shared memory is filled with NaN as the block starts.
+// Phases are deferred until the next barrier, then run warp by warp, and between barriers of the
+// cluster block by block, forwards or backwards: a missing barrier changes the results. Shared
+// memory is filled with NaN when a block starts.
 #pragma once
 
 #include <functional>
@@ -117,7 +117,7 @@ class HostExec {
 
 constexpr int kNotRun = -1;
 
-// Runs every block that a launch of a plan would have.
+// Runs every block of a launch of a plan.
 template <class T>
 int run_plan(const GroupNormArgs& args, const NormPlan& plan, bool backwards) {
   return choose_norm<T>(args, plan, [=](auto kernel, const auto& params, const NormLaunch& how) {
@@ -139,7 +139,7 @@ int run_plan(const GroupNormArgs& args, const NormPlan& plan, bool backwards) {
   });
 }
 
-// Not for bfloat16, which is float16 with another conversion: test_half.cpp has that.
+// Without bfloat16, which differs from float16 only in its conversions: see test_half.cpp.
 inline int run_plan(const GroupNormArgs& args, const NormPlan& plan, bool backwards = false) {
   switch (args.dtype) {
     case DType::f16:

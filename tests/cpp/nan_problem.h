@@ -1,5 +1,5 @@
-// A reverse step with a NaN in x and in the model's output, an infinity that is clipped, and NaN in
-// every coefficient that the flags leave out: a plain step, or one with a threshold, a learned
+// A reverse step with a NaN in x and in the model output, an infinity that is clipped, and NaN in
+// every coefficient that the flags exclude: a plain step, or one with a threshold, a learned
 // variance, a past value and a second state.
 #pragma once
 
@@ -64,7 +64,7 @@ struct NanProblem : ReverseStepProblem {
     return c;
   }
 
-  // After the step: a NaN where there was one, and nowhere else.
+  // After the step exactly the elements with a NaN input are NaN.
   void check_outcome(const char* kernels) const {
     x.each([&](const Sizes& at) {
       const bool expected = at == in_x || at == in_out;

@@ -1,6 +1,6 @@
-// Random problems for the four kernels: the tensors, the tables, and the arguments over them.
+// Random problems for the diffusion kernels: tensors, tables and the kernel arguments for them.
 //
-// A problem can be copied and run in several ways; every copy has its own memory.
+// A problem can be copied and run several times; every copy has its own memory.
 #pragma once
 
 #include <limits>
@@ -11,7 +11,7 @@
 
 namespace ddpm::test {
 
-// A table of numbers in the arithmetic's type.
+// A table of numbers in the dtype of the arithmetic.
 class Table {
  public:
   Table() = default;
@@ -36,14 +36,14 @@ inline Table random_table(bool wide, int64_t count, Random& random) {
   return Table(wide, values);
 }
 
-// What every problem has. `state` is the tensor that sets the type and the shape.
+// Members of every problem.
 struct Common {
   Sizes sizes;
   const char* shape = "";
   bool wide = false;       // float64 arithmetic
-  bool generated = false;  // noise made in the kernel
+  bool generated = false;  // noise generated in the kernel
   WalkOrder order{};
-  std::vector<int64_t> index;  // t or step, with gaps between
+  std::vector<int64_t> index;  // t or step, with a stride
   int64_t index_stride = 1;
   int64_t rows = 1;
   int64_t rng_state[3] = {};
@@ -76,8 +76,8 @@ struct Choices {
   const std::vector<Shape>* from = &shapes();
   bool wide = false;
   bool generated = false;
-  bool channels_last_only =
-      false;  // channels-last throughout, or half of that where a model made it
+  // Channels-last tensors only; model outputs are often half of the channels of a larger one.
+  bool channels_last_only = false;
 };
 
 inline DType random_dtype(const Choices& c, Random& random) {
@@ -200,8 +200,8 @@ struct QPosteriorProblem : Common {
   std::vector<const TestTensor*> outputs() const { return {&mean, &variance, &log_variance}; }
 };
 
-// Any flags that go together: the plain ones alone as often as not, unless they are to have more,
-// and often a learned variance as the only one more, which has a loop of its own.
+// Random flags that are valid together. Plain flags alone are frequent unless `multistep` is set,
+// and so is a learned variance as the only other flag, which has its own loop.
 inline int64_t random_flags(bool multistep, Random& random) {
   if (!multistep && random.coin()) return random.below(8);
   if (random.below(3) == 0) return random.below(8) | kLearned;
@@ -294,7 +294,7 @@ struct ReverseStepProblem : Common {
   }
   const TestTensor& state() const { return source.exists() ? source : x; }
   double column(int64_t row, RowColumn name) const { return table[row * kRowWidth + name]; }
-  // Of h_k, or for k = 0 of what is pushed: where it is in the history.
+  // Index of h_k in the history; for k = 0 of the pushed value.
   Sizes in_ring(Sizes index, int64_t row, int64_t k) const {
     const int64_t slot = static_cast<int64_t>(column(row, kRow_slot));
     index[0] += (slot + depth - k) % depth * samples();

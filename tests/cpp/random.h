@@ -1,4 +1,4 @@
-// Repeatable numbers for the tests, of a generator that is not the one under test.
+// Reproducible random numbers for the tests, from a generator other than the one under test.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +16,14 @@ class Random {
     return z ^ (z >> 31);
   }
 
-  // Of 0 .. count - 1.
+  // Uniform in 0 .. count - 1.
   int64_t below(int64_t count) {
     return static_cast<int64_t>(word() % static_cast<uint64_t>(count));
   }
 
   bool coin() { return word() >> 63; }
 
-  // In [-limit, limit).
+  // Uniform in [-limit, limit).
   double symmetric(double limit) {
     return limit * (static_cast<double>(word() >> 11) * 0x1p-52 - 1.0);
   }

@@ -19,13 +19,13 @@ inline auto kernel_for(const CpuKernels& kernels, const PhiloxNormalArgs*) {
   return kernels.philox_normal;
 }
 
-// In `vectors` calls, as threads would share the work.
+// Splits the work into several calls, as threads would.
 template <class Problem>
-void run_cpu(const Problem& problem, int64_t vectors = 1) {
+void run_cpu(const Problem& problem, int64_t calls = 1) {
   const auto args = problem.args();
   const auto kernel = kernel_for(cpu_kernels(), &args);
   const int64_t work = problem.samples() * blocks_per_sample(problem.elements());
-  for (int64_t i = vectors; i-- > 0;) kernel(args, work * i / vectors, work * (i + 1) / vectors);
+  for (int64_t i = calls; i-- > 0;) kernel(args, work * i / calls, work * (i + 1) / calls);
 }
 
 }  // namespace ddpm::test

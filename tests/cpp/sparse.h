@@ -1,4 +1,4 @@
-// Memory for tests of offsets that no machine could fill.
+// Memory for tests of large offsets, more than a machine has.
 #pragma once
 
 #include <stddef.h>
@@ -7,7 +7,7 @@
 
 namespace ddpm::test {
 
-// Memory that is there only where it is touched.
+// Memory that is allocated only where it is accessed.
 class Sparse {
  public:
   explicit Sparse(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {

@@ -1,4 +1,4 @@
-// Tensors [N, C, d1, d2, ...] of any type and layout, for running the kernels on.
+// Tensors [N, C, d1, d2, ...] of any dtype and layout, as arguments of the kernels.
 #pragma once
 
 #include <cstdlib>
@@ -19,13 +19,13 @@ using Sizes = std::vector<int64_t>;
 enum class Layout {
   contiguous,
   channels_last,
-  permuted,       // dense, the dimensions in another order
+  permuted,       // dense, dimensions permuted
   sliced,         // part of a larger tensor in every dimension
-  padded,         // samples apart, each dense
-  expanded,       // one sample for all
-  broadcast,      // one pixel for all of a sample
-  unaligned,      // dense, one element behind an aligned address
-  channel_slice,  // channels-last, the first or second half of the channels of a larger tensor
+  padded,         // gaps between samples, each dense
+  expanded,       // one sample for all, stride 0
+  broadcast,      // one pixel for the whole sample, stride 0
+  unaligned,      // dense, one element after an aligned address
+  channel_slice,  // channels-last, first or second half of the channels of a larger tensor
 };
 
 constexpr Layout kLayouts[] = {Layout::contiguous, Layout::channels_last, Layout::permuted,
@@ -36,7 +36,7 @@ inline Layout random_layout(Random& random) {
   return kLayouts[random.below(sizeof kLayouts / sizeof *kLayouts)];
 }
 
-// Every element has a place of its own.
+// True if every element has its own memory.
 inline bool writable(Layout layout) {
   return layout != Layout::expanded && layout != Layout::broadcast;
 }
@@ -63,8 +63,8 @@ class TestTensor {
   TestTensor(DType dtype, Sizes sizes, Layout layout, Random& random)
       : dtype_(dtype), sizes_(std::move(sizes)) {
     const int ndim = static_cast<int>(sizes_.size());
-    Sizes outer = sizes_;    // what is allocated
-    std::vector<int> order;  // dimensions, outermost first, as they lie in memory
+    Sizes outer = sizes_;    // allocated sizes
+    std::vector<int> order;  // dimensions in memory order, outermost first
     for (int d = 0; d < ndim; ++d) order.push_back(d);
     const bool channel_slice = layout == Layout::channel_slice && ndim > 2;
     if ((layout == Layout::channels_last || channel_slice) && ndim > 2) {
@@ -92,7 +92,7 @@ class TestTensor {
     if (layout == Layout::sliced) {
       for (int d = 0; d < ndim; ++d) offset_ += (outer[d] - sizes_[d]) * strides_[d];
     }
-    // A half is part of what is counted already.
+    // For a channel slice, `count` includes the offset.
     bytes_ = static_cast<size_t>(count + (channel_slice ? 0 : offset_)) * bytes_of(dtype);
     allocate();
     std::memset(memory_.get(), 0xCD, bytes_);
@@ -128,7 +128,7 @@ class TestTensor {
 
   void* data() const { return exists() ? at(0) : nullptr; }
 
-  // The element at a multi-index.
+  // Position of the element at a multi-index.
   int64_t position(const Sizes& index) const {
     int64_t position = 0;
     for (size_t d = 0; d < index.size(); ++d) position += index[d] * strides_[d];
@@ -182,7 +182,7 @@ class TestTensor {
     each([&](const Sizes& index) { set(index, random.symmetric(limit)); });
   }
 
-  // Of everything that was allocated, the gaps between the elements too.
+  // Compares the whole allocation, including the gaps between elements.
   bool same_memory(const TestTensor& other) const {
     return bytes_ == other.bytes_ &&
            (!exists() || !std::memcmp(memory_.get(), other.memory_.get(), bytes_));
@@ -193,7 +193,7 @@ class TestTensor {
     void operator()(unsigned char* memory) const { std::free(memory); }
   };
 
-  // Exactly as many bytes as are needed, so that a sanitizer sees the first one too many.
+  // Allocates the exact number of bytes, so that a sanitizer detects any access beyond them.
   void allocate() {
     void* memory = nullptr;
     if (posix_memalign(&memory, 64, bytes_ > 0 ? bytes_ : 1)) std::abort();

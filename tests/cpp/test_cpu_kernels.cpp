@@ -1,5 +1,5 @@
-// The CPU kernels against the equations in double arithmetic, and every instruction set against
-// every other: the same bytes whatever the set and however the work is shared.
+// The CPU kernels against the equations in double, and the instruction sets against each other: the
+// same bytes for every set and every split of the work.
 #include <cmath>
 #include <sstream>
 
@@ -28,7 +28,7 @@ struct Sum {
   }
 };
 
-// Half a place of the type, and a few of the arithmetic's.
+// Half an ulp of the dtype, and a few ulp of the arithmetic.
 bool close(double got, const Sum& expected, DType dtype, bool wide) {
   double bound = expected.magnitude * (wide ? 0x1p-50 : 0x1p-21);
   if (dtype == DType::f16) bound += std::fabs(expected.value) * 0x1p-11 + 0x1p-25;
@@ -41,7 +41,7 @@ int64_t clamped(int64_t t, int64_t rows) {
   return t < 0 ? 0 : t < rows ? t : rows - 1;
 }
 
-// Channels-last: every spatial dimension, then the channel.
+// Number of an element in channels-last order: every spatial dimension, then the channel.
 int64_t number_of(const Sizes& index, const Sizes& sizes) {
   int64_t number = 0;
   for (size_t d = 2; d < index.size(); ++d) number = number * sizes[d] + index[d];
@@ -90,7 +90,7 @@ void check_outcome(const QPosteriorProblem& p, const QPosteriorProblem& before,
   }
 }
 
-// What a step makes of one element, in the order of ddpm_fast/ops/row.py.
+// The sums of a step for one element, in the order of ddpm_fast/ops/row.py.
 struct StepSums {
   Sum x0, next, second, pushed;
 
@@ -142,7 +142,7 @@ struct StepSums {
   }
 };
 
-// Every slot of the history at one element.
+// Checks every slot of the history at one element.
 void check_history(const ReverseStepProblem& p, const ReverseStepProblem& before, Sizes index,
                    int64_t row, const Sum& pushed, const char* kernels) {
   const bool pushes = p.flags & kPush && p.column(row, kRow_push) != 0;
@@ -201,7 +201,7 @@ void check_outcome(const PhiloxNormalProblem& p, const PhiloxNormalProblem&, con
   });
 }
 
-// Nothing but elements has been written.
+// Checks that nothing between the elements was written.
 template <class Problem>
 void check_gaps(const Problem& ran, const Problem& before, const char* kernels) {
   const auto ran_outputs = ran.outputs(), before_outputs = before.outputs();
@@ -243,7 +243,7 @@ void against_the_equations() {
   select_cpu_kernels("auto");
 }
 
-// Normals from any first Philox block, of the same sample in any batch.
+// The normals of a sample are the same in any batch, for any first Philox block.
 void normals_do_not_depend_on_the_batch() {
   static const std::vector<Shape> batch = {{{6, 3, 19, 37}, "batch"}};
   static const std::vector<Shape> alone = {{{1, 3, 19, 37}, "alone"}};
@@ -285,7 +285,7 @@ void nan_passes_the_clip() {
   select_cpu_kernels("auto");
 }
 
-// What a row holds there is no reason to write outside the ring, which a sanitizer would see.
+// No content of a row makes a kernel write outside the history.
 void any_slot_is_one_of_the_ring() {
   const double nan = std::numeric_limits<double>::quiet_NaN();
   Row<double> row{};

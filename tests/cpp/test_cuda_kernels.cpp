@@ -1,5 +1,5 @@
-// What the threads of the CUDA kernels do, run on the host one after another, against the CPU
-// kernels: the same bytes in every tensor, the gaps between the elements included.
+// The threads of the CUDA kernels, run on the host one after another, against the CPU kernels: the
+// same bytes in every tensor, including the gaps between elements.
 #include <algorithm>
 
 #include "check.h"
@@ -11,7 +11,7 @@
 namespace ddpm::test {
 namespace {
 
-// Runs every thread that a launch would have.
+// Runs every thread of a launch.
 template <class Args>
 int run_kernels(const Args& args) {
   return dispatch(args, [](auto variant, const auto& params) {
@@ -39,7 +39,7 @@ bool runs_vectorized(const Args& args) {
          }) == kYes;
 }
 
-// `wanted` problems that are served in vectors, or that are not.
+// Runs `wanted` problems that are vectorized, or that are not.
 template <class Problem>
 void same_as_cpu(const std::vector<Shape>& from, bool generated, bool vectors, int wanted,
                  bool channels_last_only = false) {
@@ -84,7 +84,7 @@ void reverse_step_same_as_cpu() {
   same_as_cpu<ReverseStepProblem>(false);
   same_as_cpu<ReverseStepProblem>(true);
 }
-// With the terms that the plain step has not, and outputs that are halves of a tensor.
+// With multistep terms, and model outputs that are half of a tensor's channels.
 void vectorized_step_terms_same_as_cpu() {
   static const std::vector<Shape> images = {{{2, 3, 32, 32}, "cifar"},
                                             {{3, 4, 16, 16}, "one-block"},
@@ -97,7 +97,7 @@ void philox_normal_same_as_cpu() {
   same_as_cpu<PhiloxNormalProblem>(true);
 }
 
-// A batch of samples without elements still has a variance each.
+// Samples without elements still have a variance each.
 void empty_samples_have_a_variance() {
   static const std::vector<Shape> empty = {{{3, 0, 2}, "empty"}};
   Random random(8);
@@ -157,7 +157,7 @@ void a_source_with_terms_that_keep_something_is_refused() {
   }
 }
 
-// Every four of every sample has one thread, however many samples there are.
+// Every Vec4 of every sample has exactly one thread, for any number of samples.
 template <class Mapping>
 void check_mapping(int64_t samples, int64_t elements, int vec4s_of_a_thread) {
   const Grid grid = make_grid(samples, elements);
@@ -190,7 +190,7 @@ void every_vec4_has_one_thread() {
   check_mapping<Vectors>(65537, 16, 2);
   check_mapping<Flat>(3, 7, 1);
   check_mapping<Flat>(200001, 5, 1);
-  // Beyond 2^31: the last block's threads, without the others.
+  // Beyond 2^31 elements: only the threads of the last block.
   const int64_t elements = (int64_t{1} << 33) + 4;
   const Grid large = make_grid(70000, elements);
   const Blocks blocks = Vectors::blocks(large);
@@ -218,7 +218,7 @@ View float_view(float* data, int64_t sample_stride, std::initializer_list<int64_
 
 constexpr int64_t kFar = (int64_t{1} << 31) + 64;  // elements; beyond 2^33 bytes
 
-// Samples, and elements of a sample, more than 2^31 elements apart.
+// Samples, and elements of a sample, with a distance of more than 2^31 elements.
 void offsets_beyond_2_31() {
   const Sparse cpu(4 * 4 * kFar), threads(4 * 4 * kFar);
   if (!cpu.exists() || !threads.exists()) {
@@ -245,7 +245,7 @@ void offsets_beyond_2_31() {
   compare(float_view(nullptr, 40, {3, 5}, {kFar, 2}), 15);
 }
 
-// One sample of more than 2^31 elements: the last of them.
+// The last elements of a sample with more than 2^31 elements.
 void elements_beyond_2_31() {
   const int64_t elements = kFar + 4;
   const Sparse cpu(4 * elements), threads(4 * elements);

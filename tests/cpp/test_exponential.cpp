@@ -1,4 +1,4 @@
-// exp against libm in double, within what exponential.h says of it.
+// exp against libm in double: the error bounds stated in exponential.h.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -11,7 +11,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// One float32 in 1021, of both signs and every exponent.
+// Every 1021st float32: both signs and every exponent.
 template <class Visit>
 void sweep(Visit visit) {
   for (uint64_t bits = 0; bits < uint64_t{1} << 32; bits += 1021) {
@@ -20,7 +20,7 @@ void sweep(Visit visit) {
   }
 }
 
-// Distance of two float32 near `value`, those below the least normal one too.
+// Distance between neighbouring float32 numbers near `value`, including subnormal ones.
 double ulp(double value) {
   return std::ldexp(1.0, std::max(std::ilogb(value), -126) - 23);
 }
@@ -29,13 +29,13 @@ void exponential_is_within_1_1_ulp() {
   double worst = 0, worst_subnormal = 0;
   sweep([&](float x) {
     const double exact = std::exp(static_cast<double>(x));
-    if (exact < 0x1p-150 || exact >= 0x1.ffffffp127) return;  // 0 and infinity in float32
+    if (exact < 0x1p-150 || exact >= 0x1.ffffffp127) return;  // 0 or infinity in float32
     const double error = std::fabs(static_cast<double>(exponential(x)) - exact) / ulp(exact);
     double& range_worst = exact < 0x1p-126 ? worst_subnormal : worst;
     range_worst = std::max(range_worst, error);
   });
   CHECK(worst <= 1.1, worst);
-  CHECK(worst > 0.1, worst);  // the sweep measures something
+  CHECK(worst > 0.1, worst);  // the sweep is not empty
   CHECK(worst_subnormal <= 1.0, worst_subnormal);
   CHECK(worst_subnormal > 0.1, worst_subnormal);
 }
@@ -51,7 +51,7 @@ void what_is_out_of_range_is_0_or_infinite() {
   CHECK(bits_of(exponential(-kInfinity)) == 0);
 }
 
-// A hash of the results: every processor, and the Triton twin, has these bits.
+// A hash of the results. Every processor and the Triton function have these bits.
 void the_bits_are_these() {
   uint64_t hash = 0xCBF29CE484222325u;
   sweep([&](float x) { hash = (hash ^ bits_of(exponential(x))) * 0x100000001B3u; });

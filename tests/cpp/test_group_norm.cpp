@@ -28,13 +28,13 @@ std::vector<std::string> kernel_names() {
   return names;
 }
 
-void run_on_cpu(const GroupNormArgs& a, int64_t vectors) {
+void run_on_cpu(const GroupNormArgs& a, int64_t calls) {
   const NormSlabs slabs(a);
   std::vector<char> memory(static_cast<size_t>(slabs.workspace_bytes(a)) + 64);
   void* workspace = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
   const int64_t work = a.samples * slabs.per_sample;
-  for (int64_t i = vectors; i-- > 0;) {
-    cpu_kernels().group_norm(a, work * i / vectors, work * (i + 1) / vectors, workspace);
+  for (int64_t i = calls; i-- > 0;) {
+    cpu_kernels().group_norm(a, work * i / calls, work * (i + 1) / calls, workspace);
   }
 }
 
@@ -58,7 +58,7 @@ void cpu_kernels_are_right() {
   select_cpu_kernels("auto");
 }
 
-// What the plans of the trials had, so that none is left out.
+// Properties of the plans in all trials, to check that none is missing.
 struct Seen {
   std::set<uint32_t> held, units, clusters;
   int strided = 0, shuffled = 0, by_rows = 0, sums = 0;
@@ -93,8 +93,8 @@ void check_plan(const NormProblem& problem, const NormReference& reference, cons
   CHECK(forwards.total.same_memory(backwards.total), what);
 }
 
-// Plans as they are chosen for GPUs of one multiprocessor, of an H100's and of very many, and plans
-// with any slab and cluster that can be.
+// Plans chosen for GPUs with one multiprocessor, as many as an H100 and very many, and plans with
+// every valid slab and cluster size.
 void cuda_kernels_are_right() {
   Random random(4);
   Seen seen;
@@ -121,7 +121,8 @@ void cuda_kernels_are_right() {
   seen.check_all();
 }
 
-// A slab that does not fit in registers, with the sum over the residual: every pass reads it again.
+// A slab that does not fit in registers, with the total aliasing the residual: each pass reads it
+// again.
 void streams_are_right() {
   Random random(5);
   for (DType dtype : {DType::f16, DType::f32}) {
@@ -148,7 +149,7 @@ bool same_plan(const NormPlan& plan, uint32_t slab, uint32_t cluster, bool strea
   return plan.vectorized && plan.slab == slab && plan.cluster() == cluster && plan.stream == stream;
 }
 
-// What an H100 is given: everything in registers from 4x4 to 256x256, also where there is a sum.
+// Plans for an H100: everything in registers from 4x4 to 256x256, also with a sum.
 void plans_of_an_h100() {
   GroupNormArgs a{};
   alignas(16) static char memory[16];
@@ -176,7 +177,7 @@ void plans_of_an_h100() {
   CHECK(!choose_group_norm(a, {132, 3}).vectorized);
 }
 
-// Samples, pixels and channels that lie more than 2^31 elements apart.
+// Samples, pixels and channels with a distance of more than 2^31 elements.
 void offsets_beyond_2_31() {
   constexpr int64_t kFar = (int64_t{1} << 31) + 64;  // elements
   const Sparse from(4 * 5 * kFar), to(4 * 5 * kFar);

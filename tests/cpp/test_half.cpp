@@ -1,4 +1,4 @@
-// Conversions between float32 and the half types, against an reference in double arithmetic.
+// Conversions between float32 and 16-bit types, against a reference in double.
 #include <cmath>
 #include <limits>
 
@@ -9,7 +9,7 @@
 namespace ddpm::test {
 namespace {
 
-// A binary format: significand bits after the point, and the largest exponent (the bias).
+// A binary floating-point format: bits of the fraction, and the exponent bias.
 struct Format {
   int fraction_bits;
   int bias;
@@ -33,7 +33,7 @@ double decoded(uint32_t bits, Format f) {
   return sign * std::ldexp(static_cast<double>(significand), power);
 }
 
-// To nearest, ties to even, by the spacing of the format at the value.
+// Rounds to nearest, ties to even, by the spacing of the format at the value.
 uint32_t encoded(float value, Format f) {
   const uint32_t sign = std::signbit(value) ? 0x8000u : 0u;
   const double magnitude = std::fabs(static_cast<double>(value));
@@ -45,7 +45,7 @@ uint32_t encoded(float value, Format f) {
   const double units = std::nearbyint(magnitude / spacing);
   const double largest = std::ldexp(2.0 - std::ldexp(1.0, -f.fraction_bits), f.bias);
   if (units * spacing > largest) return sign | infinity_bits(f);
-  // `units` counts the significand; with its hidden bit it carries into the exponent by itself.
+  // `units` is the significand with its hidden bit, which carries into the exponent.
   const uint32_t base = static_cast<uint32_t>(exponent - lowest) << f.fraction_bits;
   return sign | (base + static_cast<uint32_t>(units));
 }
@@ -79,7 +79,7 @@ void check_encoding(float value) {
   }
 }
 
-// Both signs of the float and of its two neighbours.
+// Checks the float and its two neighbours, with both signs.
 void check_around(float value) {
   const uint32_t magnitude = bits_of(value) & 0x7FFFFFFFu;
   for (uint32_t m : {magnitude - 1, magnitude, magnitude + 1}) {

@@ -1,4 +1,4 @@
-// The logarithm, sine and cosine against libm in double, within what normal.h says of them.
+// Logarithm, sine and cosine against libm in double: the error bounds stated in normal.h.
 #include <algorithm>
 #include <cmath>
 
@@ -8,7 +8,7 @@
 namespace ddpm::test {
 namespace {
 
-// Every word near the ends, and one in 4093 between.
+// Every 4093rd word, and every word near both ends.
 template <class Visit>
 void sweep(Visit visit) {
   constexpr uint64_t kEnd = uint64_t{1} << 32;
@@ -20,7 +20,7 @@ void sweep(Visit visit) {
   for (uint64_t word = kEnd - kDense; word < kEnd; ++word) visit(static_cast<uint32_t>(word));
 }
 
-// Distance of two float32 near `value`.
+// Distance between neighbouring float32 numbers near `value`.
 double ulp(double value) {
   const int exponent = std::max(std::ilogb(value), -126);
   return std::ldexp(1.0, exponent - 23);
@@ -44,7 +44,7 @@ void logarithm_is_within_one_ulp() {
     if (exact != 0) worst = std::max(worst, error / ulp(exact));
   });
   CHECK(worst <= 1.0, worst);
-  CHECK(worst > 0.1, worst);  // the sweep measures something
+  CHECK(worst > 0.1, worst);  // the sweep is not empty
   CHECK(bits_of(log_unit(1.0f)) == 0);
 }
 
@@ -77,7 +77,7 @@ void normals_follow_box_and_muller() {
                       std::fabs(static_cast<double>(z.z1) - radius * std::sin(angle))});
     CHECK(std::isfinite(z.z0) && std::isfinite(z.z1), word, z.z0, z.z1);
   });
-  // 1e-7 of the largest radius, 6.77, and a place of the result.
+  // 1e-7 of the largest radius, 6.77, and one ulp of the result.
   CHECK(worst <= 1.5e-6, worst);
 }
 

@@ -1,4 +1,4 @@
-// Philox against the known answers of Random123, and which words the normals are made of.
+// Philox against the known answers of Random123, and the counter of the normals.
 #include "check.h"
 #include "core/normal.h"
 #include "core/philox.h"
@@ -32,7 +32,7 @@ void known_answers() {
   }
 }
 
-// Counter (block, stream, sample low, high), key the seed's low and high half.
+// The counter is (block, stream, low and high word of the sample), the key the words of the seed.
 void normals_use_the_documented_counter() {
   const Known& k = kKnown[2];
   const uint64_t sample = k.counter[2] | uint64_t{k.counter[3]} << 32;

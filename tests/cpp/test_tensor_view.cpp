@@ -1,4 +1,4 @@
-// Views of tensors in any layout against the plain sum of index times stride.
+// Views of tensors in any layout against the sum of index times stride.
 #include "check.h"
 #include "core/tensor_view.h"
 #include "tensors.h"
@@ -6,7 +6,7 @@
 namespace ddpm::test {
 namespace {
 
-// Offsets of the elements of a sample in the order of a walk, one index at a time.
+// Offsets of the elements of a sample in iteration order, one index at a time.
 std::vector<int64_t> plain_offsets(const Sizes& sizes, const Sizes& strides,
                                    const WalkOrder& order) {
   std::vector<int64_t> offsets{0};

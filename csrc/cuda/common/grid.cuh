@@ -1,11 +1,12 @@
-// Which thread works on which elements: the launch configuration is here and nowhere else.
+// Mapping of threads to elements, and the launch configuration.
 //
-// The unit is a Vec4: four elements in a row of one sample, a Philox block, 16 bytes of float32.
+// The unit is a Vec4: four consecutive elements of a sample, which are one Philox block and 16
+// bytes of float32.
 #pragma once
 
 #include "core/macros.h"
 
-// Arrays that are to lie in registers must be indexed by constants: loops over them are unrolled.
+// Unrolls a loop over an array in registers, which must be indexed by constants.
 #if defined(__CUDA_ARCH__)
 #define DDPM_UNROLL _Pragma("unroll")
 #else
@@ -14,9 +15,9 @@
 
 namespace ddpm {
 
-constexpr uint32_t kThreads = 128;  // of a block
+constexpr uint32_t kThreads = 128;  // per block
 
-// Vec4s of a sample: at most what 32-bit indices and the counter of Philox can address.
+// Most Vec4s of a sample that 32-bit indices and the Philox counter can address.
 constexpr int64_t kMaxVec4s = 0xFFFF0000;
 
 struct Blocks {
@@ -28,7 +29,7 @@ struct BlockIndex {
   uint32_t blocks_y;
 };
 
-// Where a thread works: the Vec4s `first` and, kThreads further on, those after it.
+// Position of a thread: Vec4 `first` of a sample and, with a stride of kThreads, those after it.
 struct Position {
   int64_t sample;
   uint32_t first;
@@ -38,8 +39,8 @@ struct Position {
 
 struct Grid {
   int64_t samples;
-  int64_t elements;  // of a sample
-  uint32_t vec4s;    // of a sample
+  int64_t elements;  // per sample
+  uint32_t vec4s;    // per sample
 
   DDPM_HD bool has(const Position& position, int i) const { return position.vec4(i) < vec4s; }
 };
@@ -52,8 +53,8 @@ inline Grid make_grid(int64_t samples, int64_t elements) {
   return {samples, elements, static_cast<uint32_t>(vec4s_of(elements))};
 }
 
-// Blocks that stay within a sample, which they have from their index without a division; the
-// threads of a warp lie side by side. For samples that fill a block's first Vec4s.
+// Blocks within one sample: a thread finds its sample without a division, and the threads of a warp
+// access neighbouring Vec4s. For samples with at least kThreads Vec4s.
 template <int kVec4s>
 struct BlocksOfSamples {
   static constexpr int64_t kMaxY = 65535;
@@ -70,7 +71,7 @@ struct BlocksOfSamples {
   }
 };
 
-// One Vec4 a thread, sample after sample without a gap. An empty sample has a thread all the same:
+// One Vec4 per thread, across sample boundaries. An empty sample has one thread, because
 // q_posterior writes a variance for it.
 struct Flat {
   static DDPM_HD int64_t threads_of_sample(const Grid& grid) {

@@ -1,4 +1,4 @@
-// The values in 32 bits of a tensor, as the device converts them: two of 16 bits at once.
+// Conversions between a 32-bit word of a tensor and its float32 values; 16-bit types in pairs.
 #pragma once
 
 #include "core/half.h"

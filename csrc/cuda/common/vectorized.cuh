@@ -1,8 +1,8 @@
-// Loads and stores of Vec4s, for a tensor of any type and layout.
+// Loads and stores of Vec4s, for a tensor of any dtype and layout.
 //
-// A load leaves the bits as they came and the conversion is a second call, so that the loads of all
-// the tensors are on their way before the first is waited for. Types are asked at run time, once
-// for all the Vec4s of a thread; every thread takes the same branch.
+// A load returns raw bits, and the conversion is a second call, so that the loads of all tensors
+// are issued before the first one is needed. The dtype is tested at run time, once for all Vec4s of
+// a thread; all threads take the same branch.
 #pragma once
 
 #include <type_traits>
@@ -13,12 +13,12 @@
 
 namespace ddpm {
 
-// The elements of a Vec4.
+// Four consecutive elements.
 struct Vec4 {
   float v[4];
 };
 
-// The same, not yet converted: packed in a VectorizedTensor, one element a word in a View.
+// A Vec4 before the conversion: packed for a VectorizedTensor, one element per word for a View.
 struct Bits {
   uint32_t w[4];
 };
@@ -30,16 +30,16 @@ struct __attribute__((may_alias, aligned(8))) Vector8 {
   uint32_t w[2];
 };
 
-// What is left of a View where every Vec4 is one aligned vector of memory.
+// A tensor in which every Vec4 is one aligned vector in memory.
 struct VectorizedTensor {
   char* data;
   int64_t sample_bytes;
-  uint32_t vector_bytes;  // 16, or 8 where the elements have 16 bits
+  uint32_t vector_bytes;  // 16, or 8 for 16-bit types
   DType dtype;
 };
 
 template <class Tensor>
-constexpr int kVec4s = std::is_same_v<Tensor, View> ? 1 : 2;  // of a thread
+constexpr int kVec4s = std::is_same_v<Tensor, View> ? 1 : 2;  // per thread
 
 template <class Tensor>
 using BlocksFor =
@@ -73,7 +73,7 @@ DDPM_HD uint32_t to_bits(DType dtype, float value) {
   return dtype == DType::f16 ? to_half(value).bits : to_bfloat16(value).bits;
 }
 
-// The values after a round trip through a type.
+// Rounds the values to a dtype.
 template <int kN>
 DDPM_HD void round_to(DType dtype, Vec4 (&vec4s)[kN]) {
   if (dtype == DType::f32) return;
@@ -91,7 +91,7 @@ DDPM_HD Bits unpacked(const Vector8& vector) {
   return {{vector.w[0], vector.w[1], 0, 0}};
 }
 
-// bytes_on, here and below: how far the memory lies behind the tensor's, for a slot of a ring.
+// bytes_on, here and below: offset in bytes, for a slot of a history.
 DDPM_HD char* vector_at(const VectorizedTensor& tensor, const Position& position,
                         int64_t bytes_on) {
   return tensor.data + bytes_on + position.sample * tensor.sample_bytes +
@@ -167,7 +167,7 @@ DDPM_HD uint32_t word_at(const char* data, DType dtype, int64_t at) {
                              : reinterpret_cast<const uint16_t*>(data)[at];
 }
 
-// Of element `index` of the walk over every dimension but the innermost.
+// Offset of element `index` of all dimensions but the innermost.
 DDPM_HD int64_t outer_offset(const View& view, int64_t index) {
   int64_t offset = 0;
   for (int d = view.ndim - 2; d > 0; --d) {
@@ -178,7 +178,7 @@ DDPM_HD int64_t outer_offset(const View& view, int64_t index) {
   return view.ndim > 1 ? offset + index * view.strides[0] : 0;
 }
 
-// Of a Vec4 that was loaded one element a word.
+// Converts a Vec4 that was loaded with one element per word.
 DDPM_HD void convert_unpacked(DType dtype, const Bits& bits, Vec4& vec4) {
   DDPM_UNROLL
   for (int j = 0; j < 4; ++j) {
@@ -190,7 +190,7 @@ struct Offsets {
   int64_t at[4];
 };
 
-// offset_in_sample of the elements of a Vec4, with one division by the innermost size.
+// offset_in_sample of the four elements of a Vec4, with one division by the innermost size.
 DDPM_HD Offsets offsets_of(const View& view, int64_t first) {
   Offsets offsets;
   if (view.linear) {

@@ -1,9 +1,9 @@
-// What one thread of each fused update does, and which variant serves given arguments.
+// The fused updates for one thread, and the selection of a variant for given arguments.
 //
-// No CUDA header: the kernels call run_thread(), and so do the tests on the host. The arithmetic is
-// in core/updates.h. A thread loads everything, computes, and then stores, so that x may be updated
-// in place. A variant is where the noise comes from and a kind of tensor: VectorizedTensor where
-// every tensor comes in aligned Vec4s, View where one does not.
+// No CUDA header is included: the kernels call run_thread(), and so do the host tests.
+// core/diffusion.h has the arithmetic. A thread loads all inputs, computes, and then stores, so
+// that x can be updated in place. A variant is a noise source and a kind of tensor:
+// VectorizedTensor if all tensors consist of aligned Vec4s, otherwise View.
 #pragma once
 
 #include <initializer_list>
@@ -17,7 +17,7 @@
 
 namespace ddpm {
 
-// A t outside the table reads its first or last row.
+// Clamps t to the rows of the table.
 DDPM_HD int64_t row_of(int64_t t, int64_t num_timesteps) {
   t = t < num_timesteps ? t : num_timesteps - 1;
   return t > 0 ? t : 0;
@@ -64,7 +64,7 @@ struct QSample {
     if constexpr (kNoise == Noise::input) {
       convert(p.noise, noise_bits, noise);
     } else {
-      // x_t is made from the noise as it is returned: rounded to its type.
+      // x_t is computed from the returned noise, which is rounded to its dtype.
       generate_noise(key, 0, position, noise);
       round_to(p.noise.dtype, noise);
       store(p.noise, p.grid, position, noise);
@@ -233,7 +233,7 @@ struct PhiloxNormal {
   }
 };
 
-// What thread `thread` of a block does.
+// Runs one thread of a block.
 template <class Variant>
 DDPM_HD void run_thread(const typename Variant::Params& params, const BlockIndex& block,
                         uint32_t thread) {
@@ -243,8 +243,9 @@ DDPM_HD void run_thread(const typename Variant::Params& params, const BlockIndex
 
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
-// Calls launch(variant, params) for the kind of tensor that serves every view, and returns what it
-// returns. `outputs` may also come in pixels. Not vectors: nothing comes in them.
+// Calls launch(variant, params) for the kind of tensor that fits all views, and returns its result.
+// `outputs` are model outputs, which may also be pixels with gaps. `vectors` is false if the caller
+// rules out vectorized access.
 template <template <Noise, class, bool...> class Variant, Noise kNoise, bool... kFlags, class Args,
           class Launch>
 int choose(const Args& a, std::initializer_list<const View*> views,
@@ -304,7 +305,7 @@ int dispatch_step(const ReverseStepArgs& a, Launch launch) {
     const auto views = {&a.x,       &a.source, &a.noise,  &a.model_input,
                         &a.pred_x0, &a.second, &a.history};
     const auto outputs = {&a.out, &a.out2, &a.log_variance};
-    const bool vectors = a.depth < 2 || a.slot_stride % 4 == 0;  // of the other slots too
+    const bool vectors = a.depth < 2 || a.slot_stride % 4 == 0;  // also in the other slots
     return choose_step<StepTerms, kInPlace>(a, views, outputs, vectors, launch);
   }
   const auto views = {&a.x, &a.source, &a.out, &a.noise, &a.model_input, &a.pred_x0};

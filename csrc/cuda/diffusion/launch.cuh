@@ -1,4 +1,4 @@
-// Queues a kernel of one of the bodies.
+// Launches the kernels of kernels.cuh.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +9,7 @@ namespace ddpm {
 
 static_assert(kInvalidValue == cudaErrorInvalidValue);
 
-constexpr int64_t kMaxX = 0x7FFFFFFF, kMaxZ = 65535;  // of a grid
+constexpr int64_t kMaxX = 0x7FFFFFFF, kMaxZ = 65535;  // limits of a grid
 
 template <class Variant>
 __global__ void __launch_bounds__(kThreads)
@@ -30,7 +30,7 @@ int run_on(void* stream, const Args& args) {
     config.blockDim = dim3(kThreads);
     config.stream = static_cast<cudaStream_t>(stream);
     const cudaError_t error = cudaLaunchKernelEx(&config, run_kernel<Variant>, params);
-    if (error != cudaSuccess) cudaGetLastError();  // reported here, not by a later check
+    if (error != cudaSuccess) cudaGetLastError();  // no later check reports it again
     return error;
   });
 }

@@ -1,6 +1,6 @@
-// A model's output where the other tensors come in vectors: it may be some channels of a
-// channels-last tensor that has more, such as the half beside a variance. Its elements come in
-// pixels then, and are loaded one by one.
+// A model output in a vectorized kernel. It may be some channels of a channels-last tensor with
+// more channels, such as the output beside a learned variance: then its pixels are not adjacent,
+// and elements are loaded one by one.
 #pragma once
 
 #include "cuda/common/vectorized.cuh"
@@ -9,17 +9,18 @@ namespace ddpm {
 
 struct OutputTensor {
   VectorizedTensor vectors;
-  uint32_t channels;  // of a pixel; 0 where the tensor is in vectors
-  uint32_t gap;       // elements from the end of a pixel to the next one
+  uint32_t channels;  // per pixel; 0 if the tensor is vectorized
+  uint32_t gap;       // elements between two pixels
   uint32_t multiplier, shift;
 };
 
 template <class Tensor>
 using OutputOf = std::conditional_t<std::is_same_v<Tensor, View>, View, OutputTensor>;
 
-constexpr int64_t kMostInPixels = int64_t{1} << 31;  // elements of a sample, the gaps included
+// Most elements of a sample, including the gaps.
+constexpr int64_t kMostInPixels = int64_t{1} << 31;
 
-// Of two dimensions, the inner one dense; or every so many elements, which are pixels of one.
+// Two dimensions with the inner one dense, or one dimension with a stride: pixels of one channel.
 inline bool in_pixels(const View& view, int64_t elements) {
   if (view.ndim < 1 || view.ndim > 2 || elements % 4 != 0) return false;
   if (view.ndim == 2 && view.strides[1] != 1) return false;

@@ -1,8 +1,8 @@
-// What one thread of a reverse step does where a table has more terms than the plain step.
+// The reverse step with multistep terms, for one thread.
 //
-// The flags are asked at run time, once for the four of a thread; every thread takes the same
-// branches. Everything is loaded before the first element is used; with a ring of one slot, whose
-// place is known, its value too, and else as soon as the row says where.
+// The flags are tested at run time, once per Vec4; all threads take the same branches. All inputs
+// are loaded before the first is used. With a history of depth 1 the slot of the past value is
+// known, so that it is loaded with them; otherwise it is loaded as soon as the row is known.
 #pragma once
 
 #include "core/args.h"
@@ -73,7 +73,7 @@ struct StepTerms {
     for (int j = 0; j < 4; ++j) f(j);
   }
 
-  // The past values, h1 first, of a ring in which slot_of(k) is the slot of h_k.
+  // Loads the past values, h1 first; slot_of(k) is the slot of h_k.
   template <class SlotOf>
   static DDPM_HD void load_past(const Params& p, const Position& position,
                                 Bits (&past)[kDeepest][1], SlotOf slot_of) {
@@ -132,7 +132,7 @@ struct StepTerms {
     for (int k = 0; k < kDeepest; ++k) convert(p.history, past_bits[k], past[k]);
     const Vec4 x0 = predicted(p, row, x[0], out[0], bound);
 
-    // Every sum is of what x, y and the past values were.
+    // The sums read x, y and the past values from before the step.
     Vec4 next[1];
     each([&](int j) { next[0].v[j] = step_mean<false>(x[0].v[j], x0.v[j], out[0].v[j], row); });
     if (p.has(kRawOut)) add(row.Xo, out[0], next[0]);

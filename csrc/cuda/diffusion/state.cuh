@@ -1,7 +1,7 @@
-// The state of a step: one tensor that is changed, or one that is read and another that is written.
+// The state of a step: one tensor that is updated in place, or a source and a destination.
 //
-// Two variants, not one that asks at run time: in place, where a state is not one straight piece of
-// memory, its offsets are worked out once.
+// These are two variants rather than a run-time branch: in place, the offsets of a strided state
+// are computed only once.
 #pragma once
 
 #include "core/args.h"
@@ -27,7 +27,7 @@ struct State<Tensor, false> {
   DDPM_HD const Tensor& before() const { return source; }
 };
 
-// What a sample without a row is given where it has no state of its own to be left at.
+// Result of a functional step for a sample whose step is outside the table.
 template <int kN, class Params>
 DDPM_HD void store_nan(const Params& p, const Position& position) {
   Vec4 nan[kN];

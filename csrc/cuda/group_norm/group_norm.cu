@@ -1,4 +1,4 @@
-// What group_norm_ does on the current device: its plan, then the kernels of its type.
+// Launches group_norm_ on the current device: the plan, then the kernel for the dtype.
 #include <cuda_runtime_api.h>
 
 #include <atomic>
@@ -21,8 +21,8 @@ struct DeviceInfo {
   bool has_clusters;
 };
 
-// Clusters and overlap need code that was compiled for sm_90, not only a GPU that has them: other
-// code neither exchanges nor waits.
+// Clusters and overlapping launches need code compiled for sm_90, not only a GPU that supports
+// them: other code has neither the exchange nor the wait.
 cudaError_t query_device(int device, DeviceInfo* info) {
   cudaFuncAttributes code{};
   cudaError_t error = cudaFuncGetAttributes(&code, compiled_for);
@@ -33,7 +33,7 @@ cudaError_t query_device(int device, DeviceInfo* info) {
   return error;
 }
 
-// Asked once for each device: as 2 * multiprocessors + has_clusters.
+// Cached per device as 2 * multiprocessors + has_clusters.
 cudaError_t device_info(DeviceInfo* info) {
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices];
@@ -58,7 +58,7 @@ int cuda_group_norm(const GroupNormArgs& args, void* stream) {
   DeviceInfo info{};
   const cudaError_t error = device_info(&info);
   if (error != cudaSuccess) {
-    cudaGetLastError();  // reported here, not by a later check
+    cudaGetLastError();  // no later check reports it again
     return error;
   }
   const NormPlan plan =

@@ -1,4 +1,4 @@
-// Runs the phases of group_norm_ on the device, and queues them.
+// Runs the phases of group_norm_ on the device, and launches the kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,7 +14,7 @@ struct DeviceExec {
   Thread state;
   uint32_t cluster_bits;
 
-  // The place is read again for each phase, so that it takes no registers between them.
+  // Reads the position again in each phase, so that it occupies no registers in between.
   __device__ __forceinline__ void find_position() {
     uint32_t x, y, z, thread;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Kernel::kMostThreads, 1)
   Kernel::run(params, exec);
 }
 
-// `overlaps`: the code is for sm_90 or later, and waits for the kernel before it by itself.
+// `overlaps`: the code was compiled for sm_90 or later, and waits for the previous kernel itself.
 template <class T>
 int queue_norm(const GroupNormArgs& a, const NormPlan& plan, bool overlaps, void* stream) {
   return choose_norm<T>(
@@ -118,7 +118,7 @@ int queue_norm(const GroupNormArgs& a, const NormPlan& plan, bool overlaps, void
         }
         const cudaError_t error =
             cudaLaunchKernelEx(&config, run_norm<decltype(kernel)>, params, how.cluster_bits);
-        if (error != cudaSuccess) cudaGetLastError();  // reported here, not by a later check
+        if (error != cudaSuccess) cudaGetLastError();  // no later check reports it again
         return error;
       });
 }

@@ -1,4 +1,4 @@
-// What every kernel of group_norm_ is told, and the constants of a channel.
+// Parameters of the kernels of group_norm_, and the constants of a channel.
 #pragma once
 
 #include "core/group_norm.h"
@@ -7,13 +7,13 @@
 
 namespace ddpm {
 
-// A map in vectors.
+// A map that is accessed in 16-byte vectors.
 struct VectorizedMap {
   char* data;
   int64_t sample_bytes, pixel_bytes;
 };
 
-// What every kernel of group_norm_ is told beside its maps.
+// Parameters of the vectorized kernels.
 struct NormParams {
   NormPlan plan;
   uint32_t pixels, group_size;
@@ -58,7 +58,7 @@ inline NormParams norm_params(const GroupNormArgs& a, const NormPlan& plan) {
           static_cast<float>(a.eps)};
 }
 
-// The row of a table for a sample, or null where it lies outside.
+// The row of a table for a sample, or null if it is out of range.
 DDPM_HD const float* row_for(const SampleTable& table, int64_t row) {
   if (row < 0 || row >= table.rows) return nullptr;
   return static_cast<const float*>(table.data) + row * table.stride;
@@ -70,7 +70,7 @@ DDPM_HD float parameter(const void* from, bool wide, int64_t channel) {
               : Packed<T>::one(static_cast<const T*>(from)[channel]);
 }
 
-// Weight, bias and modulation of a channel as one gain and one offset.
+// Weight, bias and modulation of a channel, combined into one gain and one offset.
 template <class T, class Params>
 DDPM_HD Affine<float> affine_of(const Params& p, int64_t row, int64_t channel) {
   const float weight = parameter<T>(p.weight, p.wide_parameters, channel);
@@ -88,7 +88,7 @@ DDPM_HD float vector_of(const Params& p, int64_t row, int64_t channel) {
   return table == nullptr ? __builtin_nanf("") : table[channel];
 }
 
-// Which cluster, block of it, and thread.
+// Position of a thread: sample, slab (or group), block of the cluster, thread of the block.
 struct NormPosition {
   int64_t sample;
   uint32_t slab, rank, thread;

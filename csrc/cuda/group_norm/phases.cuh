@@ -1,16 +1,15 @@
-// The phases of group_norm_ and the barriers between them, for whoever runs the threads.
+// The phases of group_norm_ and the barriers between them, independent of how threads are executed.
 //
-// Whoever runs them may put a phase off until the next barrier, so that what a phase captures
-// beside the parameters is captured by value. An Exec has
-//   each(f)               f of every thread;
-//   xor_add(f, lanes)     the float f of every thread plus that of the thread whose index has the
-//                         bit `lanes` otherwise;
-//   each_cluster_block(n, f)       f of every warp's lane i < n with the shared memory of block i;
-//   block_sync()
-//   cluster_sync()        a barrier of all blocks of a cluster;
-//   cluster_arrive(), cluster_wait()   the same in two halves, which tells that all have started;
-//   wait_for_previous()   before anything is read or written;
-//   release_next()        the next kernel may start, and wait in its turn.
+// An Exec may defer a phase until the next barrier, so that a phase must capture everything except
+// the parameters by value. An Exec has
+//   each(f): f of every thread
+//   xor_add(f, lanes): add to the float f of every thread that of the thread with index ^ lanes
+//   each_cluster_block(n, f): f of lane i < n of every warp with the shared memory of block i
+//   block_sync(): a barrier of the block
+//   cluster_sync(): a barrier of all blocks of a cluster
+//   cluster_arrive(), cluster_wait(): the same in two calls; after it all blocks have started
+//   wait_for_previous(): wait for the previous kernel, before any global memory is accessed
+//   release_next(): allow the next kernel to start, up to its own wait_for_previous()
 #pragma once
 
 #include "cuda/group_norm/strided.cuh"
@@ -24,7 +23,7 @@ DDPM_HD void sum_warps(Exec& exec, uint32_t from_lanes) {
   }
 }
 
-// From the threads' parts to the constants of the channels.
+// Reduces the partial sums of the threads to the constants of the channels.
 template <class Exec>
 DDPM_HD void reduce(const NormParams& p, Exec& exec, uint32_t pass) {
   using Thread = typename Exec::Thread;
@@ -39,7 +38,7 @@ DDPM_HD void reduce(const NormParams& p, Exec& exec, uint32_t pass) {
   }
   exec.each([&p](Thread& t) { t.store_parts(p); });
   exec.block_sync();
-  // Once every block of the cluster has started, its memory can be written to.
+  // The shared memory of another block may be written only after that block has started.
   if (p.plan.cluster_bits > 0 && pass == 0) exec.cluster_wait();
   const uint32_t rounds = Thread::rounds(p);
   for (uint32_t round = 0; round < rounds; ++round) {
@@ -109,7 +108,7 @@ DDPM_HD void run_strided(const StridedParams& p, Exec& exec) {
   });
 }
 
-// The kernels: what their threads are, what they are told, and how they run.
+// The kernels: thread state, parameters and entry point.
 template <class T, bool kSum, int kHeld, bool kStream>
 struct VectorizedKernel {
   using Thread = VectorizedThread<T, kSum, kHeld, kStream>;
@@ -161,8 +160,7 @@ int choose_held(const NormParams& p, const NormLaunch& how, Launch launch) {
   return launch(VectorizedKernel<T, kSum, kHeld, false>{}, p, how);
 }
 
-// Calls launch(kernel, params, how) for the kernel that serves the arguments, and returns what it
-// returns.
+// Calls launch(kernel, params, how) for the kernel that fits the arguments, and returns its result.
 template <class T, class Launch>
 int choose_norm(const GroupNormArgs& a, const NormPlan& plan, Launch launch) {
   if (!plan.vectorized) {

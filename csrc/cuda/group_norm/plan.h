@@ -1,37 +1,38 @@
-// How group_norm_ is spread over a GPU: what is decided on the host, for every kernel of it.
+// Launch plan of group_norm_, computed on the host.
 #pragma once
 
 #include "core/args.h"
 
 namespace ddpm {
 
-// What the plan has to know of a GPU.
+// Properties of a GPU that the plan depends on.
 struct NormDevice {
   int multiprocessors;
-  uint32_t max_cluster_bits;  // of the blocks that can exchange statistics: 3, or 0 before sm_90
+  uint32_t max_cluster_bits;  // clusters have at most 2^this blocks: 3, or 0 before sm_90
 };
 
-// The most threads that a block has: where they hold as much as they can, and else.
+// Most threads of a block: with as many held vectors as possible, and otherwise.
 constexpr uint32_t kNormThreads = 1024, kNormFewThreads = 512;
-constexpr uint32_t kNormColumns = 256;        // the most vectors of a pixel's slab
-constexpr uint32_t kNormWanted = 256;         // threads, where they have enough to do
-constexpr uint32_t kNormSharedBytes = 48000;  // the most that a block asks for
-constexpr uint32_t kNormStreamed = 4;         // vectors of a thread at once where they are not held
+constexpr uint32_t kNormColumns = 256;        // most vectors of a pixel's slab
+constexpr uint32_t kNormWanted = 256;         // preferred number of threads
+constexpr uint32_t kNormSharedBytes = 48000;  // most shared memory of a block
+constexpr uint32_t kNormStreamed = 4;         // vectors per thread and chunk if they are not held
 
-// A slab is some whole groups of one image; a cluster of blocks works on one, each on its share of
-// the pixels. A thread has one piece of 16 bytes of a pixel's slab (a column), in several pixels.
+// A slab is some whole groups of one image. A cluster of blocks processes one slab; each block has
+// a share of the pixels. A thread processes one 16-byte vector of a pixel's slab (a column), in
+// several pixels.
 struct NormPlan {
-  bool vectorized;   // else by single elements, whatever the strides
-  bool stream;       // values are read again for every pass, because they do not fit in registers
-  uint32_t slab;     // channels
-  uint32_t unit;     // channels of a piece that are summed as one: they lie in one group
-  uint32_t columns;  // vectors of a pixel's slab
-  uint32_t rows;     // pixels at once
-  uint32_t held;     // vectors of a thread at once: 1, 2, 4 or 8
-  uint32_t threads;  // columns * rows, filled up to whole warps
-  uint32_t cluster_bits;  // of 1, 2, 4 or 8 blocks: 0 .. 3
-  uint32_t share;         // pixels of a block
-  uint32_t writers;       // partial sums of a unit: of each warp, or of each row
+  bool vectorized;        // false: element by element, for any strides
+  bool stream;            // values do not fit in registers and are read again in each pass
+  uint32_t slab;          // channels
+  uint32_t unit;          // channels of a vector summed together, all in one group
+  uint32_t columns;       // vectors of a pixel's slab
+  uint32_t rows;          // pixels processed at once
+  uint32_t held;          // vectors per thread and chunk: 1, 2, 4 or 8
+  uint32_t threads;       // columns * rows, rounded up to whole warps
+  uint32_t cluster_bits;  // log2 of the cluster size: 0 .. 3
+  uint32_t share;         // pixels per block
+  uint32_t writers;       // partial sums per unit: one per warp or one per row
   bool shuffled;          // the rows of a warp are summed by shuffles
   uint32_t shared_bytes;
 
@@ -55,7 +56,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Pixels one after another, channels side by side, every 16 bytes aligned.
+// True for dense channels-last maps in which every 16-byte vector is aligned.
 inline bool is_vectorizable(const Map& map, int64_t channels, const GroupNormArgs& a) {
   if (map.data == nullptr) return true;
   const int64_t values = 16 / element_bytes(a.dtype);
@@ -67,8 +68,9 @@ inline bool is_vectorizable(const Map& map, int64_t channels, const GroupNormArg
          reinterpret_cast<uintptr_t>(map.data) % 16 == 0;
 }
 
-// Floats of shared memory: four constants of each channel, two totals of each group and block, and
-// the partial sums with one float between the writers' rows, so that they lie in other banks.
+// Layout of the shared memory, in floats: four constants per channel, two totals per group and
+// block, and the partial sums. The rows of partial sums have an odd stride, to avoid bank
+// conflicts.
 struct NormShared {
   uint32_t gain, offset, vector, shift, totals, partials, end;
   uint32_t groups, units;
@@ -90,22 +92,24 @@ struct NormShared {
   }
 };
 
-// Whether the threads keep the sum, in float32, and not x as it was loaded. A vector alone is added
-// to 16 bits when they are used; to float32 it is added once, so that what is equal stays equal.
+// True if the threads hold the float32 sum, otherwise they hold x as loaded. A vector alone is
+// added to 16-bit values when they are used. To float32 it is added once, so that equal values stay
+// equal.
 inline bool keeps_sum(const GroupNormArgs& a) {
   return a.residual.data != nullptr || a.total.data != nullptr ||
          (a.dtype == DType::f32 && a.vector.data != nullptr);
 }
 
-// Vectors that a thread holds at the most: 32 registers of them, so that 1024 threads have room; or
-// of the sum's two maps while they are loaded.
+// Most vectors held by a thread: 32 registers, so that a block can have 1024 threads; half as many
+// while the two maps of a sum are loaded.
 constexpr uint32_t kMostHeld = 8, kMostHeldSum = 4;
 
 inline uint32_t most_held(const GroupNormArgs& a) {
   return keeps_sum(a) ? kMostHeldSum : kMostHeld;
 }
 
-// The plan for slabs of `slab` channels and clusters of that size; false where it cannot be done.
+// Fills the plan for slabs of `slab` channels and a cluster size; returns false if it is not
+// possible.
 inline bool plan_slab(const GroupNormArgs& a, int64_t slab, uint32_t cluster_bits, NormPlan* plan) {
   const int64_t values = 16 / element_bytes(a.dtype);
   const int64_t columns = slab / values;
@@ -136,10 +140,10 @@ inline bool plan_slab(const GroupNormArgs& a, int64_t slab, uint32_t cluster_bit
   return plan->shared_bytes <= kNormSharedBytes;
 }
 
-// Chooses slab and cluster. None of the numbers here and above was tuned on a GPU; they are
-// guesses: 64 bytes of a pixel side by side where that leaves two blocks for each multiprocessor,
-// else the smallest slab; a larger cluster where the values do not fit in one block's registers, or
-// where the multiprocessors are not all busy and a block still has 512 vectors.
+// Chooses the slab and the cluster size. The numbers here and above are guesses, not tuned on a
+// GPU. Slabs have 64 bytes per pixel if that leaves two blocks per multiprocessor, otherwise they
+// are as small as possible. Clusters grow if the values do not fit in the registers of one block,
+// or if multiprocessors would be idle and each block still has 512 vectors.
 inline NormPlan choose_group_norm(const GroupNormArgs& a, const NormDevice& device) {
   NormPlan plan{};
   const bool vectors = is_vectorizable(a.x, a.first, a) && is_vectorizable(a.x2, a.second, a) &&

@@ -1,6 +1,6 @@
-// GroupNorm of maps of any strides, one element at a time: a block for each group of an image,
-// which reads its elements once for the mean, once for the variance and once for the result.
-// The slow path, for what the vectors cannot serve.
+// GroupNorm of maps with any strides, element by element: one block per group of an image reads its
+// elements three times, for the mean, for the variance and for the result. The slow path, for maps
+// that cannot be vectorized.
 #pragma once
 
 #include "cuda/group_norm/vectorized.cuh"
@@ -12,7 +12,7 @@ constexpr uint32_t kStridedWarps = kStridedThreads / 32;
 
 struct StridedParams {
   int64_t samples, channels, first, pixels, width, group_size, elements;
-  bool channel_fastest;  // neighbouring threads have neighbouring channels, else pixels
+  bool channel_fastest;  // neighbouring threads read neighbouring channels, otherwise pixels
   Map out, x, x2, residual, total;
   SampleTable vector, modulation;
   const int64_t* row;
@@ -53,7 +53,7 @@ struct Quotient {
   int64_t quotient, remainder;
 };
 
-// A division in 32 bits where that is enough: 64 take many times as long.
+// A 32-bit division if the operands allow it: a 64-bit one is many times slower.
 DDPM_HD Quotient divided(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) {
     const uint32_t quotient = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
@@ -65,7 +65,7 @@ DDPM_HD Quotient divided(int64_t a, int64_t b) {
 
 template <class T>
 struct StridedThread {
-  NormPosition position;  // slab: the group
+  NormPosition position;  // slab is the group
   float* shared;
   float sum, mean, scale;
   int64_t row;
@@ -98,7 +98,7 @@ struct StridedThread {
     return p.vector.data == nullptr ? h : h + vector_of(p, row, e.channel);
   }
 
-  // Sums of the values, and with kSquares of the squares of their differences to the mean.
+  // Sums the values, or with kSquares their squared differences to the mean.
   template <bool kSquares>
   DDPM_HD void sums(const StridedParams& p) {
     sum = 0.0f;

@@ -1,10 +1,9 @@
-// GroupNorm of channels-last maps in vectors of 16 bytes: what one thread does between the
-// barriers.
+// GroupNorm of channels-last maps in 16-byte vectors: the phases of one thread.
 //
-// A block, or a cluster of blocks that exchange their totals, keeps a slab of whole groups of one
-// image in registers from one read to one write. The mean comes first and the variance from the
-// differences to it. No CUDA header: the kernels run these phases, and so do the tests on the host,
-// where an Exec walks over the threads (run_norm in group_norm_phases.cuh).
+// A block, or a cluster of blocks that exchange their totals, holds a slab (whole groups of one
+// image) in registers: one read, one write. The variance is computed from the differences to the
+// mean. No CUDA header is included: the kernels run these phases, and so do the host tests, where
+// an Exec iterates over the threads (see phases.cuh).
 #pragma once
 
 #include "cuda/common/vectorized.cuh"
@@ -12,27 +11,27 @@
 
 namespace ddpm {
 
-// kSum: the sum is cached (keeps_sum). Else x is cached as it was loaded, and the vector is added
-// each time it is used.
+// kSum: the thread holds the sum (keeps_sum). Otherwise it holds x as loaded, and adds the vector
+// at each use.
 template <class T, bool kSum, int kHeld, bool kStream>
 struct VectorizedThread {
   using Type = T;
-  static constexpr int kValues = Packed<T>::kValues;    // of a piece
-  static constexpr int kPerWord = Packed<T>::kPerWord;  // of 32 bits
-  static constexpr int kSlots = kSum ? kValues : 4;     // registers of a piece
-  // The shift goes into the offset, which then is rounded at the size of mean / deviation: as in
-  // PyTorch, and below the last place of 16 bits unless a group is constant but for some 2^-12 of
-  // it.
+  static constexpr int kValues = Packed<T>::kValues;    // per vector
+  static constexpr int kPerWord = Packed<T>::kPerWord;  // values per 32-bit word
+  static constexpr int kSlots = kSum ? kValues : 4;     // registers per vector
+  // The shift is folded into the offset, which is then rounded at the magnitude of mean /
+  // deviation. As in PyTorch, this is below the last bit of 16-bit types unless a group is constant
+  // up to about 2^-12.
   static constexpr bool kFolds = sizeof(T) == 2;
   static_assert(!kStream || kSum);
 
   uint32_t held[kHeld][kSlots];
-  float part[kValues];  // sums of channels, then of units
+  float part[kValues];  // sums of channels, later of units
   float sum;
   NormPosition position;
   float* shared;
   uint32_t column, first_pixel;
-  int vectors;  // of this thread, in all its chunks
+  int vectors;  // of this thread, in all chunks
 
   // `position` and `shared` are set.
   DDPM_HD void begin(const NormParams& p) {
@@ -49,12 +48,12 @@ struct VectorizedThread {
   }
 
   DDPM_HD NormShared layout(const NormParams& p) const { return {p.plan, p.group_size}; }
-  DDPM_HD int64_t channel(const NormParams& p) const {  // the piece's first
+  DDPM_HD int64_t channel(const NormParams& p) const {  // first of the vector
     return static_cast<int64_t>(position.slab) * p.plan.slab + column * kValues;
   }
   DDPM_HD bool has(int chunk, int i) const { return chunk * kHeld + i < vectors; }
   DDPM_HD int chunks() const { return kStream ? (vectors + kHeld - 1) / kHeld : 1; }
-  // Where the chunk's vectors lie, and how far apart.
+  // Address of the chunk's vectors, and the distance between them.
   struct Vectors {
     char* at;
     int64_t step;
@@ -111,8 +110,8 @@ struct VectorizedThread {
     }
   }
 
-  // Weight and bias into the L2 cache: all that is done before the kernel queued before this one
-  // has ended. Reading them would be wrong where that one writes them.
+  // Prefetches weight and bias into the L2 cache, while the previous kernel is still running. They
+  // must not be read yet: that kernel may write them.
   DDPM_HD void prefetch(const NormParams& p) const {
 #if defined(__CUDA_ARCH__)
     const int64_t at = static_cast<int64_t>(position.slab) * p.plan.slab + position.thread;
@@ -125,7 +124,7 @@ struct VectorizedThread {
 #endif
   }
 
-  // The constants of the slab's channels.
+  // Stages the constants of the slab's channels in shared memory.
   DDPM_HD void stage(const NormParams& p) const {
     const NormShared s = layout(p);
     const int64_t row_of_table = p.row == nullptr ? 0 : p.row[position.sample * p.row_stride];
@@ -138,7 +137,7 @@ struct VectorizedThread {
     }
   }
 
-  // Word w of piece i: with kSum the whole sum, else x alone.
+  // Word w of vector i: with kSum the sum, otherwise x.
   DDPM_HD void word(int i, int w, float (&v)[kPerWord]) const {
     if constexpr (kSum) {
       DDPM_UNROLL
@@ -253,7 +252,7 @@ struct VectorizedThread {
     fold(p);
   }
 
-  // Sums of a piece's channels to sums of its units.
+  // Adds the channel sums of a vector up to sums of its units.
   DDPM_HD void fold(const NormParams& p) {
     DDPM_UNROLL
     for (uint32_t unit = 1, count = kValues; count > 1; unit *= 2, count /= 2) {
@@ -279,7 +278,7 @@ struct VectorizedThread {
     }
   }
 
-  // The groups are shared by the warps, round after round.
+  // The groups are distributed over the warps, in several rounds.
   DDPM_HD static uint32_t rounds(const NormParams& p) {
     const uint32_t warps = p.plan.threads / 32, groups = p.plan.slab / p.group_size;
     return (groups + warps - 1) / warps;
@@ -300,7 +299,7 @@ struct VectorizedThread {
     }
   }
 
-  // To the block of a cluster that `memory` belongs to.
+  // Writes to the block of the cluster that owns `memory`.
   DDPM_HD void send(const NormParams& p, uint32_t round, uint32_t pass, float* memory) const {
     const NormShared s = layout(p);
     if (group(p, round) >= s.groups) return;
@@ -315,8 +314,8 @@ struct VectorizedThread {
     }
   }
 
-  // What the group's total means for its channels: after the first pass how far they are to be
-  // shifted, after the second how far they are to be scaled.
+  // Derives the constants of the channels from the group's total: the shift after the first pass,
+  // the gain after the second.
   DDPM_HD void finish(const NormParams& p, uint32_t round, uint32_t pass) const {
     const NormShared s = layout(p);
     if (group(p, round) >= s.groups) return;
@@ -356,7 +355,7 @@ struct VectorizedThread {
           const float y = fma(difference, gain[j], offset[j]);
           v[j] = kSilu ? silu(y) : y;
         }
-        held[i][w] = Packed<T>::pack(v);  // what was cached there has been used
+        held[i][w] = Packed<T>::pack(v);  // reuses the register of the input
       }
     }
     const Vectors to = vectors_in(p, p.out, channel(p), chunk);
@@ -372,7 +371,7 @@ struct VectorizedThread {
       if constexpr (kStream) {
         load(p, chunk);
         add_vector(p, chunk);
-        // Not before: total may lie over x or the residual, which every pass reads.
+        // Only now: total may alias x or the residual, which every pass reads.
         if (p.total.data != nullptr) store_total(p, chunk);
       }
       p.silu ? apply<true>(p, chunk) : apply<false>(p, chunk);
