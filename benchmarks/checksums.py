@@ -1,11 +1,11 @@
-"""SHA-256 of everything that a seed decides: samples of every solver, noise, a training, `verify`.
+"""SHA-256 of all seeded results: samples of every solver, noise, a training, `verify`.
 
     python benchmarks/checksums.py --out checksums.json
     python benchmarks/checksums.py --compare checksums.json
 
-For a change that must not alter a bit: record before it, compare after it, on the same machine.
-The bits of a convolution depend on the processor's instruction set, so the values are no constants
-of the package.
+For changes that must not alter a bit: record before the change and compare after it, on the same
+machine. The bits of a convolution depend on the processor's instruction set, so the values are not
+constants of the package.
 """
 
 from __future__ import annotations

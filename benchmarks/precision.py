@@ -1,10 +1,10 @@
-"""How far a whole chain in lower precision ends from the float32 one, with the same noise.
+"""Difference of sampling in lower precision from sampling in float32, with the same noise.
 
     python benchmarks/precision.py [--steps 1000] [--images 4] [--device cpu|cuda] [--out FILE]
 
-The shipped model, ancestral, the chain's state float32 throughout; only the network differs. Each
-case's final images, about [-1, 1], against those of the plain network in float32: the largest and
-the rms difference, and the share of values that differ as 8-bit ones. Writes
+Samples the shipped model by ancestral sampling. The state is float32 in every case; only the
+network differs. Compares the final images, about [-1, 1], with those of the plain network in
+float32: the largest and the rms difference, and the share of 8-bit values that differ. Writes
 benchmarks/results/drift_<device>.csv.
 """
 
@@ -28,7 +28,7 @@ REFERENCE = "plain network float32"
 
 
 def cases(unet: ddpm_fast.UNet, images: int) -> dict[str, Callable[[], Any]]:
-    """Name -> what makes the network, called ``model(x, t)``; the reference is the first."""
+    """Return constructors of the networks by name, the reference first."""
     size = unet.config.sample_size
 
     def engine(dtype: torch.dtype) -> Callable[[], Any]:

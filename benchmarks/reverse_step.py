@@ -1,11 +1,11 @@
-"""The fused updates against the copy bandwidth and against the expressions they replace.
+"""Bandwidth of the fused updates, beside a copy and the expressions that they replace.
 
     python benchmarks/reverse_step.py [--device cpu|cuda] [--backend NAME] [--out FILE]
 
-All cases of a shape take turns in one run. `of_copy` is the share of the bandwidth of a copy of x
-that a case reaches with the bytes it must move; `of_equal_copy` is the time of a copy of as many
-bytes over that of the case, which a cache treats alike; `speedup` is against the preallocated
-expression with the same noise. Prints a table and writes benchmarks/results/updates_<device>.csv.
+All cases of a shape are interleaved in one run. `of_copy` is a case's bandwidth relative to that of
+a copy of x; `of_equal_copy` is the time of a copy of as many bytes relative to the case, to which
+caches apply alike; `speedup` is relative to the preallocated expression with the same noise. Prints
+a table and writes benchmarks/results/updates_<device>_<backend>.csv.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddpm_fast import NoiseSchedule, Sampler, StepTable, philox_rng
 from ddpm_fast.bench.results import RESULTS, metadata, write_csv
-from ddpm_fast.bench.timing import Case, interleaved, quantiles
+from ddpm_fast.bench.timing import Call, interleaved, quantiles
 from ddpm_fast.ops import Backend, get_backend
 from ddpm_fast.ops.row import column
 
@@ -31,7 +31,7 @@ ROW = 50
 
 
 class Expressions:
-    """One ancestral step as PyTorch code writes it, on buffers of one shape."""
+    """One ancestral step in plain PyTorch, on buffers of one shape."""
 
     def __init__(self, x: Tensor, out: Tensor, row: Tensor) -> None:
         self.x, self.out = x, out
@@ -39,19 +39,19 @@ class Expressions:
         self.c = {name: float(row[column(name)]) for name in ("P", "Q", "Xx", "Xx0", "S")}
 
     def preallocated(self) -> None:
-        """In place, nothing allocated, noise given."""
+        """Compute in place, with noise as an input and without allocation."""
         c = self.c
         torch.mul(self.x, c["P"], out=self.x0)
         self.x0.add_(self.out, alpha=c["Q"]).clamp_(-1, 1)
         self.x.mul_(c["Xx"]).add_(self.x0, alpha=c["Xx0"]).add_(self.z, alpha=c["S"])
 
     def preallocated_normal(self) -> None:
-        """The same, drawing its noise first."""
+        """Generate noise, then compute in place."""
         self.z.normal_()
         self.preallocated()
 
     def allocating(self) -> None:
-        """As diffusers' DDPMScheduler.step evaluates it, drawing its noise."""
+        """Compute as diffusers' DDPMScheduler.step does, and generate noise."""
         c = self.c
         x0 = ((self.x + c["Q"] / c["P"] * self.out) * c["P"]).clamp(-1, 1)
         mean = c["Xx0"] * x0 + c["Xx"] * self.x
@@ -60,8 +60,8 @@ class Expressions:
 
 def cases_of(
     shape: tuple[int, ...], device: torch.device, backend: str, half: bool
-) -> tuple[dict[str, Case], dict[str, int]]:
-    """The cases of a shape, and the bytes that each must move."""
+) -> tuple[dict[str, Call], dict[str, int]]:
+    """Return the cases of a shape, and the bytes that each must move."""
     format_ = torch.channels_last
     x = torch.randn(shape, device=device).to(memory_format=format_)
     out, y = torch.randn_like(x), torch.empty_like(x)
@@ -69,7 +69,7 @@ def cases_of(
     rows, _ = table.to(device)
     step = torch.full((shape[0],), ROW, device=device)
     run = get_backend(backend, device, x.dtype)
-    # Contiguous, their best layout: on a CPU normal_ is several times slower in channels-last.
+    # Contiguous is faster here: on a CPU normal_ is several times slower in channels_last.
     plain = torch.randn(shape, device=device)
     expressions = Expressions(plain, torch.randn_like(plain), table.rows[ROW])
     rng = philox_rng(0, device=device)
@@ -83,7 +83,7 @@ def cases_of(
     both = torch.randn(shape[0], 2 * shape[1], *shape[2:], device=device).to(memory_format=format_)
 
     n = x.numel()
-    cases: dict[str, Case] = {
+    cases: dict[str, Call] = {
         "copy": partial(y.copy_, x),
         "reverse_step noise given": partial(reverse, out, noise, None, None),
         "reverse_step noise made": partial(reverse, out, None, rng, None),
@@ -118,12 +118,12 @@ def cases_of(
 
 
 def equal_copy(size: int) -> str:
-    """The copy that moves as many bytes."""
+    """Return the name of the copy that moves as many bytes."""
     return f"copy of {size} bytes an element" if size != 8 else "copy"
 
 
 def solver_tables() -> dict[str, tuple[StepTable, int]]:
-    """Tables of the further solvers, with the bytes that an element of float32 must move."""
+    """Return tables of other solvers, and the bytes that a float32 element must move."""
     schedule = NoiseSchedule.linear()
     return {
         "ddim, raw epsilon": (StepTable.ddim(schedule, STEPS, rederive_epsilon=False), 12),
@@ -138,16 +138,16 @@ def solver_tables() -> dict[str, tuple[StepTable, int]]:
     }
 
 
-def solver_case(run: Backend, table: StepTable, x: Tensor, both: Tensor, noise: Tensor) -> Case:
-    """A step of a table. both: an output of twice the channels, for a learned variance."""
+def solver_case(run: Backend, table: StepTable, x: Tensor, both: Tensor, noise: Tensor) -> Call:
+    """Return a step of a table; `both` is an output with a learned variance."""
     rows, _ = table.to(x.device)
     step = torch.full((x.shape[0],), ROW, device=x.device)
     channels = x.shape[1]
     out = both[:, :channels] if table.learned else torch.randn_like(x)
     v = both[:, channels:] if table.learned else None
     out2 = torch.randn_like(x) if table.guided else None
-    given = noise if table.uses_noise else None
-    plain = (x, out, rows, step, given, None, None, None, int(table.flags))
+    noise_input = noise if table.uses_noise else None
+    plain = (x, out, rows, step, noise_input, None, None, None, int(table.flags))
     return partial(run.reverse_step_, *plain, out2, v, None, *table.memory(x))
 
 
@@ -158,8 +158,8 @@ SPEEDUPS = {
 }
 
 
-def sampler_cases(shape: tuple[int, ...], device: torch.device, backend: str) -> dict[str, Case]:
-    """A chain of the sampler with an identity model beside the same number of bare operators."""
+def sampler_cases(shape: tuple[int, ...], device: torch.device, backend: str) -> dict[str, Call]:
+    """Return sampling with an identity model, and the same number of operator calls."""
     table = StepTable.ddpm(NoiseSchedule.linear(), steps=STEPS)
     sampler = Sampler(
         lambda x, t: x, table, shape[1:], micro_batch=shape[0], device=device, backend=backend
@@ -212,14 +212,14 @@ def measure(device: torch.device, backend: str, rounds: int) -> list[dict[str, o
             sizes: dict[str, int] = sizes,
             copy_rate: float = copy_rate,
         ) -> dict[str, object]:
-            peer = SPEEDUPS.get(name)
+            baseline = SPEEDUPS.get(name)
             rate = sizes[name] / median[name] if name in sizes else None
             equal = equal_copy(sizes[name] * 8 // sizes["copy"]) if rate else None
             return {
                 "GB_per_s": round(rate / 1e9, 2) if rate else "",
                 "of_copy": round(rate / copy_rate, 3) if rate else "",
                 "of_equal_copy": round(median[equal] / median[name], 3) if equal else "",
-                "speedup": round(median[peer] / median[name], 3) if peer else "",
+                "speedup": round(median[baseline] / median[name], 3) if baseline else "",
                 "of_bare": "",
             }
 

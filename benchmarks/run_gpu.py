@@ -1,17 +1,17 @@
-"""Everything that needs a GPU, in parts of nine minutes each.
+"""Checks and benchmarks that need a GPU, in parts of at most nine minutes.
 
     python benchmarks/run_gpu.py --out DIR [--part PART]
 
-base: build, verify, sanitizers, tests, the benchmarks of the updates and of the loop. cifar32,
-ddpm256: the engine and its peers on that network, batch by batch, and its operations. pipelines:
-whole sampling with cifar32, 1000 steps, beside diffusers' pipeline. training: the trainer beside
-a plain loop. triangles: the experiment of examples/triangles; it goes on where a run before it
-stopped, if --out is the same.
+base: build, verify, sanitizers, tests, benchmarks of the updates and of the sampling loop. cifar32,
+ddpm256: the engine and its baselines on that network, batch by batch, and its operations.
+pipelines: sampling with cifar32 and 1000 steps, beside diffusers' pipeline. training: the trainer
+beside a plain loop. triangles: the experiment of examples/triangles, which resumes an earlier run
+with the same --out.
 
-Runs offline with the Python and torch that call it, builds in place for this GPU alone, and stops
-each stage at its limit, so that a part ends within nine minutes. DIR gets PART.log, the CSVs of
-the benchmarks and, where matplotlib is installed, their pictures (elsewhere `ddpm-fast bench plot`
-draws them later). The exit status is 0 where every stage passed.
+Runs offline with the calling Python and its torch, builds in place for this GPU alone, and stops
+each stage at its limit. DIR gets PART.log, the CSVs of the benchmarks and, if matplotlib is
+installed, their figures (otherwise `ddpm-fast bench plot` draws them later). The exit status is 0
+if every stage passed.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET_S = 530
-# What needs no GPU: the build, the C++ tests, compiled code, parity of the U-Net, data.
-ELSEWHERE = (
+# Prefixes of tests that need no GPU.
+WITHOUT_GPU = (
     "bench/",
     "benchmarks/",
     "build/",
     "engine/autotune/test_cache.py",
-    "engine/plan/test_memory.py",
+    "engine/plan/",
     "engine/test_peak_memory.py",
     "models/checkpoint/test_checkpoint.py",
     "models/test_unet.py",
     "ops/triton/test_compiled_code.py",
-    "ops/triton/test_triton_network_code.py",
-    "ops/triton/test_triton_step_code.py",
+    "ops/triton/test_triton_",
     "training/data/",
     "training/test_processes.py",
     "training/test_trainer.py",
+    "utils/test_images.py",
 )
 PARTS = ("base", "cifar32", "ddpm256", "pipelines", "training", "triangles")
 DENIED = ("Device not supported", "not supported on this", "ERR_NVGPUCTRPERM")
@@ -53,10 +53,20 @@ DENIED = ("Device not supported", "not supported on this", "ERR_NVGPUCTRPERM")
 
 @dataclass(frozen=True)
 class Stage:
+    """One command of a part.
+
+    Attributes:
+        name: name in the report.
+        command: the command line.
+        limit_s: seconds after which the command is killed.
+        skip: reason to skip the stage; empty to run it.
+        env: additional environment variables.
+    """
+
     name: str
     command: list[str]
     limit_s: int
-    skip: str = ""  # why it is left out
+    skip: str = ""
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -64,7 +74,7 @@ BUILD = Stage("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplac
 
 
 def bench(name: str, out: Path, limit_s: int, *options: object) -> Stage:
-    """A command of ``ddpm-fast bench`` that stops building in time to time what it has."""
+    """Create the stage of a command of `ddpm-fast bench`, limited to leave time to measure."""
     what, *rest = name.split()
     file = out / f"{name.replace(' ', '_')}.csv"
     command = [sys.executable, "-m", "ddpm_fast", "bench", what, "--network", rest[0]]
@@ -75,18 +85,19 @@ def bench(name: str, out: Path, limit_s: int, *options: object) -> Stage:
 
 
 def sanitizer(tool: str, backend: str) -> Stage:
-    """compute-sanitizer over every kernel, dtype and layout."""
+    """Create a stage of compute-sanitizer over every kernel, dtype and layout."""
     path = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
     command = [str(path), "--tool", tool, "--error-exitcode", "9", sys.executable, "-m"]
     command += ["ddpm_fast", "verify", "--backend", backend]
     missing = "" if path else "compute-sanitizer not found"
-    # Without torch's cache every tensor is an allocation of its own, whose ends are watched.
+    # Without torch's cache every tensor is a separate allocation, whose bounds are checked.
     return Stage(f"{tool} {backend}", command, 70, missing, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 def stages(part: str, out: Path) -> list[Stage]:
+    """Return the stages of a part."""
     if part == "cifar32":
         return [
             BUILD,
@@ -117,7 +128,7 @@ def stages(part: str, out: Path) -> list[Stage]:
 
 
 def training(out: Path, network: str, batch: int, limit_s: int) -> Stage:
-    """The trainer beside a plain loop, both compiled, in float32 and bfloat16."""
+    """Create the stage of the trainer and a plain loop, compiled, in float32 and bfloat16."""
     command = [sys.executable, "benchmarks/training_step.py", "--device", "cuda", "--compile"]
     command += ["--network", network, "--batch", str(batch), "--steps", "20"]
     command += ["--precision", "float32", "bfloat16", "--out", str(out / f"training_{network}.csv")]
@@ -126,12 +137,13 @@ def training(out: Path, network: str, batch: int, limit_s: int) -> Stage:
 
 
 def base(out: Path) -> list[Stage]:
+    """Return the stages of the part `base`."""
     python = sys.executable
     parallel = ["-n", "8"] if _has("xdist") else []
     tests = [
         str(path)
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
-        if not path.relative_to(ROOT / "tests").as_posix().startswith(ELSEWHERE)
+        if not path.relative_to(ROOT / "tests").as_posix().startswith(WITHOUT_GPU)
     ]
     updates = [python, "benchmarks/reverse_step.py", "--device", "cuda", "--rounds", "20"]
     cuda_csv, triton_csv = out / "updates_cuda.csv", out / "updates_triton.csv"
@@ -157,7 +169,7 @@ def _has(module: str) -> bool:
 
 
 def run(stage: Stage, log: Path, left_s: float, env: dict[str, str]) -> tuple[str, float]:
-    """The stage's verdict and its seconds; its output goes to the log."""
+    """Run a stage and append its output to the log; return the verdict and the seconds."""
     if stage.skip:
         return f"skipped: {stage.skip}", 0.0
     if left_s < 15:

@@ -1,21 +1,20 @@
-"""How many samples of the shipped checkpoint are triangles, beside its training images.
+"""Share of samples of the shipped model that are triangles, beside its training images.
 
-python benchmarks/sample_quality.py --num 512 --steps 250 --seed 0 [--peer] [--out FILE]
-python benchmarks/sample_quality.py --num 1024 --solver ddim:50 --solver dpmpp_2m:20 ...
+    python benchmarks/sample_quality.py --num 512 --steps 250 --seed 0 [--peer] [--out FILE]
+    python benchmarks/sample_quality.py --num 1024 --solver ddim:50 --solver dpmpp_2m:20 ...
 
-An image counts as a triangle when its foreground (below 0, at least 8 pixels) has an IoU of at
-least 0.85 with the smallest triangle enclosing the pixel centres of its largest component, the
-best of that triangle grown by 0 to 0.75 pixels. Training images fail where the triangle is blank
-or a sliver after the reduction. Pixel-aligned rectangles never pass, nor do discs with a radius
-of 3 pixels or rectangles with a shorter side of 5 pixels, or more; of smaller ones a few pixels
-are left, which can be either. The KS distance compares foreground areas.
+An image counts as a triangle if its foreground (below 0, at least 8 pixels) has an IoU of at least
+0.85 with the smallest triangle that encloses the pixel centres of its largest component, the best
+of that triangle grown by 0 to 0.75 pixels. Training images fail if the triangle is blank or a
+sliver after the reduction. Pixel-aligned rectangles never pass, nor do discs with a radius of 3
+pixels or more, or rectangles with a shorter side of 5 pixels or more; smaller shapes have too few
+pixels to tell. The KS distance compares foreground areas.
 
-Memorisation: the median L2 distance of the samples to the nearest training image (``nearest``),
-that of as many fresh images of the recipe (``nearest_fresh``), and their ratio
-(``nearest_of_fresh``). Samples are ``novel`` where they are no nearer by more than 10%. It
-means something for a model that was trained on `make_triangles` of --training and --training-seed.
-Of two sets of fresh images the ratio is 1 with a standard deviation of 0.035 for 512 images and
-0.1 for 64.
+Memorisation: the median L2 distance of the samples to the nearest training image (`nearest`), that
+of as many fresh images of the recipe (`nearest_fresh`), and their ratio (`nearest_of_fresh`).
+Samples are `novel` if they are not nearer by more than 10%. The measure applies to a model trained
+on `make_triangles` of --training and --training-seed. For two sets of fresh images the ratio is 1
+with a standard deviation of 0.035 for 512 images and 0.1 for 64.
 """
 
 from __future__ import annotations
@@ -63,18 +62,20 @@ def _stack(images: ArrayLike) -> NDArray[np.floating]:
 
 
 def foreground_areas(images: ArrayLike) -> NDArray[np.int64]:
-    """Pixels below 0 in each image: [n, 1, H, W] -> int64 [n]. ValueError for another shape."""
+    """Count the pixels below 0 in each image: [n, 1, H, W] to int64 [n]."""
     return (_stack(images) < 0).sum((1, 2, 3))
 
 
 def _half_covered_at(triangle: NDArray[np.float64], height: int, width: int) -> Growth:
-    """The growth at which each pixel is half inside the triangle: [3, 2] -> [3 * H, 3 * W].
+    """Return the growth at which each pixel is half inside the triangle.
 
-    The image is the middle [H, W] of the result: a triangle that it cuts off is seen whole, for
-    the midpoints of a smallest triangle's sides lie in the image, so the rest of it reaches no
-    further than one image beyond. Growing by d moves every side outward by d, so a point is
-    inside once d reaches its largest signed distance to the sides, and a pixel once d reaches
-    the median of its 8 x 8 points. Pixels that no d in 0..0.75 decides are -inf or inf.
+    The result [3 H, 3 W] has the image [H, W] in its middle, because the triangle may extend beyond
+    the
+    image: the midpoints of a smallest triangle's sides lie in the image, so it extends by at most
+        one
+    image. Growing by d moves every side outward by d, so a point is inside once d reaches its
+    largest signed distance to the sides, and a pixel once d reaches the median of its 8 x 8 points.
+    Pixels that no d in [0, 0.75] decides are -inf or inf.
     """
     edges = np.roll(triangle, -1, 0) - triangle
     outward = np.stack([edges[:, 1], -edges[:, 0]], 1) / np.hypot(*edges.T)[:, None]
@@ -95,13 +96,21 @@ def _half_covered_at(triangle: NDArray[np.float64], height: int, width: int) -> 
 
 
 def triangle_iou(image: ArrayLike) -> float:
-    """The best IoU of an image's foreground with its own grown enclosing triangle, 0 to 1.
+    """Return the best IoU of an image's foreground with its grown enclosing triangle.
 
-    image: [H, W] or [1, H, W], foreground below 0. The triangle is the smallest one that
-    encloses the pixel centres of the largest 8-connected component; grown by every d from 0 to
-    0.75 pixels (all sides move outward by d) and rasterised by half coverage, it is compared
-    with the whole foreground. 0 where the foreground has fewer than 8 pixels or its largest
-    component lies on one line. ValueError for another shape.
+    The triangle is the smallest one that encloses the pixel centres of the largest 8-connected
+    component. It is grown by every d from 0 to 0.75 pixels (all sides move outward by d),
+    rasterised by half coverage and compared with the whole foreground.
+
+    Args:
+        image: [H, W] or [1, H, W], foreground below 0.
+
+    Returns:
+        The IoU in [0, 1]; 0 if the foreground has fewer than 8 pixels or its largest component lies
+        on a line.
+
+    Raises:
+        ValueError: the image has another shape.
     """
     foreground = _plane(image) < 0
     if foreground.sum() < MIN_PIXELS:
@@ -114,7 +123,7 @@ def triangle_iou(image: ArrayLike) -> float:
     height, width = foreground.shape
     growth = np.maximum(_half_covered_at(smallest_triangle(hull), height, width), 0)
     wanted = np.pad(foreground, ((height, height), (width, width)))[growth <= MAX_GROWTH]
-    # Pixel by pixel as the triangle grows; only the last of pixels that enter together counts.
+    # IoU after each pixel as the triangle grows; pixels that enter together count as one.
     entered = growth[growth <= MAX_GROWTH]
     order = entered.argsort()
     entered, shared = entered[order], wanted[order].cumsum()
@@ -125,19 +134,19 @@ def triangle_iou(image: ArrayLike) -> float:
 
 
 def is_triangle(image: ArrayLike) -> bool:
-    """Whether `triangle_iou` of an image, [H, W] or [1, H, W], is at least 0.85."""
+    """Return True if `triangle_iou` of an image is at least 0.85."""
     return triangle_iou(image) >= MIN_IOU
 
 
 def triangle_share(images: ArrayLike) -> float:
-    """Share of images that are triangles: [n, 1, H, W] -> 0 to 1. ValueError if n is 0."""
+    """Return the share of images [n, 1, H, W] that are triangles; n is at least 1."""
     return float(np.mean([is_triangle(image) for image in _stack(images)]))
 
 
 def sample_ours(
     folder: Path, num: int, steps: int, seed: int, device: str, solver: str = "ddpm"
 ) -> Images:
-    """Sample with ddpm_fast: a solver of `StepTable`, with its own spacing of the timesteps."""
+    """Sample by a solver of `StepTable`, with its own spacing of the timesteps."""
     from ddpm_fast import Sampler, StepTable, load
 
     checkpoint = load(folder)
@@ -154,8 +163,8 @@ def sample_ours(
     return sampler.sample(num, seed=seed).cpu().numpy()
 
 
-def sample_peer(folder: Path, num: int, steps: int, seed: int, device: str) -> Images:
-    """Sample with diffusers' DDPMPipeline as the folder describes it, in channels_last."""
+def sample_diffusers(folder: Path, num: int, steps: int, seed: int, device: str) -> Images:
+    """Sample by diffusers' DDPMPipeline of the folder, in channels_last."""
     import torch
     from diffusers import DDPMPipeline
 
@@ -175,7 +184,7 @@ def sample_peer(folder: Path, num: int, steps: int, seed: int, device: str) -> I
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, object]]:
-    """Sample, measure and return one row per source, the training images first."""
+    """Sample and measure; return one row for each source, the training images first."""
     from ddpm_fast.utils.files import prepare_folder
     from ddpm_fast.utils.images import save_npy
 
@@ -191,20 +200,20 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
         )
     if options.peer:
         sources["diffusers", "ddpm", options.steps] = partial(
-            sample_peer, model, num, options.steps, seed, device
+            sample_diffusers, model, num, options.steps, seed, device
         )
     rows: list[dict[str, object]] = []
     for (source, solver, steps), produce in sources.items():
         start = time.perf_counter()
         name = "-".join(str(part) for part in (source, solver, steps) if part != "")
-        kept = options.samples / f"{name}.npy" if options.samples else None
-        if kept is not None and kept.is_file():
-            images, seconds = np.load(kept), None
+        stored = options.samples / f"{name}.npy" if options.samples else None
+        if stored is not None and stored.is_file():
+            images, seconds = np.load(stored), None
         else:
             images = produce()
             seconds = time.perf_counter() - start
-            if kept is not None:
-                save_npy(images, kept)
+            if stored is not None:
+                save_npy(images, stored)
         share, areas = triangle_share(images), foreground_areas(images)
         nearness = dict.fromkeys(NEAREST_COLUMNS, "")
         if source == "training":
@@ -235,7 +244,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def _solver(text: str) -> tuple[str, int]:
-    """``ddim:50``: the name of a solver of `StepTable` and its steps."""
+    """Parse `ddim:50`: a solver of `StepTable` and its steps."""
     name, _, steps = text.partition(":")
     if name not in SOLVERS:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(SOLVERS)}; got {name!r}")
@@ -262,17 +271,17 @@ def main() -> None:
         action="append",
         default=[],
         metavar="NAME:STEPS",
-        help="another solver beside the ancestral chain; any number of them",
+        help="another solver beside ancestral sampling; may be given several times",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--training", type=_positive, default=10_000, help="training images")
     parser.add_argument(
-        "--training-seed", type=int, default=0, help="the seed that the model's training had"
+        "--training-seed", type=int, default=0, help="seed of the model's training images"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peer", action="store_true", help="also sample with diffusers")
     parser.add_argument(
-        "--samples", type=Path, help="folder that keeps each source's samples, and gives them back"
+        "--samples", type=Path, help="folder that stores each source's samples between runs"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "triangle_quality.csv")
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""What the sampling loop costs beyond the network: a chain beside as many bare forwards.
+"""Overhead of the sampling loop: a chain of steps beside as many forward passes.
 
     python benchmarks/sampler_overhead.py [--device cpu|cuda] [--out FILE]
 
-On a GPU both are CUDA graphs, and the chain with an identity model shows the loop alone.
-`of_network` is the time of a step over that of the network's forward in the same run. Writes
+On a GPU both are CUDA graphs, and the chain with an identity model measures the loop alone.
+`of_network` is the time of a step relative to the network's forward pass in the same run. Writes
 benchmarks/results/loop_<device>.csv.
 """
 
@@ -18,7 +18,7 @@ from torch import nn
 from ddpm_fast import NoiseSchedule, Sampler, StepTable
 from ddpm_fast.bench.networks import build
 from ddpm_fast.bench.results import RESULTS, metadata, write_csv
-from ddpm_fast.bench.timing import Case, interleaved, quantiles
+from ddpm_fast.bench.timing import Call, interleaved, quantiles
 from ddpm_fast.utils.cuda_graphs import GraphedStep
 
 CHAIN_S = 0.3
@@ -30,7 +30,7 @@ class Identity(nn.Module):
 
 
 def networks(device: torch.device) -> dict[str, tuple[nn.Module, tuple[int, ...], list[int]]]:
-    """Name -> (model in the dtype it runs in, sample shape, batches)."""
+    """Return the models by name, with their sample shapes and batch sizes."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     triangles = build("triangles").to(device, dtype)
     found: dict[str, tuple[nn.Module, tuple[int, ...], list[int]]] = {
@@ -43,7 +43,7 @@ def networks(device: torch.device) -> dict[str, tuple[nn.Module, tuple[int, ...]
 
 
 def steps_for(model: nn.Module, shape: tuple[int, ...], batch: int, device: torch.device) -> int:
-    """Steps of a chain that takes about CHAIN_S."""
+    """Return the number of steps of a chain that takes about `CHAIN_S`."""
     case = cases_of(model, shape, batch, device, 4)["network"]
     once = statistics.median(interleaved({"network": case}, device, 3)["network"]) / 4
     return max(4, min(200, round(CHAIN_S / once)))
@@ -51,7 +51,8 @@ def steps_for(model: nn.Module, shape: tuple[int, ...], batch: int, device: torc
 
 def cases_of(
     model: nn.Module, shape: tuple[int, ...], batch: int, device: torch.device, steps: int
-) -> dict[str, Case]:
+) -> dict[str, Call]:
+    """Return a chain of the sampler, and as many forward passes."""
     table = StepTable.ddpm(NoiseSchedule.linear(), steps=steps)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     sampler = Sampler(model, table, shape, micro_batch=batch, device=device, dtype=dtype)
@@ -103,7 +104,7 @@ def main() -> None:
                     f"{name:<11}{batch:>4}  {case:<22}"
                     f"{per_step['p50_us']:>12.2f} us a step  {ratio}"
                 )
-        # After each network: what a time limit cuts off is then the rest alone.
+        # After each network, because a time limit may stop the run.
         write_csv(path, rows)
     print(f"written to {path}")
 

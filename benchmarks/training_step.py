@@ -1,10 +1,10 @@
-"""What an epoch of training costs, beside a plain PyTorch loop over the same images.
+"""Time of a training epoch, beside a plain PyTorch loop over the same images.
 
     python benchmarks/training_step.py [--device cpu|cuda] [--network small ...] [--batch 32 ...]
 
-Both train the same network with the same precision and compile setting, by Adam with clipping
-and an average of the weights; both load the images by a DataLoader and read the losses once an
-epoch. `of_plain` is the time of a step over that of the plain loop in the same run. Writes
+Both train the same network with the same precision and compilation, by Adam with gradient clipping
+and an EMA of the weights; both load images by a DataLoader and read the losses once an epoch.
+`of_plain` is the time of a step relative to the plain loop in the same run. Writes
 benchmarks/results/training_<device>.csv.
 """
 
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.bench.results import RESULTS, metadata, write_csv
-from ddpm_fast.bench.timing import Case, interleaved, quantiles
+from ddpm_fast.bench.timing import Call, interleaved, quantiles
 from ddpm_fast.training.build_network import build_network
 from ddpm_fast.training.config import TrainOptions
 from ddpm_fast.training.data import ImageData
@@ -34,8 +34,8 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def ours(
     name: str, data: ImageData, batch: int, device: str, precision: str, compiled: bool, out: str
-) -> Case:
-    """An epoch of the trainer."""
+) -> Call:
+    """Return an epoch of the trainer."""
     options = TrainOptions(
         epochs=NEVER,
         batch=batch,
@@ -57,8 +57,8 @@ def ours(
 
 def plain(
     name: str, data: ImageData, batch: int, device: str, precision: str, compiled: bool
-) -> Case:
-    """An epoch as Algorithm 1 is written down in PyTorch."""
+) -> Call:
+    """Return an epoch of Algorithm 1 of Ho et al. 2020 in plain PyTorch."""
     network = build_network(name, data.sample_shape)
     network = network.to(device, memory_format=torch.channels_last)
     model = torch.compile(network) if compiled else network
@@ -75,8 +75,8 @@ def plain(
             x0 = x0.to(device, non_blocking=True, memory_format=torch.channels_last)
             t = torch.randint(0, len(abar), (len(x0),), device=device)
             noise = torch.randn_like(x0)
-            kept = abar[t].view(-1, 1, 1, 1)
-            x_t = kept.sqrt() * x0 + (1 - kept).sqrt() * noise
+            abar_t = abar[t].view(-1, 1, 1, 1)
+            x_t = abar_t.sqrt() * x0 + (1 - abar_t).sqrt() * noise
             with torch.autocast(device, dtype) if dtype else nullcontext():
                 loss = nn.functional.mse_loss(model(x_t, t).float(), noise)
             optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""The convex hull of pixel positions and the smallest triangle that encloses it, exactly."""
+"""Convex hull of pixel positions, and the smallest triangle that encloses it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,14 @@ def _half_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def convex_hull(points: ArrayLike) -> Points:
-    """The convex hull's corners, counter-clockwise (y up), by Andrew's monotone chain.
+    """Return the corners of the convex hull by Andrew's monotone chain.
 
-    points: [n, 2], n >= 1. Returns float64 [h, 2] without collinear corners; h is below 3
-    where the points lie on one line.
+    Args:
+        points: [n, 2], n >= 1.
+
+    Returns:
+        float64 [h, 2], counter-clockwise (y up) without collinear corners; h is below 3 if the
+        points lie on a line.
     """
     ordered = [(float(x), float(y)) for x, y in np.unique(np.asarray(points, float), axis=0)]
     if len(ordered) < 3:
@@ -37,17 +41,23 @@ def convex_hull(points: ArrayLike) -> Points:
 
 
 def smallest_triangle(hull: ArrayLike) -> Points:
-    """The triangle of least area that encloses a convex polygon.
+    """Return the triangle of least area that encloses a convex polygon.
 
-    hull: [h, 2], h >= 3, counter-clockwise and strictly convex, as `convex_hull` gives it.
-    Returns float64 [3, 2], the corners counter-clockwise; of several triangles with the same
-    area, the one found first. ValueError for any other shape.
+    Some smallest triangle has one side flush with an edge (Klee and Laskowski 1985); sliding the
+    opposite corner parallel to that side keeps the area until a second side is flush. The third
+    side is then flush too, or touches one corner of the polygon at its own midpoint. All O(h^3)
+    triangles of both kinds are compared. For integer corners up to a few hundred the areas are
+    ratios of exactly represented integers.
 
-    Some smallest triangle has one side flush with an edge (Klee and Laskowski 1985); sliding
-    the opposite corner parallel to that side keeps the area until a second side is flush. The
-    third side is then flush too, or touches one corner of the polygon at its own midpoint.
-    All O(h^3) triangles of both kinds are compared. For corners at integers of a few hundred
-    or less the areas are ratios of exactly represented integers.
+    Args:
+        hull: [h, 2], h >= 3, counter-clockwise and strictly convex, from `convex_hull`.
+
+    Returns:
+        float64 [3, 2], counter-clockwise; the first one found of several triangles with the same
+        area.
+
+    Raises:
+        ValueError: the hull has another shape.
     """
     corners = np.asarray(hull, float)
     if corners.ndim != 2 or corners.shape[0] < 3 or corners.shape[1] != 2:
@@ -61,15 +71,15 @@ def smallest_triangle(hull: ArrayLike) -> Points:
     turn = _cross(normals[:, None], normals[None])
     i, j, k = (np.arange(h).reshape(s) for s in ((h, 1, 1), (1, h, 1), (1, 1, h)))
 
-    # Three flush sides: bounded exactly where each normal turns left into the next.
+    # Three flush sides: bounded if and only if each normal turns left into the next.
     t_ij, t_jk, t_ki = turn[i, j], turn[j, k], turn[k, i]
     bounded = (i < j) & (j < k) & (t_ij > 0) & (t_jk > 0) & (t_ki > 0)
     det = offsets[i] * t_jk + offsets[j] * t_ki + offsets[k] * t_ij
     flush = np.full((h, h, h), np.inf)
     np.divide(det * det, 2 * t_ij * t_jk * t_ki, out=flush, where=bounded)
 
-    # Sides i and j flush, the third bisected by corner k: it supports the polygon where both
-    # neighbours of k lie on the inner side of it.
+    # Sides i and j flush, the third bisected by corner k: it supports the polygon if both
+    # neighbours of k lie on its inner side.
     s_i, s_j = slack[i, k], slack[j, k]
     supports = (i < j) & (t_ij != 0) & (s_i > 0) & (s_j > 0)
     for step in (-1, 1):
@@ -88,7 +98,7 @@ def smallest_triangle(hull: ArrayLike) -> Points:
         return np.array([meet(a, b), meet(b, c), meet(c, a)])
     a, b, c = map(int, np.unravel_index(bisected.argmin(), bisected.shape))
     apex = meet(a, b)
-    # Along each flush side to twice the depth of the corner below the other one.
+    # Along each flush side to twice the depth of corner c below the other one.
     on_a = apex + 2 * slack[b, c] / -(normals[b] @ edges[a]) * edges[a]
     on_b = apex + 2 * slack[a, c] / -(normals[a] @ edges[b]) * edges[b]
     triangle = np.array([apex, on_a, on_b])

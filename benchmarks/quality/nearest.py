@@ -1,7 +1,7 @@
-"""How far images are from the nearest training image: whether a model draws, or remembers.
+"""Distance of images to the nearest training image, to detect memorisation.
 
-Fresh images of the training recipe are the yardstick: a model that has learnt the distribution
-comes as close to its training images as they do, one that repeats them comes closer.
+The reference are fresh images of the training recipe: samples of a model that has learnt the
+distribution are as close to the training images as fresh ones, memorised samples are closer.
 """
 
 from __future__ import annotations
@@ -15,24 +15,32 @@ from torch import Tensor
 
 NEAREST_COLUMNS = ("nearest", "nearest_fresh", "nearest_of_fresh", "novel")
 LEAST_RATIO = 0.9
-CHUNK = 256  # images at a time: 10 MB of products with 10,000 training images
+CHUNK = 256  # images in a block: 10 MB of products with 10,000 training images
 
 Images = NDArray[np.float32]
 
 
 def _symmetries(images: Tensor) -> list[Tensor]:
-    """All that flips and transposes make of square images: [n, 1, s, s] -> eight of that shape."""
+    """Return the eight flips and transposes of square images [n, 1, s, s]."""
     turned = (images, images.transpose(-1, -2))
     flips: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-1, -2))
     return [image.flip(axes) for image in turned for axes in flips]
 
 
 def nearest_distances(images: Images, training: Images) -> NDArray[np.float64]:
-    """The L2 distance over all pixels from each image to the nearest training image.
+    """Return the L2 distance over all pixels from each image to the nearest training image.
 
-    images: [n, 1, s, s], training: [m, 1, s, s], in [-1, 1], n and m at least 1. A training image
-    counts in the eight ways that flips and transposes, the recipe's augmentations, make of it.
-    Returns float64 [n]. ValueError for other shapes.
+    A training image counts in all eight flips and transposes, which are the recipe's augmentations.
+
+    Args:
+        images: [n, 1, s, s] in [-1, 1], n >= 1.
+        training: [m, 1, s, s] in [-1, 1], m >= 1.
+
+    Returns:
+        float64 [n].
+
+    Raises:
+        ValueError: an array has another shape.
     """
     for name, stack in (("images", images), ("training", training)):
         if stack.ndim != 4 or 0 in stack.shape or stack.shape[2] != stack.shape[3]:
@@ -46,21 +54,22 @@ def nearest_distances(images: Images, training: Images) -> NDArray[np.float64]:
     found = []
     for chunk in torch.from_numpy(images).float().split(CHUNK):
         each = []
-        # Turning the image instead of the training images gives the same distances.
+        # Transforming the image instead of the training images gives the same distances.
         for turned in _symmetries(chunk):
             flat = turned.flatten(1)
             nearest = (squares - 2 * flat @ known.T).argmin(1)
-            # Anew from the difference: the products lose what is small.
+            # Again from the difference: the products lose small distances to rounding.
             each.append((flat.double() - known[nearest].double()).norm(dim=1))
         found.append(torch.stack(each).amin(0))
     return torch.cat(found).numpy()
 
 
 class Memorisation:
-    """Samples against fresh images, by the distance to the nearest training image.
+    """Comparison of samples and fresh images by the distance to the nearest training image.
 
-    training: as in `nearest_distances`. make_fresh: n images of the training recipe that are not
-    among them.
+    Args:
+        training: training images, as for `nearest_distances`.
+        make_fresh: returns n images of the training recipe that are not among them.
     """
 
     def __init__(self, training: Images, make_fresh: Callable[[int], Images]) -> None:
@@ -69,10 +78,9 @@ class Memorisation:
         self._fresh_medians: dict[int, float] = {}
 
     def columns(self, images: Images) -> dict[str, object]:
-        """`NEAREST_COLUMNS`: the medians of images and of as many fresh ones, ratio and verdict.
+        """Return `NEAREST_COLUMNS`: medians of images and fresh images, ratio, verdict.
 
-        ``novel`` is whether the ratio is at least 0.9; it is False where the ratio is NaN, as of
-        samples that are.
+        `novel` is True if the ratio is at least 0.9, and False for a NaN ratio.
         """
         count = len(images)
         if count not in self._fresh_medians:
