@@ -40,7 +40,7 @@ lint: $(VENV)/.package $(VENV)/.lint
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 docs: $(VENV)/.package $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.package $(VENV)/.test
 	$(BIN)/python benchmarks/reverse_step.py --device cpu
