@@ -1,4 +1,4 @@
-"""The distance to the nearest training image: copies, flips, known distances, verdicts."""
+"""Distance to the nearest training image: copies, flips, known distances, verdicts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def training() -> Images:
 
 
 def by_the_words(image: Images, training: Images) -> float:
-    """In float64, one pair at a time; a rotation of a rotation covers all eight."""
+    """Distances in float64, one pair at a time, over all eight symmetries."""
     turned = [np.rot90(other[0], k) for other in training for k in range(4)]
     turned += [np.fliplr(other) for other in turned]
     return min(np.sqrt(np.square(image[0] - other.astype(float)).sum()) for other in turned)
@@ -41,7 +41,7 @@ def test_distances_are_those_of_every_pair(
     np.testing.assert_allclose(got, [by_the_words(image, training) for image in images], rtol=1e-9)
 
 
-def test_a_copy_is_at_0_however_it_is_turned(training: Images) -> None:
+def test_a_flipped_or_transposed_copy_has_distance_0(training: Images) -> None:
     chosen = training[[5, 250]]
     copies = [chosen, chosen.swapaxes(2, 3), chosen[:, :, :, ::-1], chosen[:, :, ::-1]]
     copies += [np.rot90(chosen, k, (2, 3)) for k in range(1, 4)]
@@ -50,7 +50,7 @@ def test_a_copy_is_at_0_however_it_is_turned(training: Images) -> None:
         assert nearest.nearest_distances(np.ascontiguousarray(copy), training).tolist() == [0, 0]
 
 
-def test_a_small_distance_keeps_its_digits(training: Images) -> None:
+def test_a_small_distance_is_exact(training: Images) -> None:
     image = training[7:8].copy()
     image[0, 0, :2, :2] += np.float32(2**-10)
     assert nearest.nearest_distances(image, training)[0] == pytest.approx(2**-9, rel=1e-3)
@@ -78,7 +78,7 @@ def test_distance_is_over_all_pixels() -> None:
     ],
 )
 def test_verdict_compares_medians(images: list[float], ratio: float, novel: bool) -> None:
-    """All pixels alike, so that the distance from the blank training image is 4 x the value."""
+    """Constant images: the distance from the blank training image is 4 times the value."""
     training = np.zeros((1, 1, 4, 4), np.float32)
 
     def constant(distances: list[float]) -> Images:
@@ -101,7 +101,7 @@ def test_verdict_compares_medians(images: list[float], ratio: float, novel: bool
     assert asked == [3]
 
 
-def test_without_a_distance_of_fresh_images_there_is_no_verdict() -> None:
+def test_a_fresh_distance_of_0_gives_no_verdict() -> None:
     blank = np.ones((2, 1, 4, 4), np.float32)
     row = nearest.Memorisation(blank, lambda n: blank[:n]).columns(blank)
     assert np.isnan(row["nearest_of_fresh"])
@@ -118,15 +118,13 @@ def test_without_a_distance_of_fresh_images_there_is_no_verdict() -> None:
         pytest.param((2, 1, 8, 8), (2, 1, 4, 4), "shape of training", id="sizes"),
     ],
 )
-def test_bad_shapes_are_named(
-    images: tuple[int, ...], training: tuple[int, ...], message: str
-) -> None:
+def test_bad_shapes_raise(images: tuple[int, ...], training: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nearest.nearest_distances(np.ones(images, np.float32), np.ones(training, np.float32))
 
 
 def test_the_benchmark_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept samples that are training images of another seed than the sampling's."""
+    """Stored samples that are training images of another seed."""
     remembered = make_triangles(20, seed=5)
     np.save(tmp_path / "ddpm_fast-ddpm-25.npy", remembered[:, :, ::-1])
     np.save(tmp_path / "ddpm_fast-ddim-5.npy", make_triangles(20, seed=6))

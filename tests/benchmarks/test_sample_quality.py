@@ -1,4 +1,4 @@
-"""The measure of the shipped checkpoint: enclosing triangle, verdicts, images, results file."""
+"""Measure of sample quality: enclosing triangle, verdicts, images, results file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def support_triangles(points: Array, hull: Array) -> Array:
 
 
 def draw(corners: Array | None = None, disc: tuple[float, float, float] | None = None) -> Array:
-    """A filled polygon or disc in pixels of the reduced image, made like the training images."""
+    """Draw a filled polygon or disc, in pixels of the reduced image, like the training images."""
     bitmap = Image.new("L", (CANVAS, CANVAS), 255)
     pen = ImageDraw.Draw(bitmap)
     if corners is not None:
@@ -71,7 +71,7 @@ def image_of(rows: list[str]) -> Array:
 
 
 def swept_iou(foreground: NDArray[np.bool_]) -> float:
-    """The measure by its words: every growth at which some pixel becomes half covered."""
+    """Compute the IoU for every growth at which some pixel becomes half covered."""
     triangle = enclosing.smallest_triangle(enclosing.convex_hull(np.argwhere(foreground)[:, ::-1]))
     points = (np.arange(96 * 8) + 0.5) / 8 - 32.5
     x, y = np.meshgrid(points, points)
@@ -264,12 +264,12 @@ def test_broken_tip_is_reached_by_growing(monkeypatch: pytest.MonkeyPatch) -> No
         pytest.param(lambda: enclosing.smallest_triangle([(0, 0), (1, 1)]), "hull", id="segment"),
     ],
 )
-def test_bad_input_is_named(call: Callable[[], object], message: str) -> None:
+def test_bad_input_raises(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_results_are_written_whole(tmp_path: Path) -> None:
+def test_results_are_written_to_a_csv(tmp_path: Path) -> None:
     path = tmp_path / "made" / "rows.csv"
     rows = [results.metadata() | {"source": name, "share": 0.5} for name in ("a", "b, c")]
     results.write_csv(path, rows)

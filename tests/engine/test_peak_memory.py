@@ -68,7 +68,9 @@ def test_the_peak_is_counted():
     ("options", "size", "batch"),
     [
         pytest.param(CIFAR, 32, 1, id="cifar10-1"),
+        pytest.param(CIFAR, 32, 8, id="cifar10-8", marks=pytest.mark.slow),
         pytest.param(CIFAR, 32, 64, id="cifar10-64", marks=pytest.mark.slow),
+        pytest.param(LARGE, 256, 1, id="celebahq-1", marks=pytest.mark.slow),
         pytest.param(LARGE, 256, 8, id="celebahq-8", marks=pytest.mark.slow),
         pytest.param(LARGE, 256, 64, id="celebahq-64", marks=pytest.mark.slow),
         pytest.param(SIX_LEVELS, 64, 8, id="narrow-8"),
