@@ -1,4 +1,4 @@
-"""Every operator, backend, dtype and layout against float64."""
+"""Checks of every operator, backend, dtype and layout against the float64 reference."""
 
 from ddpm_fast.verify.runner import Check, as_table, verify
 

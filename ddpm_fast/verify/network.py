@@ -1,7 +1,8 @@
-"""The U-Net's operators against the float64 reference, for `ddpm_fast.verify.runner`.
+"""Checks of the U-Net's operators against the float64 reference.
 
-They sum over hundreds of terms, in an order of their own, so what they may be off is measured: at
-most twice as much as PyTorch's own operators in the same dtype, beside a few roundings of float32.
+These operators sum hundreds of terms in an order that depends on the backend. The bound on their
+error is therefore measured: twice the error of PyTorch's operators in the same dtype, plus a few
+roundings of float32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ ROUNDINGS = 8  # of float32, relative to the rms of the result
 
 
 class NetworkCheck(NamedTuple):
-    """An operator's largest error and its rms over the bound, on one layout."""
+    """Error of an operator on one layout.
+
+    Attributes:
+        op: Name of the check.
+        layout: One of NETWORK_LAYOUTS.
+        error: Largest absolute error.
+        ratio: Root mean square of the error over its bound.
+    """
 
     op: str
     layout: str
@@ -38,7 +46,7 @@ class _Case(NamedTuple):
     layout: str
 
     def image(self, seed: int, channels: int, shape: tuple[int, int, int] | None = None) -> Tensor:
-        """Normal numbers [N, channels, H, W], channels_last; sliced: a part of wider pixels."""
+        """Return standard normals [N, channels, H, W], channels-last; sliced in their channels."""
         batch, height, width = shape or self.shape
         extra = 8 if self.layout == "sliced" else 0
         generator = torch.Generator().manual_seed(seed)
@@ -55,26 +63,26 @@ class _Case(NamedTuple):
         return 30 if self.layout == "odd" else 48
 
     def parameter(self, seed: int, *shape: int) -> Tensor:
-        """Normal numbers, in the case's dtype."""
+        """Return standard normals in the dtype of the case."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(shape, generator=generator).to(self.device, self.dtype)
 
 
-# (what the operator wrote, the float64 oracle, what PyTorch's own operators give)
+# The output of the operator, the float64 reference, and the result of PyTorch's operators.
 _Results = tuple[Tensor, Tensor, Tensor]
 
 
 def _group_norm(options: str) -> Callable[[_Case], _Results]:
-    """``options``: "plain", "sources" (two of them) or "everything" (with one)."""
+    """Return the check of group_norm_: "plain", with two "sources", or with "everything" else."""
 
     def operate(case: _Case) -> _Results:
         channels, groups = case.channels, 6
         batch = case.shape[0]
         x = case.image(0, channels)
-        # Groups of 13 or 8, which both sources share.
-        more = {"sources": 18 if case.layout == "odd" else 30}.get(options, 0)
-        x2 = case.image(1, more) if more else None
-        total = channels + more
+        # Groups of 8 or 13 channels; one group has channels of both sources.
+        extra = {"sources": 18 if case.layout == "odd" else 30}.get(options, 0)
+        x2 = case.image(1, extra) if extra else None
+        total = channels + extra
         wide = checks.compute_dtype(case.dtype)
         weight, bias = case.parameter(2, total), case.parameter(3, total)
         vector = modulation = row = residual = None
@@ -85,14 +93,14 @@ def _group_norm(options: str) -> Callable[[_Case], _Results]:
             residual = case.image(5, channels)
             modulation = case.parameter(6, 5, 2 * total).to(wide)
         out = case.image(7, total).fill_(float("nan"))
-        arguments = (weight, bias, modulation, groups, 1e-5, True)
-        case.run.group_norm_(out, x, x2, vector, row, residual, None, *arguments)
+        parameters = (weight, bias, modulation, groups, 1e-5, True)
+        case.run.group_norm_(out, x, x2, vector, row, residual, None, *parameters)
 
-        oracle = torch.empty(out.shape, dtype=torch.float64)
-        given: list[Any] = [oracle, *map(_oracle, (x, x2, vector))]
-        given += [None if row is None else row.cpu(), _oracle(residual), None]
-        given += [*map(_oracle, (weight, bias, modulation)), groups, 1e-5, True]
-        reference.group_norm_(*given)
+        exact = torch.empty(out.shape, dtype=torch.float64)
+        arguments: list[Any] = [exact, *map(_exact_input, (x, x2, vector))]
+        arguments += [None if row is None else row.cpu(), _exact_input(residual), None]
+        arguments += [*map(_exact_input, (weight, bias, modulation)), groups, 1e-5, True]
+        reference.group_norm_(*arguments)
         h = x if x2 is None else torch.cat([x, x2], 1)
         if vector is not None:
             h = h + vector.to(h.dtype)[row][:, :, None, None]
@@ -102,7 +110,7 @@ def _group_norm(options: str) -> Callable[[_Case], _Results]:
         if modulation is not None:
             scale, shift = modulation.to(h.dtype)[row][:, :, None, None].chunk(2, 1)
             h = h * (1 + scale) + shift
-        return out, oracle, F.silu(h)
+        return out, exact, F.silu(h)
 
     return operate
 
@@ -116,17 +124,17 @@ def _attention(heads: int) -> Callable[[_Case], _Results]:
         out = torch.full_like(qkv[..., :inner], float("nan"))
         scale = (inner // heads) ** -0.5
         case.run.attention_(out, qkv, heads, scale)
-        oracle = torch.empty(out.shape, dtype=torch.float64)
-        reference.attention_(oracle, qkv.double().cpu(), heads, scale)
+        exact = torch.empty(out.shape, dtype=torch.float64)
+        reference.attention_(exact, qkv.double().cpu(), heads, scale)
         q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2))
-        peer = F.scaled_dot_product_attention(q, k, v, scale=scale) if batch else q
-        return out, oracle, peer.transpose(1, 2).flatten(2)
+        by_torch = F.scaled_dot_product_attention(q, k, v, scale=scale) if batch else q
+        return out, exact, by_torch.transpose(1, 2).flatten(2)
 
     return operate
 
 
 def _conv(kind: str) -> Callable[[_Case], _Results]:
-    """``kind``: "3x3", "halving", "1x1" of two sources, or "doubling"."""
+    """Return the check of conv_: "3x3", "halving", "1x1" of two sources, or "doubling"."""
 
     def operate(case: _Case) -> _Results:
         batch, height, width = case.shape
@@ -148,16 +156,16 @@ def _conv(kind: str) -> Callable[[_Case], _Results]:
         phases = doubling_weight(weight.float()).to(case.dtype) if kind == "doubling" else weight
         case.run.conv_(out, x, x2, phases, bias, residual, stride, padding)
 
-        oracle = torch.empty(size[0], 20, *size[1:], dtype=torch.float64)
-        given: list[Any] = [oracle, *map(_oracle, (x, x2, phases, bias, residual))]
-        given += [stride, padding]
-        reference.conv_(*given)
+        exact = torch.empty(size[0], 20, *size[1:], dtype=torch.float64)
+        arguments: list[Any] = [exact, *map(_exact_input, (x, x2, phases, bias, residual))]
+        arguments += [stride, padding]
+        reference.conv_(*arguments)
         h = x if x2 is None else torch.cat([x, x2], 1)
         h = F.interpolate(h, scale_factor=2) if kind == "doubling" and batch else h
         if not batch:
-            return out, oracle, out
-        peer = F.conv2d(F.pad(h, padding), weight, bias, stride)
-        return out, oracle, peer if residual is None else peer + residual
+            return out, exact, out
+        by_torch = F.conv2d(F.pad(h, padding), weight, bias, stride)
+        return out, exact, by_torch if residual is None else by_torch + residual
 
     return operate
 
@@ -178,25 +186,25 @@ _OPERATORS: dict[str, Callable[[_Case], _Results]] = {
 def network_checks(
     run: Backend, device: torch.device, dtype: torch.dtype
 ) -> Iterator[NetworkCheck]:
-    """Every operator of the network on every layout, for one backend and dtype."""
+    """Check every operator of the U-Net on every layout, for one backend and dtype."""
     for op, operate in _OPERATORS.items():
         for layout in NETWORK_LAYOUTS:
-            # The convolutions take whole tensors only.
+            # The convolutions do not accept slices of channels.
             if layout == "sliced" and op.startswith("conv"):
                 continue
-            out, oracle, peer = operate(_Case(run, device, dtype, layout))
+            out, exact, by_torch = operate(_Case(run, device, dtype, layout))
             if out.numel() == 0:
                 yield NetworkCheck(op, layout, 0.0, 0.0)
                 continue
-            miss = (out.double().cpu() - oracle).abs()
-            torch_miss = (peer.double().cpu() - oracle).abs()
+            miss = (out.double().cpu() - exact).abs()
+            torch_miss = (by_torch.double().cpu() - exact).abs()
             arithmetic = checks.compute_dtype(dtype)
-            floor = ROUNDINGS * torch.finfo(arithmetic).eps * _rms(oracle)
+            floor = ROUNDINGS * torch.finfo(arithmetic).eps * _rms(exact)
             ratio = _rms(miss) / (TIMES_TORCH * _rms(torch_miss) + floor)
             yield NetworkCheck(op, layout, _finite(miss.max()), _finite(ratio))
 
 
-def _oracle(tensor: Tensor | None) -> Tensor | None:
+def _exact_input(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.double().cpu()
 
 
@@ -205,5 +213,5 @@ def _rms(values: Tensor) -> Tensor:
 
 
 def _finite(value: Tensor) -> float:
-    """The value; infinite where it is NaN: a NaN is a miss."""
+    """Return the value, or infinity for NaN: a NaN is a miss."""
     return float(value.nan_to_num(nan=float("inf")))

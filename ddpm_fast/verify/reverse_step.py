@@ -1,4 +1,4 @@
-"""The checks of a reverse step: every kind of row, against the float64 reference."""
+"""Checks of reverse steps with every kind of row against the float64 reference."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Operate = Callable[[Case, NoiseSchedule], Results]
 
 
 def step_operators(schedule: NoiseSchedule) -> Iterator[tuple[str, Operate]]:
-    """The name and the check of a step of every kind of table."""
+    """Yield name and check of a step of every kind of table."""
     ddpm, ddim = StepTable.ddpm(schedule), StepTable.ddim(schedule, 50, rederive_epsilon=False)
-    x0_coef = StepTable.ddpm(schedule, prediction="x0")
+    x0_predicted = StepTable.ddpm(schedule, prediction="x0")
     learned = StepTable.ddpm(schedule, variance="learned_range")
     dynamic = StepTable.ddim(schedule, 50, clip=DynamicThreshold(0.8))
     yield "reverse_step ddpm, noise given", _step(ddpm)
-    yield "reverse_step ddpm, noise made", _step(ddpm, made=True)
+    yield "reverse_step ddpm, noise made", _step(ddpm, generated=True)
     yield "reverse_step ddpm, no clip", _step(StepTable.ddpm(schedule, clip=None))
-    yield "reverse_step ddpm, x0 predicted", _step(x0_coef)
+    yield "reverse_step ddpm, x0 predicted", _step(x0_predicted)
     yield "reverse_step ddpm, learned", _step(learned)
     yield "reverse_step ddim, raw epsilon", _step(ddim)
     yield "reverse_step ddim, guided", _step(ddim.with_guidance(2.5))
@@ -38,29 +38,29 @@ def step_operators(schedule: NoiseSchedule) -> Iterator[tuple[str, Operate]]:
     yield "reverse_step unipc", _step(StepTable.unipc(schedule, 20))
     yield "reverse_step plms", _step(StepTable.plms(schedule, 20))
     yield "reverse_step functional, ddpm", _functional_step(ddpm)
-    yield "reverse_step functional, x0 predicted", _functional_step(x0_coef)
+    yield "reverse_step functional, x0 predicted", _functional_step(x0_predicted)
     yield "reverse_step functional, raw epsilon", _functional_step(ddim)
     yield "reverse_step functional, thresholded", _functional_step(dynamic)
     yield "reverse_step functional, learned", _functional_step(learned)
 
 
-def _step(table: StepTable, made: bool = False) -> Operate:
+def _step(table: StepTable, generated: bool = False) -> Operate:
     def run(case: Case, schedule: NoiseSchedule) -> Results:
         state = case.arithmetic
         x, out = case.tensor(0, state, written=True), case.tensor(1)
         rows, _ = table.to(case.device, state)
         step = case.indices(3, table.steps)
-        rng = philox_rng(11, STREAM_STEPS, 5, case.device) if made else None
+        rng = philox_rng(11, STREAM_STEPS, 5, case.device) if generated else None
         second, history = table.memory(x)
-        for kept, seed in ((second, 4), (history, 5)):
-            if kept is not None:
-                kept.copy_(case.tensor(seed, state).expand_as(kept))
+        for memory, seed in ((second, 4), (history, 5)):
+            if memory is not None:
+                memory.copy_(case.tensor(seed, state).expand_as(memory))
         inputs: dict[str, Any] = {
             "x": x,
             "model_output": out,
             "rows": rows,
             "step": step,
-            "noise": case.tensor(2, state) if table.uses_noise and not made else None,
+            "noise": case.tensor(2, state) if table.uses_noise and not generated else None,
             "rng": rng,
             "model_input": torch.full_like(x, float("nan"), dtype=case.dtype),
             "pred_x0": torch.full_like(x, float("nan")),
@@ -77,12 +77,12 @@ def _step(table: StepTable, made: bool = False) -> Operate:
         before = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
         case.run.reverse_step_(**inputs)
         if rng is not None:
-            before |= {"noise": case.made_noise(before["x"], step, rng), "rng": None}
-        exact, sums = _on_cpu(before, table), _magnitudes(before, table)
+            before |= {"noise": case.generated_noise(before["x"], step, rng), "rng": None}
+        computed, sums = _reference_step(before, table), _magnitudes(before, table)
         written = [k for k in ("x", "pred_x0", "second", "history") if inputs[k] is not None]
         outputs = [inputs["model_input"], *(inputs[name] for name in written)]
-        oracles, terms = ([of[name] for name in ("x", *written)] for of in (exact, sums))
-        return outputs, oracles, terms
+        exact, terms = ([of[name] for name in ("x", *written)] for of in (computed, sums))
+        return outputs, exact, terms
 
     return run
 
@@ -108,15 +108,15 @@ def _functional_step(table: StepTable) -> Operate:
         outputs = list(case.run.reverse_step(**inputs))
         before = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
         before |= {"rng": None, "pred_x0": torch.empty_like(before["x"])}
-        exact, sums = _on_cpu(before, table), _magnitudes(before, table)
-        oracles, terms = ([of["x"], of["pred_x0"]] for of in (exact, sums))
-        return outputs, oracles, terms
+        computed, sums = _reference_step(before, table), _magnitudes(before, table)
+        exact, terms = ([of["x"], of["pred_x0"]] for of in (computed, sums))
+        return outputs, exact, terms
 
     return run
 
 
-def _on_cpu(before: dict[str, Any], table: StepTable) -> dict[str, Any]:
-    """The step in float64, of rows that were not rounded."""
+def _reference_step(before: dict[str, Any], table: StepTable) -> dict[str, Any]:
+    """Run the step in float64 on the CPU, with rows that are not rounded to float32."""
     inputs: dict[str, Any] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in before.items()}
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -127,7 +127,7 @@ def _on_cpu(before: dict[str, Any], table: StepTable) -> dict[str, Any]:
 
 
 def _magnitudes(before: dict[str, Any], table: StepTable) -> dict[str, Any]:
-    """What the step would write if nothing cancelled and nothing was clipped."""
+    """Return the results of the step with absolute values and no clipping: no term cancels."""
     inputs: dict[str, Any] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in before.items()}
     for name, value in inputs.items():
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -137,7 +137,7 @@ def _magnitudes(before: dict[str, Any], table: StepTable) -> dict[str, Any]:
     rows = rows.abs()
     rows[:, [column("Lmin"), column("Lmax")]] = exponents
     if (v := inputs["log_variance"]) is not None and v.numel():
-        # The error of its argument is one of the exponential's.
+        # An error of the exponent is a relative error of the exponential.
         rows[:, column("S")] *= 2 + exponents.abs().sum(1) * (1 + float(v.abs().max()))
     flags = inputs["flags"] & ~int(RowFlag.CLIP | RowFlag.THRESHOLD)
     inputs |= {"rows": rows, "model_input": None, "threshold": None, "flags": flags}

@@ -1,13 +1,13 @@
-"""Every operator x backend x dtype x layout against the float64 reference.
+"""Checks of every operator, backend, dtype and layout against the float64 reference.
 
-The bound on an error is not a fixed tolerance but what the arithmetic may cost: a few roundings
-in float32 of the terms of the sum, and one rounding to the output's dtype. The operators of the
-U-Net have bounds of their own (`ddpm_fast.verify.network`).
+The bound on an error is no fixed tolerance but follows from the arithmetic: a few float32 roundings
+of the terms of the sum, and one rounding to the dtype of the output. `ddpm_fast.verify.network` has
+the bounds of the U-Net's operators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ddpm_fast.verify.cases import LAYOUTS, Case, Results
 from ddpm_fast.verify.network import NETWORK_LAYOUTS, network_checks
 from ddpm_fast.verify.reverse_step import Operate, step_operators
 
-# Roundings of the terms of a sum and of their coefficients, of the sum of their absolute values.
+# Roundings of the terms of a sum and of their coefficients.
 ROUNDINGS = 4
 # |z| <= 6.8 times the error of the polynomials and of sqrt, in core/normal.h.
 NORMAL_ERROR = 2e-6
@@ -31,20 +31,32 @@ NORMAL_ERROR = 2e-6
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: the largest error over its bound; at most 1 where all is well."""
+    """Result of one check.
+
+    Attributes:
+        op: Name of the operator and its options.
+        backend: Name of the backend.
+        device: Type of the device, such as `cpu`.
+        dtype: Dtype of the samples, such as `float32`.
+        layout: Memory layout of the samples.
+        error: Largest absolute error.
+        ratio: Largest error over its bound; at most 1 if the check passes.
+        same_bits_as_cpu: True if the output has the bits of the backend cpu. None: not compared.
+        ok: True if the check passes.
+    """
 
     op: str
     backend: str
     device: str
     dtype: str
     layout: str
-    error: float  # largest absolute error
-    ratio: float  # largest error / bound
-    same_bits_as_cpu: bool | None  # None where there is nothing to compare
+    error: float
+    ratio: float
+    same_bits_as_cpu: bool | None
     ok: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name, for JSON."""
+        """Return the fields by name, for JSON."""
         return asdict(self)
 
 
@@ -52,16 +64,16 @@ def _q_sample(case: Case, schedule: NoiseSchedule) -> Results:
     x0, noise = case.tensor(0), case.tensor(1)
     t = case.indices(2, schedule.T)
     x_t = case.run.q_sample(x0, t, noise, schedule.q_sample_coefs(case.device, case.arithmetic))
-    return _judged_q_sample([x_t], x0, t, noise, schedule)
+    return _compared_q_sample([x_t], x0, t, noise, schedule)
 
 
-def _judged_q_sample(
+def _compared_q_sample(
     outputs: list[Tensor], x0: Tensor, t: Tensor, noise: Tensor, schedule: NoiseSchedule
 ) -> Results:
     coefs = schedule.q_sample_coefs("cpu", torch.float64)
     x0, t, noise = x0.double().cpu(), t.cpu(), noise.double().cpu()
-    oracle = reference.q_sample(x0, t, noise, coefs)
-    return outputs, [oracle], [reference.q_sample(x0.abs(), t, noise.abs(), coefs)]
+    wanted = reference.q_sample(x0, t, noise, coefs)
+    return outputs, [wanted], [reference.q_sample(x0.abs(), t, noise.abs(), coefs)]
 
 
 def _q_sample_philox(case: Case, schedule: NoiseSchedule) -> Results:
@@ -69,10 +81,10 @@ def _q_sample_philox(case: Case, schedule: NoiseSchedule) -> Results:
     coefs = schedule.q_sample_coefs(case.device, case.arithmetic)
     rng = philox_rng(1 << 63, STREAM_TRAINING, 1 << 40, case.device)
     x_t, noise = case.run.q_sample_philox(x0, t, coefs, rng)
-    outputs, oracles, sums = _judged_q_sample([x_t], x0, t, noise, schedule)
+    outputs, exact, sums = _compared_q_sample([x_t], x0, t, noise, schedule)
     return (
         [*outputs, noise],
-        [*oracles, _normals(noise, rng)],
+        [*exact, _normals(noise, rng)],
         [*sums, _normal_sum(noise, case.arithmetic)],
     )
 
@@ -90,7 +102,7 @@ def _normals(like: Tensor, rng: Tensor) -> Tensor:
 
 
 def _normal_sum(like: Tensor, arithmetic: torch.dtype) -> Tensor:
-    """What makes the bound NORMAL_ERROR: normals are float32 numbers in every dtype."""
+    """Return the sum whose bound is NORMAL_ERROR: normals are float32 numbers in every dtype."""
     epsilon = torch.finfo(arithmetic).eps
     return torch.full(like.shape, NORMAL_ERROR / (ROUNDINGS * epsilon), dtype=torch.float64)
 
@@ -102,9 +114,9 @@ def _q_posterior(case: Case, schedule: NoiseSchedule) -> Results:
     )
     coefs = schedule.q_posterior_coefs("cpu", torch.float64)
     x0, x_t, t = x0.double().cpu(), x_t.double().cpu(), t.cpu()
-    oracles = reference.q_posterior(x0, x_t, t, coefs)
+    exact = reference.q_posterior(x0, x_t, t, coefs)
     terms = reference.q_posterior(x0.abs(), x_t.abs(), t, coefs)
-    return list(outputs), list(oracles), [term.abs() for term in terms]
+    return list(outputs), list(exact), [term.abs() for term in terms]
 
 
 def _operators() -> Iterator[tuple[str, Operate]]:
@@ -115,18 +127,25 @@ def _operators() -> Iterator[tuple[str, Operate]]:
     yield from step_operators(NoiseSchedule.linear())
 
 
-def verify(backends: tuple[str, ...] | None = None) -> tuple[list[Check], dict[str, str]]:
-    """Run every operator on every backend, dtype and layout.
+def verify(
+    backends: Sequence[str] | None = None, dtypes: Sequence[torch.dtype] | None = None
+) -> tuple[list[Check], dict[str, str]]:
+    """Check every operator on every backend, dtype and layout.
 
-    backends: those to run, all of them by default. Returns the checks, and for each backend that
-    cannot run here the reason with what to do.
-    Raises ValueError for an unknown backend.
+    Args:
+        backends: Names of the backends. None: all.
+        dtypes: Dtypes of the samples. None: all that a backend accepts.
+
+    Returns:
+        The checks, and the reason why it cannot run here for each backend that cannot.
+
+    Raises:
+        ValueError: a backend is unknown.
     """
-    checks: list[Check] = []
+    found: list[Check] = []
     skipped: dict[str, str] = {}
     for backend in BACKENDS if backends is None else backends:
-        if backend not in BACKENDS:
-            raise ValueError(f"backends must be of {', '.join(BACKENDS)}; got {backend!r}")
+        checks.choice("backends", backend, BACKENDS)
         devices = [
             d for d in map(torch.device, ("cuda", "cpu")) if unavailable_reason(backend, d) is None
         ]
@@ -137,9 +156,11 @@ def verify(backends: tuple[str, ...] | None = None) -> tuple[list[Check], dict[s
             skipped[backend] = str(unavailable_reason(backend, wanted))
         for device in devices[:1]:
             for dtype in DTYPES[backend]:
+                if dtypes is not None and dtype not in dtypes:
+                    continue
                 run = get_backend(backend, device, dtype)
-                checks += _verify_backend(run, device, dtype)
-    return checks, skipped
+                found += _verify_backend(run, device, dtype)
+    return found, skipped
 
 
 def _verify_backend(run: Backend, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
@@ -149,13 +170,13 @@ def _verify_backend(run: Backend, device: torch.device, dtype: torch.dtype) -> I
     )
     for op, operate in _operators():
         for layout in LAYOUTS:
-            outputs, oracles, sums = operate(Case(run, dtype, layout, device), schedule)
-            twins = None
+            outputs, exact, sums = operate(Case(run, dtype, layout, device), schedule)
+            cpu_outputs = None
             if compares:
                 cpu = torch.device("cpu")
-                twin = Case(get_backend("cpu", cpu, dtype), dtype, layout, cpu)
-                twins, _, _ = operate(twin, schedule)
-            yield _check(op, run.name, device, dtype, layout, outputs, oracles, sums, twins)
+                cpu_case = Case(get_backend("cpu", cpu, dtype), dtype, layout, cpu)
+                cpu_outputs, _, _ = operate(cpu_case, schedule)
+            yield _check(op, run.name, device, dtype, layout, outputs, exact, sums, cpu_outputs)
     for check in network_checks(run, device, dtype):
         where = run.name, device.type, str(dtype).removeprefix("torch.")
         yield Check(
@@ -170,39 +191,44 @@ def _check(
     dtype: torch.dtype,
     layout: str,
     outputs: list[Tensor],
-    oracles: list[Tensor],
+    exact: list[Tensor],
     sums: list[Tensor],
-    twins: list[Tensor] | None,
+    cpu_outputs: list[Tensor] | None,
 ) -> Check:
     error = ratio = 0.0
     arithmetic = checks.compute_dtype(dtype)
-    for output, oracle, total in zip(outputs, oracles, sums, strict=True):
+    for output, wanted, total in zip(outputs, exact, sums, strict=True):
         if output.numel() == 0:
             continue
         rounding = ROUNDINGS * torch.finfo(arithmetic).eps * total
-        to_output = torch.finfo(output.dtype).eps * oracle.abs() + torch.finfo(output.dtype).tiny
-        miss = (output.double().cpu() - oracle).abs()
+        to_output = torch.finfo(output.dtype).eps * wanted.abs() + torch.finfo(output.dtype).tiny
+        miss = (output.double().cpu() - wanted).abs()
         relative = miss / (rounding + to_output)
         error = max(error, _largest(miss))
         ratio = max(ratio, _largest(relative))
     same = None
-    if twins is not None:
-        same = all(torch.equal(a.cpu(), b) for a, b in zip(outputs, twins, strict=True))
+    if cpu_outputs is not None:
+        same = all(torch.equal(a.cpu(), b) for a, b in zip(outputs, cpu_outputs, strict=True))
     name = str(dtype).removeprefix("torch.")
     ok = ratio <= 1 and same is not False
     return Check(op, backend, device.type, name, layout, error, ratio, same, ok)
 
 
 def _largest(values: Tensor) -> float:
-    """The largest value, infinite where one is NaN: a NaN is a miss."""
+    """Return the largest value, or infinity if one is NaN: a NaN is a miss."""
     return float(values.nan_to_num(nan=float("inf")).max())
 
 
-def as_table(checks: list[Check], skipped: dict[str, str]) -> str:
-    """The checks as text: one line for each operator, backend and dtype, layouts together."""
+def as_table(results: list[Check], skipped: dict[str, str]) -> str:
+    """Format checks as a table with a line for each operator, backend and dtype.
+
+    Args:
+        results: The checks of `verify`.
+        skipped: The reason for each backend that did not run.
+    """
     lines = [f"{'operator':<40}{'backend':<11}{'dtype':<10}{'error':>9}{'of bound':>10}  bits  "]
     groups: dict[tuple[str, str, str, str], list[Check]] = {}
-    for check in checks:
+    for check in results:
         groups.setdefault((check.backend, check.device, check.op, check.dtype), []).append(check)
     for (backend, _, op, dtype), group in groups.items():
         bits = {c.same_bits_as_cpu for c in group}
@@ -214,7 +240,7 @@ def as_table(checks: list[Check], skipped: dict[str, str]) -> str:
             f"{op:<40}{backend:<11}{dtype:<10}{error:>9.1e} {ratio:>9.2f}  {same:<6}{verdict}"
         )
     lines += [f"{backend}: not run: {reason}" for backend, reason in skipped.items()]
-    bad = sum(not c.ok for c in checks)
+    bad = sum(not c.ok for c in results)
     layouts = dict.fromkeys((*LAYOUTS, *NETWORK_LAYOUTS))
-    lines.append(f"{len(checks)} checks over layouts {', '.join(layouts)}; {bad} missed")
+    lines.append(f"{len(results)} checks over layouts {', '.join(layouts)}; {bad} missed")
     return "\n".join(lines)
