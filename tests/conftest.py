@@ -2,7 +2,7 @@
 
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is
 imported. The interpreter's fma, rounding and products of bfloat16 are replaced by correct ones
-(triton_interpreter, triton_dot).
+(triton_interpreter).
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
-    import triton_dot
     import triton_interpreter
 
     triton_interpreter.install()
-    triton_dot.install()
 
 # The same examples in every run: a failure anywhere is a failure everywhere. On a GPU each new
 # layout compiles a Triton kernel.

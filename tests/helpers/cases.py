@@ -67,9 +67,10 @@ SHAPES = {
     "empty-batch": (0, 3, 4, 4),
     "no-elements": (2, 3, 0, 4),
 }
-LARGE = {
+OTHER_SHAPES = {  # in no product of cases
     "many-blocks": (32, 3, 64, 32),  # enough for two threads
     "many-samples": (16, 3, 9, 7),
+    "tiny": (1, 3, 2, 2),
 }
 
 
@@ -119,7 +120,7 @@ class Case(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (SHAPES | LARGE)[self.name]
+        return (SHAPES | OTHER_SHAPES)[self.name]
 
     def tensor(self, device: str, seed: int, layout: str | None = None, dtype=None) -> Tensor:
         """Standard normals of this case; a seed gives the same values in any layout."""

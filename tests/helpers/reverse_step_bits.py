@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cases import per_sample
 from ddpm_fast.ops.row import RowFlag, column
-from step_cases import Inputs
+from reverse_step_cases import Inputs
 from triton_interpreter import fma32
 
 

@@ -1,9 +1,16 @@
-"""Steps with every term of the row, made by hand, and their equation in float64."""
+"""Arguments of reverse_step_ with every term of the row, and its equation in float64.
+
+`Step` has coefficients in [-1, 1), and NaN in the columns that the flags do not use. `step_inputs`
+has a table of random rows, for the comparison of bits.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +20,7 @@ from cases import (
     F64,
     FIRST,
     SEED,
+    STREAM,
     WRITABLE,
     Case,
     assert_rounded_once,
@@ -20,11 +28,13 @@ from cases import (
     per_sample,
 )
 from ddpm_fast import philox_normal, philox_rng
-from ddpm_fast.ops import get_backend
-from ddpm_fast.ops.row import ROW_WIDTH, RowFlag, column, history_depth
+from ddpm_fast.ops import get_backend, reference
+from ddpm_fast.ops.row import ROW_FIELDS, ROW_WIDTH, RowFlag, column, history_depth
 
 INF, NAN = math.inf, math.nan
-STEPS = 4
+STEPS, RANDOM_STEPS = 4, 12
+Inputs = dict[str, Any]
+PLAIN = RowFlag.CLIP | RowFlag.SCALE_IN
 PAST = RowFlag.H1 | RowFlag.H2 | RowFlag.H3
 EVERYTHING = RowFlag(sum(RowFlag)) & ~RowFlag.CLIP
 TERMS = {
@@ -265,3 +275,131 @@ def assert_exact(step: Step, on) -> None:
     step.run(on)
     for name, result in expected.items():
         assert_rounded_once(getattr(step, name), result.value, 2 * result.magnitude)
+
+
+# Random rows, for the comparison of bits
+
+# The multistep terms one by one, then those of known solvers, then all.
+SOLVER_TERMS = {
+    "guided": PLAIN | RowFlag.GUIDE,
+    "learned": PLAIN | RowFlag.LEARNED,
+    "thresholded": RowFlag.THRESHOLD,
+    "thresholded-not-clipped": RowFlag.THRESHOLD | RowFlag.CLIP,
+    "one-past": PLAIN | RowFlag.H1 | RowFlag.PUSH,
+    "third-past": RowFlag.H3 | RowFlag.PUSH,
+    "outputs-past": RowFlag.RAW_OUT | PAST | RowFlag.PUSH | RowFlag.PUSH_OUT,
+    "second": PLAIN | RowFlag.SECOND,
+    "second-and-past": PLAIN | RowFlag.SECOND | RowFlag.H1 | RowFlag.H2 | RowFlag.PUSH,
+    "guided-and-learned": PLAIN | RowFlag.GUIDE | RowFlag.LEARNED,
+    "every": EVERYTHING,
+}
+
+
+def random_rows(depth: int, seed: int = 6) -> Tensor:
+    """float32 [RANDOM_STEPS, ROW_WIDTH]: a table that uses every term; two rows of three push."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.zeros(RANDOM_STEPS, ROW_WIDTH)
+    rows[:, : len(ROW_FIELDS)] = torch.randn(RANDOM_STEPS, len(ROW_FIELDS), generator=generator)
+    slots = torch.randint(max(depth, 1), (RANDOM_STEPS,), generator=generator)
+    fixed = {
+        "clip": 0.8,
+        "Yo": 0,
+        "M": 0,
+        "push": torch.arange(RANDOM_STEPS) % 3 != 0,
+        "slot": slots,
+    }
+    for name, values in fixed.items():
+        rows[:, column(name)] = torch.as_tensor(values).float()
+    rows[6, column("P")] = 0  # x0 is the output itself, scaled
+    return rows
+
+
+def step_inputs(
+    flags: RowFlag,
+    shape: Sequence[int] = (5, 3, 11, 13),
+    layout: str = "channels-last",
+    other: str = "contiguous",
+    dtype: torch.dtype = F32,
+    device: str = "cpu",
+    made: bool = False,
+) -> Inputs:
+    """Arguments of reverse_step_ with the tensors that the flags ask for, new at each call.
+
+    layout: of the state and what is shaped as it; other: of the network's. The rows of the samples
+    differ. made: whether noise is made.
+    """
+
+    state = partial(normals, shape, layout, F32, device=device)
+    network = partial(normals, shape, other, dtype, device=device)
+    depth = history_depth(flags)
+    slots = normals((depth * shape[0], *shape[1:]), layout, F32, 9, device) if depth else None
+    bounds = torch.rand(2 * shape[0], generator=torch.Generator().manual_seed(8)) + 0.5
+    return {
+        "x": state(seed=1),
+        "model_output": network(seed=2),
+        "rows": random_rows(depth).to(device),
+        "step": (5 * torch.arange(shape[0], device=device) + 1) % RANDOM_STEPS,
+        "noise": None if made else state(seed=3),
+        "rng": philox_rng(SEED, STREAM, FIRST, device) if made else None,
+        "model_input": network(seed=4),
+        "pred_x0": state(seed=5),
+        "flags": int(flags),
+        "model_output2": network(seed=6) if flags & RowFlag.GUIDE else None,
+        "log_variance": network(seed=7) if flags & RowFlag.LEARNED else None,
+        "threshold": bounds.to(device)[::2] if flags & RowFlag.THRESHOLD else None,
+        "second": state(seed=10) if flags & RowFlag.SECOND else None,
+        "history": None if slots is None else slots.unflatten(0, (depth, shape[0])),
+    }
+
+
+def copied(inputs: Inputs, **others: Any) -> Inputs:
+    """Return copies with the same strides; others replace some."""
+    copies = {
+        k: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device).copy_(v)
+        for k, v in inputs.items()
+        if isinstance(v, Tensor)
+    }
+    return inputs | copies | others
+
+
+def written(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: inputs[name] for name in STATE if inputs[name] is not None}
+
+
+def _in_float64(inputs: Inputs, magnitudes: bool = False) -> Inputs:
+    """The inputs on the CPU in float64; magnitudes: the absolute values of what is multiplied."""
+    found = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    for name, tensor in found.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            wide = tensor.double()
+            signed = name in {"rows", "log_variance", "threshold"}
+            found[name] = wide.abs() if magnitudes and not signed else wide.clone()
+    return found
+
+
+def magnitudes(before: Inputs) -> Inputs:
+    """What a step would write if nothing cancelled and nothing was clipped."""
+    inputs = _in_float64(before, magnitudes=True)
+    signed = inputs["rows"][inputs["step"].clamp(0, RANDOM_STEPS - 1)]
+    rows = signed.abs()
+    for name in ("Lmin", "Lmax"):
+        rows[:, column(name)] = signed[:, column(name)]
+    if (bound := inputs["threshold"]) is not None:
+        rows[:, [column("P"), column("Q")]] /= bound[:, None]
+    if (v := inputs["log_variance"]) is not None:
+        # The error of its argument is one of the exponential's.
+        largest = rows[:, column("Lmin")].abs() + rows[:, column("Lmax")].abs()
+        rows[:, column("S")] *= 2 + largest * (1 + v.abs().reshape(len(v), -1).amax(1))
+    inputs |= {"rows": rows, "step": torch.arange(len(rows)), "threshold": None}
+    inputs["flags"] &= ~int(RowFlag.CLIP | RowFlag.THRESHOLD)
+    reference.reverse_step_(**inputs)
+    return inputs
+
+
+def assert_is_the_equation(after: Inputs, before: Inputs) -> None:
+    """What was written is the reference in float64 on what was there before, rounded."""
+    exact, magnitude = _in_float64(before), magnitudes(before)
+    reference.reverse_step_(**exact)
+    for name, tensor in written(after).items():
+        # Up to sixteen roundings of a term: guidance, x0, its threshold and a sum of seven.
+        assert_rounded_once(tensor, exact[name], 4 * magnitude[name])

@@ -40,15 +40,15 @@ def report(launches: Iterable[tuple[str, Callable[[], Any]]]) -> None:
     from triton.runtime.jit import JITFunction
 
     triton.runtime.driver.set_active(_NoGpu())
-    run, asked = JITFunction.run, []
+    run, requested = JITFunction.run, []
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        asked.append((name, run(self, *args, grid=grid, warmup=True, **options)))
+        requested.append((name, run(self, *args, grid=grid, warmup=True, **options)))
 
     JITFunction.run = compile_only
     for name, launch in launches:  # noqa: B007
         launch()
-    print(json.dumps([_usage(*pair) for pair in asked]))
+    print(json.dumps([_usage(*pair) for pair in requested]))
 
 
 def _usage(name: str, kernel: Any) -> dict[str, Any]:

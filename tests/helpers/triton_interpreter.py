@@ -1,8 +1,9 @@
-"""Repairs of Triton's interpreter, so that it rounds as the GPU does.
+"""Corrections of Triton's interpreter, so that it rounds as a GPU does.
 
-As shipped (3.6 to 3.8) it computes tl.fma as x * y + z, rounded twice, truncates float32 to
-bfloat16, and reads bfloat16 subnormals, infinities and NaN as other numbers. NumPy's warnings of
-overflow and NaN are off while a kernel runs. Compiled kernels are not touched.
+The interpreter of Triton 3.6 to 3.8 computes tl.fma as x * y + z, rounded twice, truncates float32
+to bfloat16, reads bfloat16 subnormals, infinities and NaN as other numbers, and multiplies the bits
+of bfloat16 in tl.dot. NumPy's warnings of overflow and NaN are off while a kernel runs. Compiled
+kernels are not changed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def float32_of(bits: np.ndarray) -> np.ndarray:
 
 
 def install() -> None:
-    """Repair the interpreter of this process; without Triton, do nothing."""
+    """Correct the interpreter of this process; without Triton, do nothing."""
     if importlib.util.find_spec("triton") is None:
         return
     import triton.language as tl
@@ -56,6 +57,7 @@ def install() -> None:
         return
     shipped_fma = InterpreterBuilder.create_fma
     shipped_cast = InterpreterBuilder.cast_impl
+    shipped_dot = InterpreterBuilder.create_dot
     shipped_call = GridExecutor.__call__
 
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
@@ -71,6 +73,14 @@ def install() -> None:
             return TensorHandle(float32_of(src.data), tl.float32)
         return shipped_cast(self, src, dst_type)
 
+    def float32_handle(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle(float32_of(x.data), tl.float32)
+
+    def create_dot(self: Any, x: Any, y: Any, *others: Any) -> Any:
+        return shipped_dot(self, float32_handle(x), float32_handle(y), *others)
+
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
         with np.errstate(all="ignore"):
             shipped_call(self, *args, **kwargs)
@@ -78,4 +88,5 @@ def install() -> None:
     GridExecutor.__call__ = call
     InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.rounds_once = True

@@ -25,6 +25,7 @@ from cases import (
     backends,
     cases,
     each,
+    kernel_backends,
     normals,
     per_sample,
     same_bits,
@@ -138,7 +139,10 @@ def noise_of_rows(on, shape, step, dtype=F32, seed=SEED, stream=1, first=FIRST):
     return torch.cat(made).to(dtype) if made else torch.empty(shape, dtype=dtype, device=on.device)
 
 
-@pytest.mark.parametrize(("on", "case"), each(cases(WRITABLE)))
+@pytest.mark.parametrize(
+    ("on", "case"),
+    each(cases(WRITABLE), kernel_backends()) + each([Case("odd-hw")], backends()[:1]),
+)
 def test_made_noise_is_that_of_the_row_bit_for_bit(on, case):
     out, step = case.others(on.device, 2), case.timesteps(on.device, TABLE.steps)
     rng = philox_rng(SEED, 1, FIRST, on.device)

@@ -97,8 +97,9 @@ def test_each_term_is_the_equation(on, flags, noisy):
     assert_exact(step_of(flags, Case("odd-hw", "channels-last"), on.device, noisy), on)
 
 
-@pytest.mark.parametrize("name", ["clipped", "every"])
-@pytest.mark.parametrize("split", [False, True], ids=["apart", "split"])
+@pytest.mark.parametrize(
+    ("name", "split"), [("clipped", False), ("every", True)], ids=["clipped-apart", "every-split"]
+)
 @pytest.mark.parametrize(("on", "case"), each(cases()))
 def test_every_layout_and_dtype(on, case, split, name):
     assert_exact(step_of(FLAGS[name], case, on.device, split=split), on)
@@ -131,8 +132,11 @@ def test_kernels_agree_bit_for_bit_with_cpu(on, case, flags):
 
 
 @pytest.mark.parametrize("kernels", ["baseline", "avx2", "avx512"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "sliced"])
-@EVERY_FLAG
+@pytest.mark.parametrize(
+    ("flags", "layout"),
+    [pytest.param(flags, "channels-last", id=name) for name, flags in FLAGS.items()]
+    + [pytest.param(FLAGS["every"], layout, id=layout) for layout in ("contiguous", "sliced")],
+)
 def test_instruction_sets_and_threads_agree_bit_for_bit(
     cpu_kernels, two_threads, flags, layout, kernels
 ):
@@ -144,8 +148,11 @@ def test_instruction_sets_and_threads_agree_bit_for_bit(
 
 
 @ON
-@EVERY_FLAG
-@pytest.mark.parametrize("name", ["many-samples", "partial-block", "two-dim"])
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [pytest.param(flags, "many-samples", id=name) for name, flags in FLAGS.items()]
+    + [pytest.param(FLAGS["every"], shape, id=shape) for shape in ("partial-block", "two-dim")],
+)
 def test_a_sample_outside_the_table_is_nan_and_no_other_is(on, flags, name):
     """Whatever the memory of the results held before, and where every value is finite."""
     case = Case(name, "channels-last")
@@ -204,11 +211,14 @@ def test_what_is_read_may_be_one_tensor(on):
 # Gradients, and torch.compile
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "sliced"])
-@EVERY_FLAG
+@pytest.mark.parametrize(
+    ("flags", "layout"),
+    [pytest.param(flags, "channels-last", id=name) for name, flags in FLAGS.items()]
+    + [pytest.param(FLAGS["every"], layout, id=layout) for layout in ("contiguous", "sliced")],
+)
 def test_the_reference_is_differentiable(flags, layout):
     """In all that is read but the rows; with a sample outside the table, whose gradient is 0."""
-    step = step_of(flags, Case("one-sample", layout, dtype=F64), "cpu")
+    step = step_of(flags, Case("tiny", layout, dtype=F64), "cpu")
     step.step = torch.tensor([1])
     names = ["x", "model_output", "noise"]
     names += ["log_variance"] if flags & RowFlag.LEARNED else []
@@ -231,7 +241,7 @@ def test_the_reference_is_differentiable(flags, layout):
 
 
 @KERNELS_ON
-@EVERY_FLAG
+@pytest.mark.parametrize("flags", [FLAGS["clipped"], FLAGS["every"]], ids=["clipped", "every"])
 def test_opcheck(on, flags):
     for case in (Case("odd-hw", "channels-last"), Case("odd-hw", "sliced", dtype=F16)):
         step = step_of(flags, case, on.device, split=True)

@@ -99,6 +99,8 @@ def test_triton_has_the_bits_of_cpu_in_every_dtype_and_layout():
 
 @pytest.mark.parametrize(("op", "position", "index"), list(mutants()))
 def test_one_coefficient_off_is_a_miss(monkeypatch, op, position, index):
+    monkeypatch.setattr(runner, "LAYOUTS", ("channels_last", "odd"))
+    monkeypatch.setattr(runner, "network_checks", lambda *_: iter(()))
     monkeypatch.setattr(CPU, op, scaled(op, position, index))
     checks, _ = verify(("cpu",), (torch.float32,))
     assert missed(checks) == {op}

@@ -15,11 +15,11 @@ from cases import BF16, F16, F32, WRITABLE, same_bits
 from ddpm_fast.ops import get_backend
 from ddpm_fast.ops.row import RowFlag, column, complete, history_depth
 from reverse_step_bits import bits_of_step, exponential
-from step_cases import (
-    EVERY,
-    FLAGS,
-    STEPS,
-    WRITTEN,
+from reverse_step_cases import (
+    EVERYTHING,
+    RANDOM_STEPS,
+    SOLVER_TERMS,
+    STATE,
     Inputs,
     assert_is_the_equation,
     copied,
@@ -35,8 +35,6 @@ import triton.language as tl
 from ddpm_fast.ops.triton import arithmetic as core
 
 OP = torch.ops.ddpm_fast.triton_reverse_step_
-EACH = pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
-DTYPES = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["f32", "f16", "bf16"])
 NAN, INF = float("nan"), float("inf")
 READ = {  # by the flag of a term, the tensor that it reads
     RowFlag.GUIDE: "model_output2",
@@ -111,8 +109,14 @@ def test_the_exponential_is_its_operations_bit_for_bit():
 # The terms
 
 
-@EACH
-@DTYPES
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [pytest.param(flags, F32, id=name) for name, flags in SOLVER_TERMS.items()]
+    + [
+        pytest.param(EVERYTHING, F16, id="every-f16"),
+        pytest.param(EVERYTHING, BF16, id="every-bf16"),
+    ],
+)
 def test_a_step_is_the_equation(flags, dtype):
     before = inputs_of(flags, dtype=dtype)
     assert_is_the_equation(after(before), before)
@@ -126,21 +130,32 @@ def random_bits(before: Inputs) -> Inputs:
     return before
 
 
-@EACH
-@pytest.mark.parametrize("dtype", [F32, F16], ids=["f32", "f16"])
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        *(pytest.param(flags, F16, id=name) for name, flags in SOLVER_TERMS.items()),
+        pytest.param(EVERYTHING, F32, id="every-f32"),
+    ],
+)
 def test_a_step_is_its_operations_bit_for_bit(flags, dtype):
     """The order and the rounding of the terms: what the backends have to agree on."""
     for before in (inputs_of(flags, dtype=dtype), random_bits(inputs_of(flags, dtype=dtype))):
-        before["step"][3] = STEPS
+        before["step"][3] = RANDOM_STEPS
         ours = after(before)
         for name, expected in bits_of_step(before).items():
             if before[name] is not None:
                 assert same(ours[name], expected), name
 
 
-@EACH
-@pytest.mark.parametrize("made", [False, True], ids=["given", "made"])
-@DTYPES
+@pytest.mark.parametrize(
+    ("flags", "made", "dtype"),
+    [
+        pytest.param(flags, made, dtype, id=f"{name}-{'made' if made else 'given'}")
+        for name, flags in SOLVER_TERMS.items()
+        for made, dtype in ((False, F32), (True, F16))
+    ]
+    + [pytest.param(EVERYTHING, made, BF16, id=f"every-{made}-bf16") for made in (False, True)],
+)
 def test_a_step_is_that_of_cpp_bit_for_bit(flags, made, dtype):
     before = random_bits(inputs_of(flags, dtype=dtype, made=made))
     before["step"][3] = -1
@@ -153,7 +168,7 @@ def test_a_step_is_that_of_cpp_bit_for_bit(flags, made, dtype):
 
 def test_made_noise_is_given_noise():
     """With a learned variance as well, in every row and sample."""
-    made = inputs_of(EVERY, made=True)
+    made = inputs_of(EVERYTHING, made=True)
     ops = get_backend("triton", torch.device(DEVICE), F32)
     given = copied(made, rng=None, noise=torch.empty_like(made["x"]))
     for n, row in enumerate(made["step"].tolist()):
@@ -163,16 +178,18 @@ def test_made_noise_is_given_noise():
 
 
 def test_a_step_without_noise_does_not_read_the_learned_variance():
-    before = inputs_of(FLAGS["learned"])
+    before = inputs_of(SOLVER_TERMS["learned"])
     before |= {"noise": None, "log_variance": before["log_variance"] * NAN}
-    assert_same(after(before), after(before | {"flags": int(FLAGS["learned"] & ~RowFlag.LEARNED)}))
+    assert_same(
+        after(before), after(before | {"flags": int(SOLVER_TERMS["learned"] & ~RowFlag.LEARNED)})
+    )
     assert after(before)["x"].isfinite().all()
 
 
 @pytest.mark.parametrize("left_out", [*READ, RowFlag.H2, RowFlag.PUSH, RowFlag.PUSH_OUT], ids=str)
 def test_a_term_that_is_not_flagged_is_not_evaluated(left_out):
     """Its tensor may hold anything, and is left as it is."""
-    before = inputs_of(EVERY)
+    before = inputs_of(EVERYTHING)
     before["flags"] &= ~int(left_out)
     coefs = {RowFlag.H2: ["Xh2", "Yh2"], RowFlag.PUSH: ["push"], RowFlag.PUSH_OUT: ["Ho"]}
     if left_out in READ:
@@ -194,7 +211,7 @@ def test_a_term_that_is_not_flagged_is_not_evaluated(left_out):
 def test_only_the_past_values_that_are_flagged_are_read(k):
     """The other slots of the ring may hold anything."""
     flags = RowFlag[f"H{k}"] | RowFlag.PUSH
-    before = inputs_of(EVERY)
+    before = inputs_of(EVERYTHING)
     slot = before["rows"][before["step"], column("slot")].long()
     samples = torch.arange(len(slot), device=DEVICE)
     kept = before["history"][(slot - k) % 3, samples].clone()
@@ -212,14 +229,14 @@ def test_only_the_past_values_that_are_flagged_are_read(k):
 
 def test_a_ring_of_past_values_over_many_steps():
     """Rows that push and rows that do not; a step may read the oldest value and replace it."""
-    flags = FLAGS["outputs-past"]
+    flags = SOLVER_TERMS["outputs-past"]
     depth = history_depth(flags)
     inputs = inputs_of(flags, shape=(2, 3, 8, 8))
     rows = inputs["rows"]
     rows.copy_(complete(rows, depth))
     rows[:, :3] *= 0.5  # no growth
     before = copied(inputs)
-    for i in range(STEPS):
+    for i in range(RANDOM_STEPS):
         inputs["step"].fill_(i)
         before = copied(inputs)
         OP(**inputs)
@@ -232,7 +249,7 @@ def test_a_ring_of_past_values_over_many_steps():
 @pytest.mark.parametrize("shape", [(37, 5), (300, 2), (3, 1500), (1030,), (2, 3, 2, 5, 3)], ids=str)
 def test_samples_of_a_tile_have_rows_slots_and_thresholds_of_their_own(shape):
     """Several samples in a tile, several tiles for a sample; some outside the table."""
-    before = inputs_of(EVERY, shape=shape, layout="contiguous")
+    before = inputs_of(EVERYTHING, shape=shape, layout="contiguous")
     before["step"][1::7] = -1
     ours = after(before)
     assert_is_the_equation(ours, before)
@@ -243,18 +260,22 @@ def test_samples_of_a_tile_have_rows_slots_and_thresholds_of_their_own(shape):
         }
         cut["history"] = before["history"][:, n : n + 1].clone()
         alone = after(cut)
-        for name in WRITTEN:
+        for name in STATE:
             each = ours[name][:, n : n + 1] if name == "history" else ours[name][n : n + 1]
             assert same_bits(alone[name], each)
 
 
-@pytest.mark.parametrize("other", WRITABLE)
-@pytest.mark.parametrize("layout", WRITABLE)
+@pytest.mark.parametrize(
+    ("layout", "other"),
+    [("contiguous", other) for other in WRITABLE[1:]]
+    + [(layout, "contiguous") for layout in WRITABLE[1:]]
+    + [("sliced", "sliced"), ("channels-last", "channels-last")],
+)
 def test_a_layout_does_not_change_the_bits(layout, other):
     """Of made noise as well, and nothing beside the elements is written."""
     shape = (2, 3, 7, 5)
-    expected = after(inputs_of(EVERY, shape=shape, layout="contiguous", made=True))
-    before = inputs_of(EVERY, shape=shape, layout=layout, other=other, made=True)
+    expected = after(inputs_of(EVERYTHING, shape=shape, layout="contiguous", made=True))
+    before = inputs_of(EVERYTHING, shape=shape, layout=layout, other=other, made=True)
     OP(**before)
     assert_same(before, expected)
     for name, tensor in written(before).items():
@@ -263,11 +284,16 @@ def test_a_layout_does_not_change_the_bits(layout, other):
             assert int((~memory.isnan()).sum()) == tensor.numel(), name
 
 
-@pytest.mark.parametrize("last", [True, False], ids=["channels-last", "contiguous"])
-@pytest.mark.parametrize("made", [False, True], ids=["given", "made"])
-@DTYPES
+@pytest.mark.parametrize(
+    ("dtype", "made", "last"),
+    [
+        pytest.param(F32, True, True, id="f32-channels-last"),
+        pytest.param(F16, False, True, id="f16-channels-last"),
+        pytest.param(BF16, True, False, id="bf16-contiguous"),
+    ],
+)
 def test_output_and_variance_are_halves_of_what_a_network_returns(dtype, made, last):
-    before = inputs_of(FLAGS["guided-and-learned"], dtype=dtype, made=made)
+    before = inputs_of(SOLVER_TERMS["guided-and-learned"], dtype=dtype, made=made)
     names = ("model_output", "log_variance")
     expected = after(before)
     both = torch.cat([before[name] for name in names], dim=1)
@@ -281,7 +307,7 @@ def test_output_and_variance_are_halves_of_what_a_network_returns(dtype, made, l
 def test_slots_more_than_2_to_the_31_elements_apart(sparse):
     if DEVICE != "cpu":
         pytest.skip("holes are files on the host")
-    before = inputs_of(EVERY, shape=(2, 3, 4, 4), layout="contiguous")
+    before = inputs_of(EVERYTHING, shape=(2, 3, 4, 4), layout="contiguous")
     far = (1 << 31) + 8
     ring = sparse(F32, 3 * far).as_strided(before["history"].shape, (far, 48, 16, 4, 1))
     inputs = copied(before) | {"history": ring.copy_(before["history"])}
@@ -294,9 +320,9 @@ def test_slots_more_than_2_to_the_31_elements_apart(sparse):
 
 @pytest.mark.parametrize("made", [False, True], ids=["given", "made"])
 def test_a_sample_outside_the_table_is_left_alone(made):
-    before = inputs_of(EVERY, shape=(6, 3, 4, 4), made=made)
+    before = inputs_of(EVERYTHING, shape=(6, 3, 4, 4), made=made)
     ended = [1, 2, 4, 5]
-    before["step"][ended] = torch.tensor([-1, STEPS, 1 << 40, -(1 << 62)], device=DEVICE)
+    before["step"][ended] = torch.tensor([-1, RANDOM_STEPS, 1 << 40, -(1 << 62)], device=DEVICE)
     before["threshold"][2] = before["model_output2"][4, 0, 0, 0] = NAN
     ours = after(before)
     for name, tensor in written(ours).items():
@@ -309,7 +335,7 @@ def test_a_sample_outside_the_table_is_left_alone(made):
 
 def test_slots_outside_the_ring_stay_inside_it():
     """A table that is wrong about its slots reads and writes no other memory."""
-    before = inputs_of(EVERY, shape=(4, 3, 4, 4), layout="gapped")
+    before = inputs_of(EVERYTHING, shape=(4, 3, 4, 4), layout="gapped")
     before["rows"][:, column("slot")] = torch.tensor([-1, 3, 1e9, -1e9]).repeat(3)
     OP(**before)
     assert before["x"].isfinite().all()
@@ -319,7 +345,7 @@ def test_slots_outside_the_ring_stay_inside_it():
 
 @pytest.mark.parametrize("where", ["x", "model_output2", "log_variance", "second", "history"])
 def test_nan_passes_and_stays_in_its_element(where):
-    before = inputs_of(EVERY, shape=(2, 3, 4, 4))
+    before = inputs_of(EVERYTHING, shape=(2, 3, 4, 4))
     spot = torch.zeros_like(before["x"], dtype=torch.bool)
     spot[0, 2, 3, 0] = True
     tensor = before[where]
@@ -350,8 +376,7 @@ def test_a_threshold_bounds_x0_and_is_its_unit():
     assert ours[3].isnan().all()
 
 
-@pytest.mark.parametrize("layout", ["channels-last", "sliced"])
-@pytest.mark.parametrize("name", ["every", "guided-and-learned", "one-past"])
+@pytest.mark.parametrize(("name", "layout"), [("every", "channels-last"), ("one-past", "sliced")])
 def test_opcheck(name, layout):
-    before = inputs_of(FLAGS[name], shape=(2, 3, 5, 4), layout=layout)
+    before = inputs_of(SOLVER_TERMS[name], shape=(2, 3, 5, 4), layout=layout)
     torch.library.opcheck(OP.default, (), before)

@@ -1,6 +1,6 @@
-"""The code that the U-Net's Triton kernels compile to for sm_90, without a GPU.
+"""Code of the U-Net's Triton kernels for sm_90, compiled without a GPU.
 
-Run as a script it prints what it found as JSON.
+Run as a script, this file prints what ptxas reports as JSON (triton_compiler).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ddpm_fast.ops.triton import group_norm as triton_group_norm
 from ddpm_fast.ops.triton import launch as triton_launch
 from ddpm_fast.ops.triton.conv import Spec
 
+pytestmark = pytest.mark.slow
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 Launch = tuple[str, Callable[[], Any]]
 
@@ -37,21 +38,21 @@ def empty(*shape: int, dtype: torch.dtype = F32) -> Tensor:
 
 
 def norm(
-    batch: int, channels: tuple[int, ...], size: int, dtype: torch.dtype = F16, **more: Any
+    batch: int, channels: tuple[int, ...], size: int, dtype: torch.dtype = F16, **terms: Any
 ) -> Launch:
-    """more: vector, residual, total, modulation: whether there is one."""
+    """Return a call of group_norm_; terms: vector, residual, total, modulation."""
     every = sum(channels)
     x, *rest = [maps(batch, c, size, dtype) for c in channels]
-    given = {key: maps(batch, every, size, dtype) for key in ("residual", "total") if key in more}
+    given = {key: maps(batch, every, size, dtype) for key in ("residual", "total") if key in terms}
     args = (
         *(maps(batch, every, size, dtype), x, rest[0] if rest else None),
-        empty(4, every) if "vector" in more else None,
-        empty(batch, dtype=torch.int64) if "vector" in more or "modulation" in more else None,
+        empty(4, every) if "vector" in terms else None,
+        empty(batch, dtype=torch.int64) if "vector" in terms or "modulation" in terms else None,
         *(given.get("residual"), given.get("total"), *[empty(every, dtype=dtype)] * 2),
-        *(empty(4, 2 * every) if "modulation" in more else None, 32, 1e-5, True),
+        *(empty(4, 2 * every) if "modulation" in terms else None, 32, 1e-5, True),
     )
     dt = str(dtype).removeprefix("torch.")
-    name = f"norm {batch} {'+'.join(map(str, channels))} @{size} {dt} {' '.join(more)}".rstrip()
+    name = f"norm {batch} {'+'.join(map(str, channels))} @{size} {dt} {' '.join(terms)}".rstrip()
     return name, partial(triton_group_norm.group_norm_, *args)
 
 
@@ -71,11 +72,11 @@ def conv(
     kernel: int = 3,
     dtype: torch.dtype = F16,
     config: Any = None,
-    **more: Any,
+    **terms: Any,
 ) -> Launch:
-    """more: residual, doubling, stride."""
+    """Return a call of conv_; terms: residual, doubling, stride."""
     x, *rest = [maps(batch, c, size, dtype) for c in channels]
-    doubling, stride = "doubling" in more, more.get("stride", 1)
+    doubling, stride = "doubling" in terms, terms.get("stride", 1)
     large = 2 * size if doubling else size // stride
     out = maps(batch, outputs, large, dtype)
     shape = (
@@ -85,13 +86,13 @@ def conv(
     pad = kernel // 2
     args = (
         *(out, x, rest[0] if rest else None, weight, empty(outputs, dtype=dtype)),
-        *(maps(batch, outputs, large, dtype) if "residual" in more else None, stride, [pad] * 4),
+        *(maps(batch, outputs, large, dtype) if "residual" in terms else None, stride, [pad] * 4),
     )
     dt = str(dtype).removeprefix("torch.")
     chosen = "" if config is None else " " + "x".join(map(str, config))
     channel = "+".join(map(str, channels))
     name = (
-        f"conv {batch} {channel}>{outputs} @{size} {kernel}x{kernel} {dt}{chosen} {' '.join(more)}"
+        f"conv {batch} {channel}>{outputs} @{size} {kernel}x{kernel} {dt}{chosen} {' '.join(terms)}"
     )
     return name.rstrip(), partial(triton_conv.conv, *args, config)
 
@@ -107,7 +108,7 @@ QUICK = [
     conv(512, (256,), 256, 8, doubling=1),
     conv(1, (256,), 256, 8, residual=1),
 ]
-MORE = [
+EVERY_SHAPE = [
     norm(512, (128,), 32),
     norm(512, (256, 128), 32),
     norm(512, (256,), 16, **SUM),
@@ -179,10 +180,11 @@ def test_kernels_that_overlap_wait_before_they_read(found):
         assert kernel["waits_first"], kernel
 
 
-@pytest.mark.slow
 def test_code_for_sm_90_of_every_shape_and_configuration(tmp_path):
     found = triton_compiler.compiled(__file__, tmp_path, "--every")
-    assert len({kernel["name"] for kernel in found}) == len({name for name, _ in MORE + TUNED})
+    assert len({kernel["name"] for kernel in found}) == len(
+        {name for name, _ in EVERY_SHAPE + TUNED}
+    )
     for kernel in found:
         assert_fits(kernel)
         tensor_cores = "float32" not in kernel["name"] and not kernel["name"].startswith("norm")
@@ -198,4 +200,4 @@ def quick() -> Iterator[Launch]:
 
 
 if __name__ == "__main__":
-    triton_compiler.report(MORE + TUNED if "--every" in sys.argv else quick())
+    triton_compiler.report(EVERY_SHAPE + TUNED if "--every" in sys.argv else quick())
