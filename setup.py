@@ -1,4 +1,4 @@
-"""Builds the three extension modules: `ddpm_fast._ops_cpu`, `_ops_cuda` and `_C`.
+"""Build the three extension modules: `ddpm_fast._ops_cpu`, `_ops_cuda` and `_C`.
 
 `python setup.py --check` only checks for a C++ compiler and the Python headers.
 
@@ -12,7 +12,6 @@ Environment variables:
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -51,14 +50,14 @@ def missing_tools() -> list[str]:
 def missing_packages() -> list[str]:
     """List the Python packages of the build that are missing or too old."""
     missing = []
-    try:
-        found = version("setuptools")
-    except PackageNotFoundError:
-        found = "0"
-    if int(found.split(".")[0]) < 77:
-        missing.append(f"setuptools 77 (found {found}; pip install --upgrade setuptools)")
-    if importlib.util.find_spec("torch") is None:
-        missing.append("torch 2.10 (pip install torch)")
+    for package, needed in (("setuptools", (77,)), ("torch", (2, 10))):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            found = "none"
+        if tuple(map(int, re.findall(r"\d+", found)[: len(needed)])) < needed:
+            wanted = f"{package} {'.'.join(map(str, needed))}"
+            missing.append(f"{wanted} (found {found}; pip install --upgrade {package})")
     return missing
 
 

@@ -1,4 +1,4 @@
-"""The build: what it decides, and that pip installs the package whole, with and without CUDA."""
+"""The decisions of setup.py, its checks, and an installation by pip."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ print(json.dumps([ddpm_fast.__file__, NOT_LOADED, _C.build_info()["cuda_architec
 
 @pytest.fixture
 def build(monkeypatch):
-    """setup.py as a module, with nothing built."""
+    """Return setup.py as a module, without building anything."""
     import setuptools
 
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
@@ -65,7 +65,7 @@ def test_architectures_come_from_the_environment(build, monkeypatch):
 
 
 def toolkit(folder, release):
-    """A folder that looks like a CUDA toolkit of a release."""
+    """Return a folder that looks like a CUDA toolkit of a release."""
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
@@ -81,7 +81,7 @@ def toolkit(folder, release):
         pytest.param(None, "13.0", "build without CUDA", id="torch-without-cuda"),
     ],
 )
-def test_cuda_is_decided_by_the_toolkit(build, monkeypatch, tmp_path, torch_cuda, release, reason):
+def test_toolkit_decides_about_cuda(build, monkeypatch, tmp_path, torch_cuda, release, reason):
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path, release)))
     home, why = build.cuda_or_reason()
@@ -97,7 +97,7 @@ def test_cuda_is_decided_by_the_toolkit(build, monkeypatch, tmp_path, torch_cuda
     assert build.decide_cuda() == home
 
 
-def test_a_wish_that_is_none_is_refused(build, monkeypatch):
+def test_unknown_ddpm_fast_cuda_is_rejected(build, monkeypatch):
     monkeypatch.setenv("DDPM_FAST_CUDA", "yes")
     with pytest.raises(SystemExit, match="must be auto, 0 or 1; got 'yes'"):
         build.decide_cuda()
@@ -109,7 +109,7 @@ def run_setup(*arguments: str, **environment: str) -> subprocess.CompletedProces
 
 
 @pytest.mark.parametrize("command", ["--check", "build_ext"])
-def test_a_missing_compiler_is_one_line_before_anything_is_compiled(command):
+def test_missing_compiler_is_reported_in_one_line(command):
     done = run_setup(command, CXX="/no/such/compiler -O1")
     assert done.returncode == 1
     assert done.stdout == ""
@@ -117,21 +117,29 @@ def test_a_missing_compiler_is_one_line_before_anything_is_compiled(command):
     assert "without a C++ compiler (/no/such/compiler is not on the PATH" in done.stderr
 
 
-def test_the_check_passes_here():
+def test_check_passes_here():
     done = run_setup("--check")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_missing_headers_and_packages_are_named(build, monkeypatch, tmp_path):
     monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(build, "version", lambda name: "76.1.0")
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    found = {"setuptools": "76.1.0", "torch": "2.9.1+cu128"}
+    monkeypatch.setattr(build, "version", found.__getitem__)
     missing = build.missing_tools() + build.missing_packages()
     assert [item.split(" (")[0] for item in missing] == [
         "the Python headers",
         "setuptools 77",
         "torch 2.10",
     ]
+
+    def nothing(name):
+        raise build.PackageNotFoundError(name)
+
+    monkeypatch.setattr(build, "version", nothing)
+    assert "torch 2.10 (found none; pip install --upgrade torch)" in build.missing_packages()
+    monkeypatch.setattr(build, "version", lambda name: "100.0")
+    assert build.missing_packages() == []
     with pytest.raises(
         SystemExit, match=r"without the Python headers .* and without setuptools 77"
     ):
@@ -140,7 +148,7 @@ def test_missing_headers_and_packages_are_named(build, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("editable", [False, True], ids=["install", "editable"])
-def test_pip_installs_it_without_cuda(tmp_path, editable):
+def test_pip_install_without_cuda(tmp_path, editable):
     source, target = tmp_path / "source", tmp_path / "env"
     tracked = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -154,7 +162,7 @@ def test_pip_installs_it_without_cuda(tmp_path, editable):
             shutil.copy(ROOT / name, source / name)
     venv = [sys.executable, "-m", "venv", "--without-pip", str(target)]
     subprocess.run(venv, check=True, capture_output=True)
-    # The packages of the environment that runs the tests, pip and torch among them.
+    # Makes the packages of the current environment available, pip and torch among them.
     site = next(target.glob("lib/python*/site-packages"))
     (site / "outer.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
     python = str(target / "bin" / "python")

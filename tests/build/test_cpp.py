@@ -1,4 +1,4 @@
-"""The C++ tests of csrc, built by CMake: with the sanitizers, and as optimised as the package."""
+"""The C++ tests of csrc: quick ones with g++, all of them with CMake, sanitized and optimised."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(*command: str | Path) -> str:
 
 @pytest.mark.parametrize("name", ["philox", "normal", "exponential", "half", "tensor_view"])
 def test_arithmetic(tmp_path: Path, name: str) -> None:
-    """The tests of csrc/core that compile in about a second, without CMake."""
+    """Run the tests of csrc/core that compile in about a second."""
     need("g++")
     source, program = ROOT / "tests" / "cpp" / f"test_{name}.cpp", tmp_path / name
     flags = ("-O1", "-std=c++17", "-ffp-contract=off", f"-I{ROOT / 'csrc'}")
@@ -52,7 +52,7 @@ def test_ctest_passes(tmp_path: Path, options: list[str], target: str, expected:
 
 
 def test_instruction_sets_share_no_symbol(tmp_path: Path) -> None:
-    """Else the linker could put AVX-512 code into the path of a processor without it."""
+    """A shared symbol could bring AVX-512 code to a processor without it."""
     need("g++", "nm")
     for name in KERNELS:
         source = ROOT / "csrc" / "cpu" / f"kernels_{name}.cpp"

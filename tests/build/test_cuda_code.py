@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels. No GPU is needed, only the compiler."""
+"""The compiled code of the CUDA kernels. Needs nvcc, but no GPU."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ pytestmark = pytest.mark.slow  # nvcc takes minutes
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 FLAGS = ["-O3", "-std=c++17", "-fmad=false", f"-I{ROOT / 'csrc'}"]
-# q_sample 4, q_posterior 2, reverse_step_ 6 and with multistep terms 6, reverse_step 4 and 4,
-# philox_normal 2; group_norm_ nine for each of three types, and one that is asked what it was
-# compiled for.
+# q_sample 4, q_posterior 2, reverse_step_ 6 and 6 with multistep terms, reverse_step 4 and 4,
+# philox_normal 2; group_norm_ nine for each of three dtypes, and one whose attributes tell the
+# architecture.
 KERNEL_COUNT = 28 + 27 + 1
 
 
 def find(tool: str, extra: list[Path]) -> str | None:
-    """A tool of the CUDA toolkit: of CUDA_HOME, the usual position, `extra`, or the PATH."""
+    """Find a tool in CUDA_HOME, /usr/local/cuda, `extra` or the PATH."""
     homes = [os.environ.get("CUDA_HOME") or "/usr/local/cuda", "/usr/local/cuda"]
-    places = [Path(home) / "bin" for home in homes] + extra
-    found = [position / tool for position in places if (position / tool).is_file()]
+    folders = [Path(home) / "bin" for home in homes] + extra
+    found = [folder / tool for folder in folders if (folder / tool).is_file()]
     return str(found[0]) if found else shutil.which(tool)
 
 
@@ -49,7 +49,7 @@ def cuobjdump() -> str:
 
 
 def compile_to(out: Path, nvcc: str, source: Path, *flags: str) -> str:
-    """Compiles for sm_90a; returns what ptxas said of registers and spills."""
+    """Compile for sm_90a and return the report of ptxas on registers and spills."""
     arch = "-gencode=arch=compute_90a,code=sm_90a"
     command = [nvcc, *FLAGS, arch, "-Xptxas", "-v", *flags, str(source), "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -72,7 +72,7 @@ def test_kernels_fit_in_registers(nvcc: str, tmp_path: Path) -> None:
 
 
 def test_arithmetic_is_as_written(nvcc: str, cuobjdump: str, tmp_path: Path) -> None:
-    """q_sample of given noise: one multiply and one fma an element, moved 16 bytes at a time."""
+    """q_sample with noise as input: one multiply and one fma per element, 16-byte accesses."""
     cubin = tmp_path / "forward.cubin"
     compile_to(cubin, nvcc, ROOT / "csrc" / "cuda" / "diffusion" / "forward.cu", "-cubin")
     done = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True)
@@ -82,7 +82,7 @@ def test_arithmetic_is_as_written(nvcc: str, cuobjdump: str, tmp_path: Path) -> 
     (code,) = [
         f for f in functions if re.match(r"\S*QSampleILNS_5NoiseE1ENS_16VectorizedTensor", f)
     ]
-    elements = 8  # of a thread
+    elements = 8  # per thread
     assert len(re.findall(r"\bFMUL\b", code)) == elements
     assert len(re.findall(r"\bFFMA\b", code)) == elements
     assert len(re.findall(r"\bLDG\.E\.128\b", code)) == 2 * elements // 4
@@ -91,7 +91,7 @@ def test_arithmetic_is_as_written(nvcc: str, cuobjdump: str, tmp_path: Path) -> 
 
 
 def test_group_norm_reads_once_and_writes_once(nvcc: str, cuobjdump: str, tmp_path: Path) -> None:
-    """Kept in registers: a 16-byte load for each vector, and a store, with SiLU or not."""
+    """One 16-byte load per vector held in registers, and one store, with or without SiLU."""
     cubin = tmp_path / "half.cubin"
     compile_to(cubin, nvcc, ROOT / "csrc" / "cuda" / "group_norm" / "half.cu", "-cubin")
     done = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True)
@@ -103,6 +103,6 @@ def test_group_norm_reads_once_and_writes_once(nvcc: str, cuobjdump: str, tmp_pa
         (code,) = [f for f in functions if re.match(kernel, f)]
         assert len(re.findall(r"\bLDG\.E\.128\b", code)) == held
         assert len(re.findall(r"\bSTG\.E\.128\b", code)) == 2 * held
-        # The kernel before is waited for before anything is loaded.
+        # The wait for the previous kernel is before the first load.
         assert 0 < code.index("ACQBULK") < code.index("LDG.E")
         assert not re.search(r"\b(LDL|STL)\b", code)
