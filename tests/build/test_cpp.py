@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,6 +33,19 @@ def test_arithmetic(tmp_path: Path, name: str) -> None:
     flags = ("-O1", "-std=c++17", "-ffp-contract=off", f"-I{ROOT / 'csrc'}")
     run("g++", *flags, source, "-o", program)
     run(program)
+
+
+def test_cmake_lists_every_source_and_test() -> None:
+    text = (ROOT / "CMakeLists.txt").read_text()
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.c*")}
+    without_torch = {
+        s for s in sources if Path(s).suffix in {".cpp", ".cu"} and "bindings" not in s
+    }
+    assert set(re.findall(r"csrc/\S+\.(?:cpp|cu)\b", text)) == without_torch
+    names = re.search(r"foreach\(test ([^)]*)\)", text)
+    assert names is not None
+    files = {p.stem.removeprefix("test_") for p in (ROOT / "tests" / "cpp").glob("test_*.cpp")}
+    assert set(names[1].split()) == files
 
 
 @pytest.mark.slow
