@@ -1,4 +1,10 @@
-"""The forward process: q_sample, q_sample_philox and q_posterior."""
+"""The forward process q: one fused kernel for each function.
+
+Each is one kernel in the backends cpu, triton and cuda, and plain PyTorch in reference. Inputs may
+be contiguous, channels-last, sliced or expanded, with any number of dimensions. Arithmetic is in
+float32 (float64 for float64 inputs). Index t is step t + 1 of the papers. A timestep out of range
+raises ValueError on the CPU; on a GPU it is clamped, because a check would synchronise.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +19,24 @@ from ddpm_fast.utils import checks
 def q_sample(
     x0: Tensor, t: Tensor | int, noise: Tensor, schedule: NoiseSchedule, backend: str = "auto"
 ) -> Tensor:
-    """Noise x0 to step t: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (Eq. 4, Ho et al. 2020).
+    """Sample x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (Eq. 4, Ho et al. 2020).
 
-    x0: [N, ...], float32, float16, bfloat16 (float64 in reference and cpu). t: int64 [N] or an
-    int, in [0, T). noise: shape, dtype and device of x0. Returns x_t, the dtype and strides of x0.
-    Differentiable in x0 and noise.
+    Differentiable in `x0` and `noise`.
 
-    Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    Args:
+        x0: Data [N, ...], float32, float16 or bfloat16 (float64 in reference and cpu).
+        t: Timesteps in [0, T), int64 [N], or one int.
+        noise: Noise, with the shape, dtype and device of `x0`.
+        schedule: Noise schedule of T timesteps.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        x_t, with the dtype and strides of `x0`.
+
+    Raises:
+        TypeError: An argument has another type or dtype.
+        ValueError: An argument has another shape or device, or is out of range.
+        RuntimeError: The backend cannot run.
     """
     x0 = checks.batch("x0", x0)
     noise = checks.like("noise", noise, "x0", x0, (x0.dtype,))
@@ -38,13 +55,28 @@ def q_sample_philox(
     first_sample: int = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`q_sample` with its noise made in the same kernel; returns (x_t, noise).
+    """Sample x_t with noise generated in the same kernel.
 
-    The noise is that of `philox_normal(N, x0.shape[1:], seed, stream, first_sample)`, rounded to
-    the dtype of x0; x_t is made from it as it is returned, because it is the training target.
-    Streams from 2^31 on are for training; below, they are the sampler's. Differentiable in x0.
+    The noise is `philox_normal(N, x0.shape[1:], seed, stream, first_sample)`, rounded to the dtype
+    of `x0`. x_t is computed from the rounded noise, which is the training target. Differentiable in
+    `x0`.
 
-    Raises as `q_sample` and `philox_rng`.
+    Args:
+        x0: Data [N, ...], as for `q_sample`.
+        t: Timesteps in [0, T), int64 [N], or one int.
+        schedule: Noise schedule of T timesteps.
+        seed: Seed in [0, 2^64).
+        stream: Stream in [0, 2^32). Training uses streams from 2^31 on, the sampler those below.
+        first_sample: Index of the first sample, in [0, 2^63).
+        backend: As for `q_sample`.
+
+    Returns:
+        x_t and the noise, with the dtype of `x0`.
+
+    Raises:
+        TypeError: An argument has another type or dtype.
+        ValueError: An argument has another shape or device, or is out of range.
+        RuntimeError: The backend cannot run.
     """
     x0 = checks.batch("x0", x0)
     t = checks.index("t", t, x0, checks.instance("schedule", schedule, NoiseSchedule).T)
@@ -56,14 +88,25 @@ def q_sample_philox(
 def q_posterior(
     x0: Tensor, x_t: Tensor, t: Tensor | int, schedule: NoiseSchedule, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and log-variance of q(x_{t-1} | x_t, x_0) (Eq. 6 and 7, Ho et al. 2020).
+    """Return mean, variance and log-variance of q(x_{t-1} | x_t, x_0) (Eq. 6-7, Ho et al. 2020).
 
-    x0, x_t: [N, ...] of one shape, dtype and device. t: int64 [N] or an int, in [0, T).
-    Returns the mean with the dtype and strides of x_t, and variance and log-variance as float32
-    (float64 for float64) [N, 1, ...]. At index 0 the variance is 0 and its logarithm that of
-    1e-20. The mean is differentiable in x0 and x_t.
+    The mean is differentiable in `x0` and `x_t`.
 
-    Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    Args:
+        x0: Data [N, ...], with the shape, dtype and device of `x_t`.
+        x_t: State [N, ...], as x0 of `q_sample`.
+        t: Timesteps in [0, T), int64 [N], or one int.
+        schedule: Noise schedule of T timesteps.
+        backend: As for `q_sample`.
+
+    Returns:
+        The mean, with the dtype and strides of `x_t`; variance and log-variance, float32 (float64
+        for float64) [N, 1, ...]. At index 0 the variance is 0, and its logarithm that of 1e-20.
+
+    Raises:
+        TypeError: An argument has another type or dtype.
+        ValueError: An argument has another shape or device, or is out of range.
+        RuntimeError: The backend cannot run.
     """
     x_t = checks.batch("x_t", x_t)
     x0 = checks.like("x0", x0, "x_t", x_t, (x_t.dtype,))

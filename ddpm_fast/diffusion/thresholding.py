@@ -14,13 +14,18 @@ from ddpm_fast.utils import checks
 
 @dataclass(frozen=True)
 class DynamicThreshold:
-    """Dynamic thresholding of x0 (Saharia et al. 2022, Section 2.3), by the sample.
+    """Dynamic thresholding of x0 (Saharia et al. 2022, Section 2.3).
 
-    s is the given quantile of |x0| over a sample, in (0, 1], interpolated between neighbours, then
-    raised to 1 and lowered to cap; x0 is clipped to [-s, s] and divided by s. cap > 0; at 1 and
-    below s is the cap, and 1 is plain clipping.
+    For each sample, s is a quantile of |x0|, at least 1 and at most `cap`; x0 is clipped to
+    [-s, s] and divided by s.
 
-    Raises TypeError, ValueError for other numbers.
+    Attributes:
+        quantile: Quantile in (0, 1], interpolated linearly between neighbours.
+        cap: Largest s, above 0. If at most 1, s is the cap for all samples; 1 is plain clipping.
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: An argument is out of range.
     """
 
     __module__ = "ddpm_fast"  # as in NoiseSchedule
@@ -31,37 +36,43 @@ class DynamicThreshold:
     def __post_init__(self) -> None:
         checks.real("quantile", self.quantile, 0, 1, "(]")
         if self.cap != inf:
-            checks.real("cap", self.cap, 0, inf, "()")
+            checks.real("cap", self.cap, 0)
 
 
 Clip = float | DynamicThreshold | None
 
 
 def clip_bound(clip: Clip) -> float:
-    """The column clip: infinite where x0 is not clipped, or is thresholded."""
+    """Return the bound that x0 is clipped to; infinity if it is not clipped, or thresholded."""
     if clip is None or isinstance(clip, DynamicThreshold):
         return inf
-    return checks.real("clip", clip, 0, inf, "()")
+    return checks.real("clip", clip, 0)
 
 
 def threshold_from_clip(clip: Clip) -> DynamicThreshold | None:
-    """The thresholding that a solver's argument clip asks for."""
+    """Return the dynamic thresholding in a `clip` argument, or None."""
     return clip if isinstance(clip, DynamicThreshold) else None
 
 
-def dynamic_threshold(how: DynamicThreshold, x0: Tensor) -> Tensor:
-    """The threshold s of each sample [N] of x0 [N, ...] (Saharia et al. 2022, Section 2.3).
+def dynamic_threshold(config: DynamicThreshold, x0: Tensor) -> Tensor:
+    """Return the threshold s of each sample.
 
-    The quantile of |x0| is interpolated linearly between neighbours, as torch.quantile does, for
-    samples of any size and without sorting them. A NaN counts as the largest value. Nothing waits
-    for a GPU.
+    The quantile is that of torch.quantile, for samples of any size and without a sort. A NaN counts
+    as the largest value. Does not synchronise with a GPU.
+
+    Args:
+        config: Quantile and cap.
+        x0: Predicted x0 [N, ...].
+
+    Returns:
+        Thresholds [N] in the dtype of `x0`.
     """
-    sizes = x0.abs().flatten(1)
+    magnitudes = x0.abs().flatten(1)
     count = math.prod(x0.shape[1:])
     if count == 0:
-        return sizes.new_ones(len(x0))
-    place = how.quantile * (count - 1)
-    below = math.floor(place)
-    low = sizes.kthvalue(below + 1, dim=1).values
-    high = sizes.kthvalue(min(below + 2, count), dim=1).values
-    return torch.lerp(low, high, place - below).clamp_(1, how.cap)
+        return magnitudes.new_ones(len(x0))
+    position = config.quantile * (count - 1)
+    below = math.floor(position)
+    low = magnitudes.kthvalue(below + 1, dim=1).values
+    high = magnitudes.kthvalue(min(below + 2, count), dim=1).values
+    return torch.lerp(low, high, position - below).clamp_(1, config.cap)

@@ -1,7 +1,7 @@
-"""p(x_{t-1} | x_t): the variances a model can have, and the x_0 its output stands for.
+"""Variance of p(x_{t-1} | x_t).
 
-Tables of coefficients are float64 [T, ...], made where they are used out of what the schedule keeps
-there, so that nothing waits for a GPU; index t is step t + 1 of the papers.
+Tables are float64 [T, ...] on the device where they are used, computed from the tables that the
+schedule caches there, without synchronisation. Index t is step t + 1 of the papers.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddpm_fast.diffusion.parameterization import check_prediction, x0_factors
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.utils import checks
 
 Variance = Literal["posterior", "beta", "learned", "learned_range"]
 VARIANCES = ("posterior", "beta", "learned", "learned_range")
 LEARNED = ("learned", "learned_range")
-First = Literal["repeat", "clamp"]
+FirstLogVariance = Literal["repeat", "clamp"]
 
 
 def model_variance(
@@ -27,40 +26,49 @@ def model_variance(
     schedule: NoiseSchedule,
     kind: Variance,
     learned_output: Tensor | None = None,
-    log_variance: First = "repeat",
+    log_variance: FirstLogVariance = "repeat",
 ) -> tuple[Tensor, Tensor]:
-    """Variance of p(x_{t-1} | x_t) and its natural logarithm.
+    """Return the variance of p(x_{t-1} | x_t) and its natural logarithm.
 
-    kind: "posterior": that of q(x_{t-1} | x_t, x_0) (Eq. 7, Ho et al. 2020). "beta": beta_t.
-    "learned": learned_output is the log-variance. "learned_range": exp(v log beta_t + (1 - v) log
-    posterior variance) with v = (learned_output + 1) / 2 (Eq. 15, Nichol & Dhariwal 2021).
-    x_t: [N, ...]. t: int64 [N] or an int, in [0, T). learned_output: of the shape and device of
-    x_t, the second half of what a network returns that has twice the channels; for the learned
-    kinds alone.
-    log_variance: the posterior variance is 0 at index 0. "repeat" takes its logarithm at index 1
-    there, for "beta" too (OpenAI's convention). "clamp" takes that of 1e-20, as the samplers of
-    diffusers and lucidrains do, and of beta_1 for "beta". A likelihood needs "repeat": a decoder of
-    variance 1e-20 finds next to no data possible.
+    Differentiable in `learned_output`.
 
-    Returns float32 (float64 for float64), [N, 1, ...] for the fixed kinds, the shape of x_t for the
-    learned ones. Differentiable in learned_output.
+    Args:
+        x_t: State [N, ...].
+        t: Timesteps in [0, T), int64 [N], or one int.
+        schedule: Noise schedule of T timesteps.
+        kind: "posterior": the variance of q(x_{t-1} | x_t, x_0) (Eq. 7, Ho et al. 2020). "beta":
+            beta_t. "learned": exp(v) with v = `learned_output`. "learned_range": exp(u log beta_t +
+            (1 - u) log posterior variance) with u = (v + 1) / 2 (Eq. 15, Nichol & Dhariwal 2021).
+        learned_output: v, with the shape and device of `x_t`: the second half of the channels of a
+            model output. For the learned kinds only.
+        log_variance: Logarithm of the posterior variance at index 0, where it is 0. "repeat": that
+            at index 1, for "beta" too (OpenAI's convention). "clamp": that of 1e-20, and of beta_1
+            for "beta" (samplers of diffusers and lucidrains). A likelihood needs "repeat": a
+            decoder of variance 1e-20 assigns almost no probability to any data.
 
-    Raises TypeError or ValueError naming the argument; ValueError for "repeat" on a single step.
+    Returns:
+        Variance and log-variance, float32 (float64 for float64): [N, 1, ...] for the fixed kinds,
+        the shape of `x_t` for the learned ones.
+
+    Raises:
+        TypeError: An argument has another type or dtype.
+        ValueError: An argument has another shape or device or is out of range; `learned_output` is
+            missing or superfluous; "repeat" with T = 1.
     """
     x_t = checks.batch("x_t", x_t)
     checks.instance("schedule", schedule, NoiseSchedule)
     checks.choice("kind", kind, VARIANCES)
     if (learned_output is None) == (kind in LEARNED):
-        wanted = "given" if kind in LEARNED else "left out"
-        raise ValueError(f"learned_output must be {wanted} for the variance {kind!r}")
+        wanted = "a tensor" if kind in LEARNED else "None"
+        got = "None" if learned_output is None else "a tensor"
+        raise ValueError(f"learned_output must be {wanted} for the variance {kind!r}; got {got}")
     index = checks.index("t", t, x_t, schedule.T).clamp(0, schedule.T - 1)
     dtype = checks.compute_dtype(x_t.dtype)
     table = log_variances(schedule, kind, log_variance, x_t.device).to(dtype)
     ends = table.index_select(0, index).view(-1, 2, *[1] * (x_t.ndim - 1))
     if learned_output is not None:
-        learned_output = checks.like(
-            "learned_output", learned_output, "x_t", x_t, checks.FLOATS
-        ).to(dtype)
+        learned_output = checks.like("learned_output", learned_output, "x_t", x_t, checks.FLOATS)
+        learned_output = learned_output.to(dtype)
     log = chosen_log_variance(kind, ends[:, 0], ends[:, 1], learned_output)
     return log.exp(), log
 
@@ -68,13 +76,22 @@ def model_variance(
 def log_variances(
     schedule: NoiseSchedule,
     kind: Variance,
-    log_variance: First = "repeat",
+    log_variance: FirstLogVariance = "repeat",
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """Float64 [T, 2]: the lowest and the highest log-variance that a kind allows at each t.
+    """Return the lowest and the highest log-variance of a kind at each timestep.
 
-    Equal for the fixed kinds; not bounds, and not used, for "learned". Errors are those of
-    `model_variance`.
+    Args:
+        schedule: Noise schedule of T timesteps.
+        kind: As for `model_variance`.
+        log_variance: As for `model_variance`.
+        device: Device of the result.
+
+    Returns:
+        Table float64 [T, 2]. Both columns are equal for the fixed kinds, and unused for "learned".
+
+    Raises:
+        ValueError: "repeat" with T = 1.
     """
     beta = schedule.levels(device, torch.float64)[:, 0].log()
     if kind == "learned" or (kind == "beta" and schedule.T == 1):
@@ -90,20 +107,9 @@ def log_variances(
 def chosen_log_variance(
     kind: Variance, low: Tensor, high: Tensor, learned_output: Tensor | None
 ) -> Tensor:
-    """The log-variance of a kind, from its ends of `log_variances` and the learned output."""
+    """Return the log-variance of a kind from the columns of `log_variances` and v."""
     if learned_output is None:
         return low
-    return learned_output if kind == "learned" else torch.lerp(low, high, (learned_output + 1) / 2)
-
-
-def x0_coefficients(
-    schedule: NoiseSchedule, prediction: str, device: str | torch.device = "cpu"
-) -> Tensor:
-    """Float64 [T, 2]: P and Q of x_0 = P x_t + Q out (Eq. 15, Ho et al. 2020, for epsilon).
-
-    prediction: "epsilon", "x0", "v" (Salimans & Ho 2022) or "score". Raises ValueError for another
-    one, and for epsilon or score on a schedule of zero terminal SNR.
-    """
-    check_prediction(prediction, schedule)
-    _, abar, one_minus_abar = schedule.levels(device, torch.float64).unbind(1)
-    return torch.stack(x0_factors(prediction, abar, one_minus_abar), 1)
+    if kind == "learned":
+        return learned_output
+    return torch.lerp(low, high, (learned_output + 1) / 2)

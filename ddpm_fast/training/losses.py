@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ddpm_fast.diffusion.bound_terms import DECODERS, BoundTerms, Decoder
 from ddpm_fast.diffusion.model_output import prediction_of
-from ddpm_fast.diffusion.parameterization import Prediction, check_prediction
+from ddpm_fast.diffusion.parameterization import Prediction, check_prediction, prediction_target
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.variance import LEARNED, VARIANCES, Variance
 from ddpm_fast.ops.philox import STREAM_TRAINING
 from ddpm_fast.training.noising import noised
-from ddpm_fast.training.weights import Weighting, error_weight, target
+from ddpm_fast.training.weights import Weighting, error_weight
 from ddpm_fast.utils import checks
 
 Objective = Literal["simple", "full", "hybrid", "score"]
@@ -140,7 +140,7 @@ def training_losses(
     x_t, noise = noised(x0, t, schedule, noise, seed, stream, first_sample, offset_noise, backend)
     output = model(x_t, t) if told is None else model(x_t, t, told)
     pred, learned_output = prediction_of(output, x0, learned)
-    mse = _mean((pred - target(prediction, x0, noise, inside, schedule)).square())
+    mse = _mean((pred - prediction_target(prediction, x0, noise, inside, schedule)).square())
     loss, vb = mse if weight is None else weight * mse, None
     if objective in ("full", "hybrid"):
         terms = BoundTerms(schedule, prediction, variance, decoder, "repeat", x0.device, x0.dtype)

@@ -15,19 +15,6 @@ from ddpm_fast.utils import checks
 Weighting = Literal["min_snr"] | Tensor | None
 
 
-def target(
-    prediction: Prediction, x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule
-) -> Tensor:
-    """The value of a kind that x_0 and the noise in x_t have; t: int64 [N], in [0, T)."""
-    if prediction == "epsilon":
-        return noise
-    if prediction == "x0":
-        return x0
-    rows = schedule.q_sample_coefs(x0.device, x0.dtype).index_select(0, t)
-    signal, sigma = (row.view(-1, *[1] * (x0.ndim - 1)) for row in rows.unbind(1))
-    return signal * noise - sigma * x0 if prediction == "v" else -noise / sigma
-
-
 def error_weight(
     objective: str,
     weighting: Weighting,

@@ -30,7 +30,7 @@ GOOD = {
         ("x0", torch.full((2, 3), 1.01), ValueError, "[-1, 1]", "1.01", "127.5"),
         ("x0", torch.full((2, 3), math.nan), ValueError, "finite", "NaN"),
         ("x0", torch.zeros(3), ValueError, "[N, C, ...]", "[3]"),
-        ("x0", torch.zeros(0, 3), ValueError, "none empty", "[0, 3]"),
+        ("x0", torch.zeros(0, 3), ValueError, "no empty dimension", "[0, 3]"),
         ("decoder", "exact", ValueError, "discretised, gaussian", "exact"),
         ("variance", "huge", ValueError, "learned_range", "huge"),
         ("prediction", "noise", ValueError, "epsilon, x0", "noise"),

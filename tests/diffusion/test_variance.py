@@ -11,7 +11,8 @@ import torch
 from cases import F16, F32, F64, SCHEDULE, assert_named
 from ddpm_fast import NoiseSchedule, StepTable
 from ddpm_fast.diffusion.noise_levels import respace
-from ddpm_fast.diffusion.variance import VARIANCES, model_variance, x0_coefficients
+from ddpm_fast.diffusion.parameterization import x0_coefficients
+from ddpm_fast.diffusion.variance import VARIANCES, model_variance
 from ddpm_fast.ops.row import column
 
 ZERO_SNR = SCHEDULE.rescale_zero_terminal_snr()
@@ -78,7 +79,7 @@ def test_a_learned_variance_is_differentiable_in_the_raw_output() -> None:
     "bad",
     [
         ("kind", "small", ValueError, "posterior, beta, learned", "small"),
-        ("learned_output", torch.zeros(2, 3), ValueError, "left out", "posterior"),
+        ("learned_output", torch.zeros(2, 3), ValueError, "must be None", "posterior"),
         ("t", 1000, ValueError, "[0, 999]"),
         ("schedule", None, TypeError, "NoiseSchedule", "NoneType"),
         ("log_variance", "drop", ValueError, "repeat", "drop"),
@@ -97,7 +98,7 @@ def test_a_bad_argument_is_named(bad) -> None:
 def test_a_learned_kind_needs_the_raw_output_of_its_shape() -> None:
     x_t = torch.zeros(2, 3)
     with pytest.raises(
-        ValueError, match="learned_output must be given for the variance 'learned_range'"
+        ValueError, match="learned_output must be a tensor for the variance 'learned_range'"
     ):
         model_variance(x_t, 5, SCHEDULE, "learned_range")
     with pytest.raises(
