@@ -75,8 +75,8 @@ def training_checksums() -> Iterator[tuple[str, str]]:
                 yield f"training {name}", digest(weight)
         rows = Path(folder, "history.csv").read_text().splitlines()
         columns = rows[0].split(",")
-        kept = [i for i, name in enumerate(columns) if "loss" in name]
-        losses = [[row.split(",")[i] for i in kept] for row in rows]
+        selected = [i for i, name in enumerate(columns) if "loss" in name]
+        losses = [[row.split(",")[i] for i in selected] for row in rows]
         yield "training losses", hashlib.sha256(repr(losses).encode()).hexdigest()
 
 

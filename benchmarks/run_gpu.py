@@ -75,10 +75,10 @@ BUILD = Stage("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplac
 
 def bench(name: str, out: Path, limit_s: int, *options: object) -> Stage:
     """Create the stage of a command of `ddpm-fast bench`, limited to leave time to measure."""
-    what, *rest = name.split()
+    what, network, batch = name.split()
     file = out / f"{name.replace(' ', '_')}.csv"
-    command = [sys.executable, "-m", "ddpm_fast", "bench", what, "--network", rest[0]]
-    command += ["--batch", rest[1], "--limit", str(limit_s * 3 // 5), "--out", str(file)]
+    command = [sys.executable, "-m", "ddpm_fast", "bench", what, "--network", network]
+    command += ["--batch", batch, "--limit", str(limit_s * 3 // 5), "--out", str(file)]
     if _has("matplotlib"):
         command += ["--plot", str(file.with_suffix(".png"))]
     return Stage(name, command + [str(option) for option in options], limit_s)

@@ -89,17 +89,17 @@ class KernelBench(Benchmark):
     def _measure_one(
         self, operation: Measured, rounds: int, roofline: RooflineLimits
     ) -> list[dict[str, Any]]:
-        made = operator_cases(operation)
+        cases = operator_cases(operation)
         timer = CudaTimer(self.device) if self.on_gpu else None
         calls: dict[str, Run] = {}
         errors: dict[str, float] = {}
-        roles = {case.name: case.role for case in made.cases}
-        for case in made.cases:
+        roles = {case.name: case.role for case in cases.cases}
+        for case in cases.cases:
             if case.baseline and not self._with_baselines:
                 continue
             try:
                 run = case.prepare().run
-                errors[case.name] = relative_rms(run(), made.expected)
+                errors[case.name] = relative_rms(run(), cases.expected)
                 calls[case.name] = timer.prepare(run) if timer else run
             except Exception as error:
                 _log.info("%s: without %s: %s", operation.spec, case.name, error)
@@ -115,12 +115,12 @@ class KernelBench(Benchmark):
         rows = []
         for name, seconds in interleaved(calls, self.device, rounds).items():
             median = statistics.median(seconds) / repeats
-            counted = made.kind != "group_norm" and name != COPY
+            counted = cases.kind != "group_norm" and name != COPY
             rate = operation.flops / median if counted else None
             bandwidth = operation.nbytes / median
             rows.append(
                 {
-                    "kind": made.kind,
+                    "kind": cases.kind,
                     "operation": str(operation.spec),
                     "implementation": name,
                     "role": roles.get(name, "copy"),
@@ -131,7 +131,7 @@ class KernelBench(Benchmark):
                     "of_matmul": "" if rate is None else round(rate / roofline.matmul, 4),
                     "error": "" if name == COPY else f"{errors[name]:.2e}",
                     "nbytes": operation.nbytes,
-                    "arithmetic": made.arithmetic,
+                    "arithmetic": cases.arithmetic,
                 }
             )
         return rows
@@ -140,11 +140,11 @@ class KernelBench(Benchmark):
 def _promising(calls: dict[str, Run], device: torch.device) -> dict[str, Run]:
     """Keep the `_KEPT` fastest variants of each provider."""
     seconds = {name: once(call, device) for name, call in calls.items()}
-    kept: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     best = set()
     for name in sorted(seconds, key=seconds.__getitem__):
         provider = name if name.startswith(("torch", "sdpa")) else name.partition(".")[0]
-        kept[provider] += 1
-        if kept[provider] <= _KEPT:
+        counts[provider] += 1
+        if counts[provider] <= _KEPT:
             best.add(name)
     return {name: call for name, call in calls.items() if name in best}

@@ -115,7 +115,7 @@ def _normalization(operation: Normalization) -> OperatorCases:
     total = torch.empty_like(x) if spec.total else None
     tables = (vector, row)
 
-    def ours(backend: str) -> Call:
+    def fused(backend: str) -> Call:
         operator = get_backend(backend, spec.device, spec.dtype).group_norm_
         options = (weight, bias, modulation, spec.groups, spec.eps, spec.silu)
 
@@ -150,7 +150,7 @@ def _normalization(operation: Normalization) -> OperatorCases:
         spec.eps,
         spec.silu,
     )
-    found = [_case(name, spec, ours(name)) for name in _backends(spec.device)]
+    found = [_case(name, spec, fused(name)) for name in _backends(spec.device)]
     found += [_case(f"torch, {n}", spec, plain(f), True) for n, f in _LAYOUTS.items()]
     return OperatorCases("group_norm", found, exact, norm_arithmetic(spec))
 
@@ -185,7 +185,7 @@ def _convolution(operation: Convolution) -> OperatorCases:
     residual = _normal(spec, spec.out_channels, 2, spec.out_size) if spec.residual else None
     out = _normal(spec, spec.out_channels, 3, spec.out_size)
 
-    def ours(variant: Variant) -> Call:
+    def fused(variant: Variant) -> Call:
         call = with_workspace(variant, spec.device)
 
         def run() -> Tensor:
@@ -202,7 +202,7 @@ def _convolution(operation: Convolution) -> OperatorCases:
 
     affine = (_double(weight, spec.dtype), _double(bias, spec.dtype))
     expected = _conv_expression(spec, _first(x), _first(x2), *affine, _first(residual))
-    found = [_case(v.name, spec, ours(v)) for v in candidates(spec, weight, bias)]
+    found = [_case(v.name, spec, fused(v)) for v in candidates(spec, weight, bias)]
     found += [_case(f"torch, {n}", spec, plain(f), True) for n, f in _LAYOUTS.items()]
     return OperatorCases(f"conv {spec.kernel}x{spec.kernel}", found, expected, spec.flops)
 

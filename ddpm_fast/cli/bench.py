@@ -54,8 +54,11 @@ class Options:
             show_default="20, of whole sampling 3",
         ),
     ] = None
-    peers: Annotated[
-        bool, typer.Option(help="Also time what is replaced, where it is installed.")
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--peers/--no-peers", help="Also time what is replaced, where it is installed."
+        ),
     ] = True
     limit: Annotated[
         float | None,
@@ -108,9 +111,9 @@ def kernels(options: Options) -> None:
     setup = _Setup.make("kernels", options)
     roofline = setup.roofline()
     rows: list[dict[str, Any]] = []
-    for made in setup.benchmarks(KernelBench):
+    for benchmark in setup.benchmarks(KernelBench):
         _heading(_KERNELS)
-        for found in made.measure(options.rounds or 20, setup.limit, roofline):
+        for found in benchmark.measure(options.rounds or 20, setup.limit, roofline):
             typer.echo(f"{found[0]['count']} x {found[0]['operation']}")
             _lines(_KERNELS, found)
             rows += found
@@ -138,15 +141,15 @@ def network(
     setup = _Setup.make("network", options)
     roofline = setup.roofline()
     rows: list[dict[str, Any]] = []
-    for made in setup.benchmarks(NetworkBench, with_compiled=compile_):
+    for benchmark in setup.benchmarks(NetworkBench, with_compiled=compile_):
         done = rows
-        for found in made.measure(options.rounds or 20, setup.limit, roofline):
+        for found in benchmark.measure(options.rounds or 20, setup.limit, roofline):
             _heading(_NETWORK)
             _lines(_NETWORK, found)
             rows = done + found
             setup.write(rows)
         typer.echo(f"counts: {rows[-1]['counts']}")
-        del made  # its networks, before the next batch size builds its own
+        del benchmark  # its networks, before the next batch size builds its own
     setup.finish(rows)
 
 
@@ -160,8 +163,8 @@ def sampling(
 
     setup = _Setup.make("sampling", options)
     rows: list[dict[str, Any]] = []
-    for made in setup.benchmarks(SamplingBench, steps=steps):
-        for found in made.measure(options.rounds or 3, setup.limit):
+    for benchmark in setup.benchmarks(SamplingBench, steps=steps):
+        for found in benchmark.measure(options.rounds or 3, setup.limit):
             _heading(_SAMPLING)
             _lines(_SAMPLING, found)
             rows += found
@@ -239,11 +242,11 @@ class _Setup:
             steps = f"{own['steps']} steps" if "steps" in own else _name(self.dtype)
             typer.echo(f"\n{options.network}, batch {batch}, {steps}")
             size = None if options.size is None else (options.size, options.size)
-            common = {"with_baselines": options.peers, "size": size, "say": _say}
-            made = make(options.network, self.unet, batch, self.dtype, **common, **own)
-            yield made
-            self.left_out.update(made.left_out)
-            del made
+            common = {"with_baselines": options.baselines, "size": size, "say": _say}
+            benchmark = make(options.network, self.unet, batch, self.dtype, **common, **own)
+            yield benchmark
+            self.left_out.update(benchmark.left_out)
+            del benchmark
 
     def roofline(self) -> Any:
         """Measure the device's limits and print them."""

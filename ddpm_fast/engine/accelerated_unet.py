@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ddpm_fast.engine.autotune.tuner import Tuner
 from ddpm_fast.engine.graphed_model import GraphedModel
-from ddpm_fast.engine.unet_engine import UNetEngine, chain_length
+from ddpm_fast.engine.unet_engine import UNetEngine, resolve_num_timesteps
 from ddpm_fast.engine.weight_watch import WeightWatcher
 from ddpm_fast.models import UNet, UNetConfig
 from ddpm_fast.utils import checks
@@ -103,7 +103,7 @@ class AcceleratedUNet:
         if self._unet.dtype == torch.float64:
             raise TypeError("unet must be float16, bfloat16 or float32; got float64")
         self.config, self.device = self._unet.config, self._unet.device
-        self.num_timesteps = chain_length(self._unet, num_timesteps)
+        self.num_timesteps = resolve_num_timesteps(self._unet, num_timesteps)
         on_gpu = self.device.type == "cuda"
         self._engine_dtype = dtype or (torch.float16 if on_gpu else self._unet.dtype)
         # On a CPU the network itself may run, which reads images in its own dtype.
@@ -240,18 +240,18 @@ class AcceleratedUNet:
                 tuner=self._tuner,
             )
 
-        made = {f"engine {checks.dtype_name(self._engine_dtype)}": engine(self._engine_dtype)}
+        engines = {f"engine {checks.dtype_name(self._engine_dtype)}": engine(self._engine_dtype)}
         if self.device.type == "cuda":
-            ((name, only),) = made.items()
+            ((name, only),) = engines.items()
             _log.info("accelerate: %s for %s", name, list(shape))
             return _Runner(GraphedModel(only, only.device), Choice(name, {}, None), only)
         if self._engine_dtype != self._unet.dtype:
             exact = {f"engine {checks.dtype_name(self._unet.dtype)}": engine(self._unet.dtype)}
-            made = exact | made
+            engines = exact | engines
         runs: dict[str, Run] = {"module": EvalMode(self.network)}
         if self.network is not self._unet:
             runs["channels_last"] = EvalMode(self._unet)
-        runs |= made
+        runs |= engines
         x, t, labels = _example(self._unet, shape)
         key = _key(self._unet, shape, list(runs))
         name = self._tuner.fastest(key, {k: _thunk(run, x, t, labels) for k, run in runs.items()})
@@ -263,7 +263,7 @@ class AcceleratedUNet:
         if failed:
             _log.warning("accelerate: without %s, which failed; the log says why", failed)
         chosen = Choice(name, seconds, drift, failed)
-        return _Runner(runs[name], chosen, made.get(name))
+        return _Runner(runs[name], chosen, engines.get(name))
 
 
 def _as_unet(module: nn.Module) -> UNet:

@@ -82,7 +82,7 @@ class UNetEngine:
         self._batch = checks.integer("batch", batch, 1, 1 << 20)
         self.device, self.dtype, self.backend = unet.device, dtype, backend
         self.config = unet.config
-        self.num_timesteps = chain_length(unet, num_timesteps)
+        self.num_timesteps = resolve_num_timesteps(unet, num_timesteps)
         self.tuner = tuner if tuner is not None else Tuner(self.device)
         if self.tuner.device.type != self.device.type:
             raise ValueError(
@@ -274,7 +274,7 @@ class UNetEngine:
         return checks.index("t", t, x, self.num_timesteps)
 
 
-def chain_length(unet: UNet, num_timesteps: int | None) -> int:
+def resolve_num_timesteps(unet: UNet, num_timesteps: int | None) -> int:
     """Return the number of timesteps: `num_timesteps`, the network's own number, or 1000."""
     if num_timesteps is None:
         num_timesteps = unet.config.num_train_timesteps or 1000

@@ -49,8 +49,8 @@ def tiny(monkeypatch):
         roofline, "measure", lambda *place: MEASURE_ROOFLINE(*place, 1 << 16, (32,), 2)
     )
     for module in ("unet_engine", "accelerated_unet"):
-        made = importlib.import_module(f"ddpm_fast.engine.{module}")
-        monkeypatch.setattr(made, "Tuner", partial(Tuner, mode="off"))
+        benchmark = importlib.import_module(f"ddpm_fast.engine.{module}")
+        monkeypatch.setattr(benchmark, "Tuner", partial(Tuner, mode="off"))
     for name, value in {"LEAST_S": 0.0, "_WARM_CALLS": 1, "_GAUGING_CALLS": 1}.items():
         monkeypatch.setattr(timing, name, value)
     return unet
@@ -126,11 +126,11 @@ def test_every_candidate_computes_the_same(options) -> None:
     unet = networks.even(UNet(UNetConfig(**SMALL | TINY | options)))
     for operation, _ in kernels.operations(unet, 2, torch.float32):
         with torch.no_grad():
-            made = operators.operator_cases(operation)
-            for case in made.cases:
+            benchmark = operators.operator_cases(operation)
+            for case in benchmark.cases:
                 if case.name.startswith("sdpa"):
                     continue  # which of torch's kernels run depends on the machine
-                error = relative_rms(case.prepare().run(), made.expected)
+                error = relative_rms(case.prepare().run(), benchmark.expected)
                 assert error < 1e-5, (operation.spec, case.name)
 
 
@@ -192,20 +192,20 @@ def test_a_failing_baseline_is_left_out(tmp_path, monkeypatch) -> None:
     ):
         baselines.module("diffusers")
     monkeypatch.undo()
-    made = network_bench.NetworkBench(
+    benchmark = network_bench.NetworkBench(
         "x", networks.even(UNet(**SMALL)), 1, torch.float32, with_compiled=False, size=(8, 8)
     )
-    monkeypatch.setattr(made, "_baseline", lambda *args: 1 / 0)
-    (rows,) = made.measure(1, math.inf, LIMITS)
+    monkeypatch.setattr(benchmark, "_baseline", lambda *args: 1 / 0)
+    (rows,) = benchmark.measure(1, math.inf, LIMITS)
     assert [row["role"] for row in rows] == ["ours", "ours"]
-    assert set(made.left_out.values()) == {"ZeroDivisionError: division by zero"}
+    assert set(benchmark.left_out.values()) == {"ZeroDivisionError: division by zero"}
 
 
 def test_a_failing_engine_raises(tiny, monkeypatch) -> None:
-    made = network_bench.NetworkBench("x", tiny, 1, torch.float32, with_baselines=False)
-    monkeypatch.setattr(made, "_engine", lambda: 1 / 0)
+    benchmark = network_bench.NetworkBench("x", tiny, 1, torch.float32, with_baselines=False)
+    monkeypatch.setattr(benchmark, "_engine", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        list(made.measure(1, math.inf, LIMITS))
+        list(benchmark.measure(1, math.inf, LIMITS))
 
 
 def test_after_the_limit_no_baseline_is_built(tmp_path) -> None:
@@ -216,8 +216,8 @@ def test_after_the_limit_no_baseline_is_built(tmp_path) -> None:
 
 def test_compiled_baselines_are_timed_with_all_other_cases(tiny, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
-    made = network_bench.NetworkBench("x", tiny, 1, torch.float32)
-    waves = list(made.measure(1, math.inf, LIMITS))
+    benchmark = network_bench.NetworkBench("x", tiny, 1, torch.float32)
+    waves = list(benchmark.measure(1, math.inf, LIMITS))
     assert [len(rows) for rows in waves] == [4, 5]
     assert waves[1][-1]["case"] == "diffusers, compile, channels_last"
 
@@ -250,13 +250,13 @@ def test_sampling_times_whole_jobs(tmp_path) -> None:
 
 
 def test_the_pipeline_is_left_out_at_another_size(tiny) -> None:
-    made = SamplingBench("x", tiny, 1, torch.float32, steps=1, size=(4, 4))
-    (rows,) = made.measure(1, math.inf)
+    benchmark = SamplingBench("x", tiny, 1, torch.float32, steps=1, size=(4, 4))
+    (rows,) = benchmark.measure(1, math.inf)
     assert [row["case"] for row in rows if row["role"] == "ours"] == [
         "Sampler, accelerate",
         "Sampler, UNet",
     ]
-    assert "own size" in made.left_out["diffusers' DDPMPipeline"]
+    assert "own size" in benchmark.left_out["diffusers' DDPMPipeline"]
 
 
 def check_figure(path: Path) -> None:
@@ -341,9 +341,9 @@ def test_a_run_counts_by_its_fastest_compiled_baseline(tiny, monkeypatch) -> Non
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     asked = []
     monkeypatch.setattr(network_bench, "counts", lambda *args: asked.append(args) or "yes")
-    made = network_bench.NetworkBench("cifar32", tiny, 1, torch.float32)
-    made.gpu = "some card"
-    *_, rows = made.measure(1, math.inf, LIMITS)
+    benchmark = network_bench.NetworkBench("cifar32", tiny, 1, torch.float32)
+    benchmark.gpu = "some card"
+    *_, rows = benchmark.measure(1, math.inf, LIMITS)
     assert {row["counts"] for row in rows} == {"yes"}
     assert asked[0] == ("some card", "cifar32", 1, torch.float32, None)
     assert asked[1][4] == pytest.approx(float(rows[-1]["p50_us"]) / 1e3, rel=1e-3)

@@ -23,7 +23,7 @@ def training() -> Images:
     return make_triangles(300, seed=0, canvas=64)
 
 
-def by_the_words(image: Images, training: Images) -> float:
+def reference_distances(image: Images, training: Images) -> float:
     """Distances in float64, one pair at a time, over all eight symmetries."""
     turned = [np.rot90(other[0], k) for other in training for k in range(4)]
     turned += [np.fliplr(other) for other in turned]
@@ -38,7 +38,9 @@ def test_distances_are_those_of_every_pair(
     monkeypatch.setattr(nearest, "CHUNK", 5)
     got = nearest.nearest_distances(images, training)
     assert got.dtype == np.float64
-    np.testing.assert_allclose(got, [by_the_words(image, training) for image in images], rtol=1e-9)
+    np.testing.assert_allclose(
+        got, [reference_distances(image, training) for image in images], rtol=1e-9
+    )
 
 
 def test_a_flipped_or_transposed_copy_has_distance_0(training: Images) -> None:

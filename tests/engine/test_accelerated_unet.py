@@ -167,11 +167,11 @@ def test_a_sampler_runs_it_in_place_of_the_network():
     unet = small(in_channels=3, out_channels=3)
     table = StepTable.ddim(SCHEDULE, 5)
     for wanted in ("module", "engine float32"):
-        made = Sampler(
+        sampler = Sampler(
             accelerate(unet, tuner=Prefers(wanted)), table, (3, 4, 8), micro_batch=4, pad=False
         )
         expected = Sampler(unet, table, (3, 4, 8), micro_batch=4, pad=False)
-        got, want = (s.sample(6, progress=False) for s in (made, expected))
+        got, want = (s.sample(6, progress=False) for s in (sampler, expected))
         assert relative_error(got, want) < 1e-4
 
 
@@ -328,7 +328,7 @@ def test_float64_raises():
 def test_an_unsupported_option_of_diffusers_raises():
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.UNet2DModel(**SMALL | {"time_embedding_type": "fourier"})
-    with pytest.raises(ValueError, match="UNet option time_embedding_type='fourier'"):
+    with pytest.raises(ValueError, match="time_embedding_type must be 'positional'; got 'fourier'"):
         accelerate(theirs)
 
 

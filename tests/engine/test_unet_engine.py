@@ -149,13 +149,13 @@ def test_results_do_not_depend_on_reused_memory():
     x, t = arguments(unet.config)
     run = engine(unet, x)
     first = run(x, t)
-    kept = first.clone()
+    result = first.clone()
     (slots,) = run._free
     for slot, value in run._values.items():
         slots[slot].fill_(255 if value.dtype == torch.uint8 else float("nan"))
-    assert same_bits(run(x, t), kept)
+    assert same_bits(run(x, t), result)
     run(x * 2, t)
-    assert same_bits(first, kept)  # results are not overwritten
+    assert same_bits(first, result)  # results are not overwritten
 
 
 def test_concurrent_calls_do_not_share_memory():
@@ -265,10 +265,10 @@ def test_a_sampler_runs_the_engine_in_place_of_the_network():
     unet = small(in_channels=3, out_channels=3)
     table = StepTable.ddim(SCHEDULE, 5)
     run = UNetEngine(unet, 4, (4, 8), F32, tuner=OFF)
-    made = Sampler(run, table, (3, 4, 8), micro_batch=4)
-    assert (made.device, made.dtype) == (run.device, F32)
+    sampler = Sampler(run, table, (3, 4, 8), micro_batch=4)
+    assert (sampler.device, sampler.dtype) == (run.device, F32)
     expected = Sampler(unet, table, (3, 4, 8), micro_batch=4).sample(6, progress=False)
-    assert relative_error(made.sample(6, progress=False), expected) < 1e-4
+    assert relative_error(sampler.sample(6, progress=False), expected) < 1e-4
     with pytest.raises(ValueError, match=r"x must be \[4, 3, 4, 8\], as the engine was planned"):
         Sampler(run, table, (3, 4, 8), micro_batch=3).sample(1, progress=False)
 

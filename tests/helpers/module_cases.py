@@ -69,9 +69,9 @@ class Returned(Net):
         return {"activated": self.act(h), "norm": [h]}
 
 
-class Kept(Net):
+class Stored(Net):
     def after(self, h):
-        self.kept = h
+        self.stored = h
         return self.act(h)
 
 

@@ -136,9 +136,9 @@ class PlanCache:
             try:
                 with self._locked():
                     others = self._read()
-                    theirs = others.get(key)
-                    if theirs is not None and theirs.name in accepted:
-                        standing = theirs
+                    recorded = others.get(key)
+                    if recorded is not None and recorded.name in accepted:
+                        standing = recorded
                     self._choices = {**self._choices, **others, key: standing}
                     self._write(self._choices)
             except OSError as error:

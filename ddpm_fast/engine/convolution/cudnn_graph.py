@@ -103,8 +103,8 @@ class Graph:
         )
 
         def tensor(uid: int, size: Any, strides: Any) -> Any:
-            made = graph.tensor(dim=list(size), stride=list(strides), data_type=half)
-            return made.set_uid(uid)
+            created = graph.tensor(dim=list(size), stride=list(strides), data_type=half)
+            return created.set_uid(uid)
 
         window = (kernel.out_channels, kernel.size[1], *kernel.window)
         y = graph.conv_fprop(

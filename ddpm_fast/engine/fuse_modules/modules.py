@@ -238,10 +238,10 @@ class Activated(Tensor):
     @staticmethod
     def of(norm: FusedGroupNorm, x: Tensor, activated: Tensor) -> Activated:
         """Create a tensor that represents norm(x) and stores `activated`, its SiLU."""
-        made = activated.as_subclass(Activated)
+        tensor = activated.as_subclass(Activated)
         version = None if x.is_inference() else x._version
-        made._activated, made._source, made._consumed = activated, (norm, x, version), False
-        return made
+        tensor._activated, tensor._source, tensor._consumed = activated, (norm, x, version), False
+        return tensor
 
     def _restore_norm(self) -> None:
         """Replace the stored value by norm(x)."""

@@ -159,14 +159,14 @@ def optimize_module(
     _check_backend(backend, model)
     norms = _norms(model)
     unfit: dict[nn.Module, str] = {norm: _reason_left_alone(norm) for norm in norms}
-    watched = [norm for norm in norms if not unfit[norm] and not has_hooks(norm)]
+    observed = [norm for norm in norms if not unfit[norm] and not has_hooks(norm)]
     sequentials = [
         s
         for s in model.modules()
         if type(s) in (nn.Sequential, FusedSequential) and "forward" not in s.__dict__
     ]
     paired = {a for s in sequentials for a, b in _neighbours(s) if is_pair(a, b)}
-    seen = None if example_inputs is None else observe(model, watched, example_inputs)
+    seen = None if example_inputs is None else observe(model, observed, example_inputs)
     rows, changes = [], []
     for norm, paths in norms.items():
         if unfit[norm]:

@@ -44,7 +44,7 @@ def test_in_memory_alone():
     assert memory.path is None
 
 
-def test_environments_are_kept_apart(tmp_path):
+def test_environments_have_separate_files(tmp_path):
     cache(tmp_path).record("op", TunerChoice("a"), ["a"])
     other = cache(tmp_path, torch="2")
     assert other.get("op") is None
@@ -138,11 +138,11 @@ def refuse(*args, **kwargs):
 
 @pytest.mark.parametrize("call", ["fcntl.flock", "os.replace", "os.fsync"])
 def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path, caplog, monkeypatch, call):
-    kept = cache(tmp_path)
+    stored = cache(tmp_path)
     monkeypatch.setattr(call, refuse)
     for key in ("x", "y"):
-        kept.record(key, TunerChoice("a"), ["a"])
-        assert kept.get(key) == TunerChoice("a")
+        stored.record(key, TunerChoice("a"), ["a"])
+        assert stored.get(key) == TunerChoice("a")
     assert len(caplog.records) == 1
     assert "choices are not kept" in caplog.text
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
@@ -151,17 +151,17 @@ def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path, caplog, monk
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder(tmp_path, caplog):
     tmp_path.chmod(0o500)
-    kept = cache(tmp_path)
-    kept.record("x", TunerChoice("a"), ["a"])
-    assert kept.get("x") == TunerChoice("a")
+    stored = cache(tmp_path)
+    stored.record("x", TunerChoice("a"), ["a"])
+    assert stored.get("x") == TunerChoice("a")
     assert "choices are not kept" in caplog.text
 
 
 def test_a_folder_that_is_a_file(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    kept = cache(tmp_path / "file")
-    assert kept.get("x") is None
-    assert kept.record("x", TunerChoice("a"), ["a"]) == TunerChoice("a")
+    stored = cache(tmp_path / "file")
+    assert stored.get("x") is None
+    assert stored.record("x", TunerChoice("a"), ["a"]) == TunerChoice("a")
     assert "choices are" in caplog.text
 
 
@@ -196,9 +196,9 @@ def test_the_environment_names_what_a_choice_depends_on(two_threads):
 
 def test_by_default_a_tuner_keeps_its_choices_in_the_default_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("DDPM_FAST_CACHE", str(tmp_path))
-    made = Tuner(CPU, rounds=1)
-    made.fastest("op", {"a": lambda: None})
-    assert made.environment == environment(CPU)
+    created = Tuner(CPU, rounds=1)
+    created.fastest("op", {"a": lambda: None})
+    assert created.environment == environment(CPU)
     assert Tuner(CPU).fastest("op", {"b": never, "a": never}) == "a"
     monkeypatch.setenv("DDPM_FAST_CACHE", "off")
     assert Tuner(CPU, rounds=1).fastest("op", {"b": lambda: None, "a": failing}) == "b"

@@ -87,7 +87,7 @@ def test_compares_medians_of_interleaved_rounds():
     assert timer.measured == ["a", "b"] * 5
 
 
-def test_measures_hopeless_ones_once():
+def test_measures_slow_candidates_once():
     timer = CountedTimer({"a": [1.0], "b": [1.4], "c": [1.6]})
     assert tuner(rounds=3, timer=timer).fastest("op", named("c", "b", "a")) == "a"
     assert timer.measured == ["c", "b", "a", "b", "a", "b", "a"]
@@ -216,7 +216,7 @@ def test_not_while_a_graph_is_being_captured(monkeypatch, tmp_path):
     assert on_gpu.fastest("known", {"a": never}) == "a"
 
 
-def test_threads_take_turns():
+def test_threads_do_not_time_concurrently():
     class SlowTimer(CountedTimer):
         def seconds(self, prepared):
             time.sleep(5e-3)

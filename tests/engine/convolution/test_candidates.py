@@ -46,14 +46,14 @@ def test_error_is_at_most_twice_that_of_torch(spec, provider, dtype):
     rounded = (weight.to(dtype), None if bias is None else bias.to(dtype))
     images = conv_cases.inputs(spec)
     exact = conv_cases.expected(spec, *rounded, *images)
-    torchs = conv_cases.error(conv_cases.expected(spec, *rounded, *images, dtype=dtype), exact)
+    torch_error = conv_cases.error(conv_cases.expected(spec, *rounded, *images, dtype=dtype), exact)
     for variant in variants_of(provider, spec):
         # The summed weights of the phases are rounded from the exact ones.
         used = (weight, bias) if "phases" in variant.name else rounded
         want = conv_cases.expected(spec, *used, *images)
         got = conv_cases.error(run(variant, spec), want)
         floor = torch.finfo(dtype).eps
-        assert got <= 2 * max(torchs, floor), (variant.name, got, torchs)
+        assert got <= 2 * max(torch_error, floor), (variant.name, got, torch_error)
 
 
 @pytest.mark.parametrize("spec", [p for p in SPECS if p.id in {"doubled", "two-sources"}])
@@ -62,10 +62,12 @@ def test_triton_error_is_at_most_twice_that_of_torch(spec):
     weight, bias = conv_cases.weights(spec)
     images = conv_cases.inputs(spec)
     want = conv_cases.expected(spec, weight, bias, *images)
-    torchs = conv_cases.error(conv_cases.expected(spec, weight, bias, *images, spec.dtype), want)
+    torch_error = conv_cases.error(
+        conv_cases.expected(spec, weight, bias, *images, spec.dtype), want
+    )
     for variant in variants_of("triton", spec)[:2]:
         for _ in range(2):  # the second reuses the locks of the first
-            assert conv_cases.error(run(variant, spec), want) <= 2 * torchs, variant.name
+            assert conv_cases.error(run(variant, spec), want) <= 2 * torch_error, variant.name
 
 
 def test_triton_has_a_variant_for_each_configuration_and_splits_small_maps():

@@ -202,13 +202,15 @@ class _Named(TorchGraph):
 
 def check(spec, weight, bias, variants):
     """Errors against float64, at most twice torch's own."""
-    given = conv_cases.inputs(spec)
-    want = conv_cases.expected(spec, weight, bias, *given)
-    torchs = conv_cases.error(conv_cases.expected(spec, weight, bias, *given, spec.dtype), want)
+    images = conv_cases.inputs(spec)
+    want = conv_cases.expected(spec, weight, bias, *images)
+    torch_error = conv_cases.error(
+        conv_cases.expected(spec, weight, bias, *images, spec.dtype), want
+    )
     for variant in variants:
         out = conv_cases.output(spec)
-        variant(out, *given, scratch(variant, spec.device))
-        limit = 2 * max(torchs, torch.finfo(spec.dtype).eps)
+        variant(out, *images, scratch(variant, spec.device))
+        limit = 2 * max(torch_error, torch.finfo(spec.dtype).eps)
         assert conv_cases.error(out, want) <= limit, variant.name
 
 
@@ -267,16 +269,16 @@ def test_replay_equals_eager_on_another_stream():
     case = spec(64, 64, size=16, dtype=HALF, residual=True, device=torch.device("cuda", 0))
     weight, bias = (t.cuda() for t in conv_cases.weights(case))
     variant = CudnnProvider().variants(case, weight, bias)[0]
-    given, workspace = conv_cases.inputs(case), scratch(variant, case.device)
+    images, workspace = conv_cases.inputs(case), scratch(variant, case.device)
     eager, replayed = conv_cases.output(case), conv_cases.output(case)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        variant(eager, *given, workspace)
+        variant(eager, *images, workspace)
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        variant(replayed, *given, workspace)
+        variant(replayed, *images, workspace)
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(eager, replayed)

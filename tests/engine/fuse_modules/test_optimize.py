@@ -30,7 +30,7 @@ PATTERNS = [
     (module_cases.TwoUsers, NO_EXAMPLE, "norm only: its output goes to silu, add", [False]),
     (module_cases.TwiceActivated, NO_EXAMPLE, "goes to silu more than once", [False]),
     (module_cases.Returned, NO_EXAMPLE, "norm only: the model returns its output", [False]),
-    (module_cases.Kept, NO_EXAMPLE, "norm only: its output is kept", [False]),
+    (module_cases.Stored, NO_EXAMPLE, "norm only: its output is kept", [False]),
     (module_cases.Unused, NO_EXAMPLE, "norm only: the example does not call it", []),
     (module_cases.Flagged, NO_EXAMPLE, FUSED, [True]),
     (module_cases.Shared, NO_EXAMPLE, FUSED, [True, True]),
@@ -133,10 +133,10 @@ def test_half_precision_error_is_at_most_twice_that_of_torch(on, unet):
     with torch.no_grad():
         exact = copy.deepcopy(unet).to(F64)(x.to(F64), 7).sample
         model = copy.deepcopy(unet).to(on.device, F16)
-        torchs = model(x.to(on.device, F16), 7).sample
+        torch_output = model(x.to(on.device, F16), 7).sample
         optimize_module(model, (x.to(on.device, F16), 7), on.name)
         ours = model(x.to(on.device, F16), 7).sample
-    assert relative_error(ours.cpu(), exact) <= 2 * relative_error(torchs.cpu(), exact)
+    assert relative_error(ours.cpu(), exact) <= 2 * relative_error(torch_output.cpu(), exact)
 
 
 def test_the_report_lists_every_norm_with_all_of_its_paths():

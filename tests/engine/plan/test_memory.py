@@ -43,7 +43,7 @@ def test_the_total_lies_between_the_busiest_moment_and_no_reuse(lives):
 
 
 @pytest.mark.parametrize("chain", [2, 7])
-def test_a_chain_takes_turns_in_two_places(chain):
+def test_a_chain_of_values_needs_two_blocks(chain):
     """Each value is read by the next operation alone, as in a network without skips."""
     lives = {i: Lifetime(1 << 20, i, i + 1) for i in range(chain)}
     assert plan_offsets(lives)[1] == 2 << 20
