@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ddpm_fast.utils.figures import ACCENT, FAINT, INK, entitle, new_figure, save_figure
+from ddpm_fast.utils.figures import ACCENT, FAINT, INK, add_title, new_figure, save_figure
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -206,7 +206,7 @@ def _finish(figure: Any, axes: Any, title: str, rows: Rows) -> None:
         parts.append(f"diffusers {row['diffusers']}")
     if row.get("revision"):
         parts.append(f"revision {row['revision']}")
-    entitle(figure, title, ", ".join(parts))
+    add_title(figure, title, ", ".join(parts))
 
 
 def _network(rows: Rows) -> str:

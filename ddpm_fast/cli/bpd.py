@@ -30,7 +30,7 @@ from ddpm_fast.diffusion.variance import VARIANCES
 from ddpm_fast.utils.figures import (
     ACCENT,
     INK,
-    entitle,
+    add_title,
     new_figure,
     require_matplotlib,
     save_figure,
@@ -189,5 +189,5 @@ def draw(bound: VariationalBound, below: str) -> Any:
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     total, prior = float(bound.total_bpd.mean()), float(bound.prior_bpd.mean())
     title = f"{total:.4g} bits/dim, of which the prior is {prior:.2g}"
-    entitle(figure, f"Variational bound: {title}", below)
+    add_title(figure, f"Variational bound: {title}", below)
     return figure

@@ -1,4 +1,4 @@
-"""The fused updates as operators: one schema, four backends."""
+"""Operators with one schema and four backends."""
 
 from ddpm_fast.ops.dispatch import BACKENDS, Backend, get_backend, unavailable_reason
 

@@ -1,10 +1,10 @@
-"""Which backend runs an operator, and why one cannot.
+"""Selection of the backend that runs an operator.
 
 ========== =================================== ================================================
-name       what                                runs on
+name       implementation                      runs on
 ========== =================================== ================================================
-reference  plain PyTorch, float64-capable      any device
-cpu        C++, vectorised, parallel           CPU
+reference  PyTorch, also in float64            any device
+cpu        C++, vectorized, multi-threaded     CPU
 triton     Triton kernels                      NVIDIA GPU; CPU with TRITON_INTERPRET=1, for tests
 cuda       CUDA C++                            NVIDIA GPU
 ========== =================================== ================================================
@@ -22,6 +22,7 @@ import torch
 
 from ddpm_fast.ops import reference
 from ddpm_fast.ops.registry import NOT_LOADED, OPS
+from ddpm_fast.utils.checks import dtype_name
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,9 +39,13 @@ _log = logging.getLogger("ddpm_fast")
 
 
 class Backend:
-    """The operators of one backend, with the signatures of ``torch.ops.ddpm_fast.*``: those of the
-    updates and of the U-Net.
-    """  # noqa: D205
+    """The operators of one backend, with the signatures of `torch.ops.ddpm_fast.*`.
+
+    Attributes:
+        name: Name of the backend.
+    """
+
+    name: str
 
     q_sample: Any
     q_sample_philox: Any
@@ -65,12 +70,12 @@ _CACHE: dict[tuple[str, torch.device, torch.dtype], Backend] = {}
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels are interpreted, so that they run on CPU tensors."""
+    """Return True if Triton kernels are interpreted, so that they run on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "yes"}
 
 
 def compiled_architectures() -> list[str]:
-    """The CUDA architectures in the build, such as ``["80", "90a+PTX"]``; empty without CUDA."""
+    """Return the CUDA architectures of the build, such as ["80", "90a+PTX"]; empty without CUDA."""
     try:
         from ddpm_fast import _C
     except ImportError:
@@ -79,7 +84,12 @@ def compiled_architectures() -> list[str]:
 
 
 def runs_on(architectures: list[str], capability: tuple[int, int]) -> bool:
-    """Whether code for ``architectures`` runs on a GPU of this compute capability."""
+    """Return True if code for some architectures runs on a GPU.
+
+    Args:
+        architectures: As `compiled_architectures` returns them.
+        capability: Compute capability of the GPU, major and minor.
+    """
     device = capability[0] * 10 + capability[1]
     for name in architectures:
         match = re.fullmatch(r"(\d+)(a?)(\+PTX)?", name)
@@ -94,7 +104,15 @@ def runs_on(architectures: list[str], capability: tuple[int, int]) -> bool:
 
 
 def unavailable_reason(backend: str, device: torch.device) -> str | None:
-    """Why ``backend`` cannot run on ``device`` and what to do about it; None where it can."""
+    """Return the reason why a backend cannot run on a device.
+
+    Args:
+        backend: One of BACKENDS.
+        device: Device of the tensors.
+
+    Returns:
+        The reason and the command that helps, or None if the backend can run.
+    """
     if backend == "reference":
         return None
     if backend == "cpu":
@@ -113,14 +131,14 @@ def unavailable_reason(backend: str, device: torch.device) -> str | None:
         if device.type not in {"cpu", "cuda"}:
             return f"it runs on NVIDIA GPUs, these tensors are on {device}"
         return None if device.type == "cpu" else _no_gpu()
-    return _why_not_cuda(device)
+    return _cuda_unavailable_reason(device)
 
 
 def _no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no NVIDIA GPU (see nvidia-smi)"
 
 
-def _why_not_cuda(device: torch.device) -> str | None:
+def _cuda_unavailable_reason(device: torch.device) -> str | None:
     rebuild = (
         "build it with `DDPM_FAST_CUDA=1 CUDA_HOME=<toolkit of torch's CUDA major> pip install .`"
         " in the source folder"
@@ -143,11 +161,18 @@ def _why_not_cuda(device: torch.device) -> str | None:
 
 
 def get_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The operators to use for tensors of ``dtype`` on ``device``.
+    """Return the backend for tensors of a dtype on a device.
 
-    ``"auto"`` is the fastest backend that can run and is logged (logger ``ddpm_fast``, INFO).
-    Raises ValueError for an unknown name, TypeError for a dtype that the backend does not take,
-    RuntimeError, with what to do, for a named backend that cannot run here.
+    Args:
+        backend: One of BACKENDS, or "auto" for the fastest that can run, which is logged (logger
+            `ddpm_fast`, INFO).
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
+
+    Raises:
+        ValueError: the name is unknown.
+        TypeError: the backend does not support the dtype.
+        RuntimeError: the named backend cannot run; the message has the command that helps.
     """
     key = (backend, device, dtype)
     found = _CACHE.get(key)
@@ -158,20 +183,20 @@ def get_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Backe
 
 def _choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if dtype not in DTYPES["reference"]:
-        accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES["reference"])
-        raise TypeError(f"tensors must be {accepted}; got {str(dtype).removeprefix('torch.')}")
+        accepted = ", ".join(map(dtype_name, DTYPES["reference"]))
+        raise TypeError(f"tensors must be {accepted}; got {dtype_name(dtype)}")
     if backend == "auto":
         for name in _PREFERENCE.get(device.type, ("reference",)):
             if dtype in DTYPES[name] and unavailable_reason(name, device) is None:
-                if not torch.compiler.is_compiling():  # a graph cannot hold a message
+                if not torch.compiler.is_compiling():  # a compiled graph cannot log
                     _log.info("backend auto: %s on %s for %s", name, device, dtype)
                 return name
     if backend not in BACKENDS:
         raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {backend!r}")
     if dtype not in DTYPES[backend]:
-        accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[backend])
+        accepted = ", ".join(map(dtype_name, DTYPES[backend]))
         raise TypeError(
-            f"backend {backend} takes {accepted}; got {str(dtype).removeprefix('torch.')}"
+            f"tensors must be {accepted} for backend {backend}; got {dtype_name(dtype)}"
         )
     if reason := unavailable_reason(backend, device):
         raise RuntimeError(f"backend {backend!r} cannot run: {reason}")

@@ -1,8 +1,8 @@
-"""The operators of the U-Net that are of use alone: GroupNorm with what surrounds it, attention.
+"""Operators of the U-Net that are useful by themselves: GroupNorm with its neighbours, attention.
 
 Each is one kernel in the backends cpu, triton and cuda (attention: torch's kernel in cpu and cuda),
-and plain PyTorch in reference. They are made for inference and have no gradient; arithmetic is in
-float32 (float64 for float64 inputs), whatever the dtype of the tensors.
+and PyTorch code in the backend reference. They are for inference and have no gradient. Arithmetic
+is in float32 (float64 for float64 inputs) for every dtype of the tensors.
 """
 
 from __future__ import annotations
@@ -74,35 +74,49 @@ def group_norm(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """GroupNorm (Wu and He 2018) of a sum, with what a U-Net does before and after it, in one pass.
+    """Apply GroupNorm (Wu and He 2018) to a sum, with what surrounds it in a U-Net, in one pass.
 
         h   = cat(x, x2) + vector[row] + residual
         y   = (h - mean) / sqrt(variance + eps) * weight + bias      (over each group of channels)
         y   = y * (1 + scale) + shift,  (scale, shift) = modulation[row]
-        out = y / (1 + exp(-y)) with ``silu``, else y
+        out = y / (1 + exp(-y)) if silu, else y
 
-    Every term only where it is given. The variance is the biased one; h is not rounded on its way.
+    Terms that are not passed are left out. The variance is the biased one; h is not rounded. NaN
+    and infinities propagate as in torch's group_norm.
 
-    x: [N, C1, H, W], float32, float16, bfloat16 (float64 in reference and cpu), any strides;
-    channels-last is the fast layout. x2: [N, C2, H, W], joined behind x, so that C = C1 + C2.
-    groups: divides C. weight, bias: [C], both of x's dtype or both float32; default 1 and 0.
-    vector: [R, C], modulation: [R, 2 C] (C scales, then C shifts), float32 (float64 with float64).
-    row: int or integers [N] in [0, R); None is row 0 for every sample. A row outside is a
-    ValueError on the CPU; on a GPU, where looking would make the host wait, it makes that
-    sample NaN. residual: the shape of x, and only without x2. return_sum: returns (out, h), h
-    rounded to x's dtype; only without x2. out: [N, C, H, W], written and returned; the default is a
-    new tensor in channels-last memory.
+    Args:
+        x: [N, C1, H, W], float32, float16 or bfloat16 (float64 in reference and cpu), of any
+            strides; channels-last is fastest.
+        groups: Number of groups; divides C = C1 + C2.
+        weight: [C], of x's dtype or float32. None: 1.
+        bias: [C], of the dtype of weight. None: 0.
+        eps: At least 0.
+        silu: Apply SiLU at the end.
+        x2: [N, C2, H, W], concatenated behind x.
+        vector: Table [R, C] in float32 (float64 for float64 x), added by channel.
+        row: Row of vector and modulation, an int or integers [N] in [0, R). None: row 0. On a GPU,
+            where the values are not checked, a row out of range makes its sample NaN.
+        residual: Shape of x; not together with x2.
+        return_sum: Return h as well; not together with x2.
+        modulation: Table [R, 2 C] of C scales and C shifts, in the dtype of vector.
+        out: [N, C, H, W], written and returned. None: a new channels-last tensor.
+        backend: Name of a backend, or "auto".
 
-    NaN and infinities come out as from torch's group_norm. There is no gradient: a tensor that
-    requires one is refused while gradients are recorded. Raises TypeError or ValueError naming the
-    argument, RuntimeError where the backend cannot run.
+    Returns:
+        out, or (out, h) with h rounded to the dtype of x.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or requires grad while
+            gradients are recorded.
+        RuntimeError: the backend cannot run.
     """
     x = checks.images("x", x)
     if x2 is not None:
-        x2 = _beside("x2", x2, x)
+        x2 = _second_source("x2", x2, x)
         if residual is not None or return_sum:
             name = "residual" if residual is not None else "return_sum"
-            raise ValueError(f"{name} goes with one source; got x2 as well")
+            raise ValueError(f"{name} must not be passed together with x2; got both")
     channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
     groups = checks.integer("groups", groups, 1, 1 << 31)
     if channels == 0 or channels % groups:
@@ -120,10 +134,14 @@ def group_norm(
     if out is None:
         out = _channels_last(shape, x)
     else:
-        out = _target(out, shape, x)
-        x, weight, bias = _away(x, out), _away(weight, out), _away(bias, out)
-        x2, residual = _away(x2, out), _away(residual, out)
-        vector, modulation = _away(vector, out), _away(modulation, out)
+        out = _output(out, shape, x)
+        x, weight, bias = (
+            _without_overlap(x, out),
+            _without_overlap(weight, out),
+            _without_overlap(bias, out),
+        )
+        x2, residual = _without_overlap(x2, out), _without_overlap(residual, out)
+        vector, modulation = _without_overlap(vector, out), _without_overlap(modulation, out)
     total = _channels_last(shape, x) if return_sum else None
     run = get_backend(backend, x.device, x.dtype)
     run.group_norm_(
@@ -152,15 +170,25 @@ def attention(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Self-attention (Vaswani et al. 2017): softmax(scale q k^T) v in each head.
+    """Apply self-attention (Vaswani et al. 2017): softmax(scale q k^T) v in each head.
 
-    qkv: [N, T, 3 * heads * D], float32, float16, bfloat16 (float64 in reference and cpu): the
-    queries of all heads, then the keys, then the values, as one matrix product makes them. scale:
-    defaults to 1 / sqrt(D). out: [N, T, heads * D] with its last dimension dense, written and
-    returned; the default is a new tensor.
+    Args:
+        qkv: [N, T, 3 * heads * D], float32, float16 or bfloat16 (float64 in reference and cpu):
+            the queries of all heads, then the keys, then the values.
+        heads: Number of heads.
+        scale: Factor of the scores. None: 1 / sqrt(D).
+        out: [N, T, heads * D], dense in its last dimension, written and returned. None: a new
+            tensor.
+        backend: Name of a backend, or "auto".
 
-    There is no gradient: a tensor that requires one is refused while gradients are recorded. Raises
-    TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    Returns:
+        out.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or requires grad while
+            gradients are recorded.
+        RuntimeError: the backend cannot run.
     """
     qkv = checks.batch("qkv", qkv)
     heads = checks.integer("heads", heads, 1, 1 << 31)
@@ -175,10 +203,10 @@ def attention(
     if out is None:
         out = qkv.new_empty(shape)
     else:
-        out = _target(out, shape, qkv, "qkv")
+        out = _output(out, shape, qkv, "qkv")
         if out.stride(2) != 1:
             raise ValueError(f"out must be dense in its last dimension; got strides {out.stride()}")
-        qkv = _away(qkv, out)
+        qkv = _without_overlap(qkv, out)
     run = get_backend(backend, qkv.device, qkv.dtype)
     if out.numel() > 0:
         run.attention_(out, qkv if qkv.stride(2) == 1 else qkv.contiguous(), heads, scale)
@@ -186,8 +214,8 @@ def attention(
     return out
 
 
-def _beside(name: str, value: Any, x: Tensor) -> Tensor:
-    """``value`` as an image that can be joined with x along the channels."""
+def _second_source(name: str, value: Any, x: Tensor) -> Tensor:
+    """Return `value` if it can be concatenated with x along the channels."""
     n, _, height, width = x.shape
     value = checks.batch(name, value, (x.dtype,), (n, "C2", height, width))
     return checks.same_device(name, value, "x", x)
@@ -196,11 +224,11 @@ def _beside(name: str, value: Any, x: Tensor) -> Tensor:
 def _affine(
     weight: Tensor | None, bias: Tensor | None, channels: int, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Both [C] and of one dtype; 1 and 0 where they are not given."""
+    """Return weight and bias, [C] of one dtype; 1 and 0 for None."""
     wide = checks.compute_dtype(x.dtype)
-    given = {"weight": weight, "bias": bias}
+    passed = {"weight": weight, "bias": bias}
     checked = {}
-    for name, value in given.items():
+    for name, value in passed.items():
         if value is None:
             continue
         checks.batch(name, value, tuple(dict.fromkeys((x.dtype, wide))), (channels,))
@@ -219,7 +247,7 @@ def _affine(
 
 
 def _table(name: str, value: Any, columns: int, x: Tensor) -> Tensor | None:
-    """``value`` as a table [R, columns] in the dtype of the arithmetic, its rows dense."""
+    """Return `value` as a table [R, columns] in the dtype of the arithmetic, with dense rows."""
     if value is None:
         return None
     wide = checks.compute_dtype(x.dtype)
@@ -233,7 +261,7 @@ def _table(name: str, value: Any, columns: int, x: Tensor) -> Tensor | None:
 
 
 def _row(row: Any, vector: Tensor | None, modulation: Tensor | None, x: Tensor) -> Tensor | None:
-    """The row of each sample, int64 [N]; None where all take row 0."""
+    """Return the row of each sample, int64 [N]; None if all use row 0."""
     table = vector if vector is not None else modulation
     if vector is not None and modulation is not None and len(vector) != len(modulation):
         raise ValueError(
@@ -242,7 +270,7 @@ def _row(row: Any, vector: Tensor | None, modulation: Tensor | None, x: Tensor) 
     if row is None:
         return None
     if table is None:
-        raise ValueError("row chooses from vector and modulation; got neither of them")
+        raise ValueError("row must be None without vector and modulation; got a row")
     return checks.index("row", row, x, len(table)).contiguous()
 
 
@@ -263,22 +291,22 @@ def _channels_last(shape: tuple[int, ...], like: Tensor) -> Tensor:
     )
 
 
-def _target(out: Any, shape: tuple[int, ...], x: Tensor, of: str = "x") -> Tensor:
-    """``out`` as a tensor of this shape to write to."""
+def _output(out: Any, shape: tuple[int, ...], x: Tensor, of: str = "x") -> Tensor:
+    """Return `out` if it has a shape and can be written."""
     out = in_place.writable("out", checks.batch("out", out, (x.dtype,), shape))
     return checks.same_device("out", out, of, x)
 
 
 @overload
-def _away(value: Tensor, out: Tensor) -> Tensor: ...
+def _without_overlap(value: Tensor, out: Tensor) -> Tensor: ...
 
 
 @overload
-def _away(value: None, out: Tensor) -> None: ...
+def _without_overlap(value: None, out: Tensor) -> None: ...
 
 
-def _away(value: Tensor | None, out: Tensor) -> Tensor | None:
-    """``value``, or a copy where it shares memory with ``out``, which is written before the end."""
+def _without_overlap(value: Tensor | None, out: Tensor) -> Tensor | None:
+    """Return `value`, or a copy if it shares memory with `out`."""
     if value is None or torch.compiler.is_compiling() or value.numel() == 0:
         return value
     if value.device.type != "meta" and value.data_ptr() == out.data_ptr():

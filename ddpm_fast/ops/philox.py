@@ -1,8 +1,9 @@
-"""Counter-based Gaussian noise: the same numbers whatever the batch, layout, backend or device.
+"""Counter-based Gaussian noise: the same numbers in every batch, layout, backend and device.
 
 Philox4x32-10 (Salmon et al. 2011) with the 64-bit seed as its key and the counter (element block,
-stream, sample index low, sample index high). Elements are numbered channels-last inside a sample,
-four normals a block, by Box and Muller. So sample k of a seed gets the same noise wherever it sits.
+stream, sample index low, sample index high). The elements of a sample are numbered channels-last,
+four normals a block, by the Box-Muller transform. Sample k of a seed therefore has the same noise
+at any position of a batch.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from ddpm_fast.ops import get_backend
 from ddpm_fast.ops.reference.diffusion import philox4x32_10
 from ddpm_fast.utils import checks
 
-STREAM_X_T = 0  # the chain's starting point x_T
+STREAM_X_T = 0  # the initial state x_T
 STREAM_STEPS = 1  # row i of a step table uses stream STREAM_STEPS + i
 STREAM_PARTNER = 0x7FFF_FFFE  # the forward noise of the second image of a pair
-STREAM_START = 0x7FFF_FFFF  # where a chain of random length begins
-STREAM_TRAINING = 0x8000_0000  # training uses the streams from here on
-STREAM_OFFSET = 0xC000_0000  # from here on the offsets of training noise, 2^30 above its streams
+STREAM_START = 0x7FFF_FFFF  # the start of a chain of random length
+STREAM_TRAINING = 0x8000_0000  # first stream of training
+STREAM_OFFSET = 0xC000_0000  # first stream of offset noise, 2^30 above the streams of training
 
 
 def philox_rng(
@@ -30,18 +31,28 @@ def philox_rng(
     first_sample: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The int64 tensor [3] = (seed, stream, first_sample) that the kernels make their noise from.
+    """Return the state from which the kernels generate noise.
 
-    seed lies in [0, 2^64), stream in [0, 2^32), first_sample, the index of the batch's first
-    sample, in [0, 2^63). Raises TypeError or ValueError where one does not.
+    Args:
+        seed: Seed in [0, 2^64).
+        stream: Stream in [0, 2^32).
+        first_sample: Index of the first sample of the batch, in [0, 2^63).
+        device: Device of the result. None: torch's default.
+
+    Returns:
+        int64 [3]: seed (modulo 2^64), stream and first_sample.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: an argument is out of range.
     """
     seed = checks.integer("seed", seed, 0, checks.SEED_END)
     stream = checks.integer("stream", stream, 0, checks.STREAM_END)
     first_sample = checks.integer("first_sample", first_sample, 0, checks.SAMPLE_END)
     signed = seed - checks.SEED_END if seed >= checks.SEED_END // 2 else seed
-    words = torch.tensor([signed, stream, first_sample], dtype=torch.int64, device="cpu")
-    # Three words travel with the command itself; a blocking copy would wait for the stream.
-    return words.to(checks.device("device", device), non_blocking=True)
+    state = torch.tensor([signed, stream, first_sample], dtype=torch.int64, device="cpu")
+    # A blocking copy would wait for the stream.
+    return state.to(checks.device("device", device), non_blocking=True)
 
 
 def random_words(seed: int, stream: int, first: int, num: int) -> Tensor:
@@ -83,13 +94,27 @@ def philox_normal(
     device: torch.device | str | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Standard normals for samples first_sample .. first_sample + num - 1 of a seed and stream.
+    """Generate standard normals of consecutive samples of a seed and stream.
 
-    Returns float32 [num, *sample_shape], channels-last in memory for images. The backends cpu,
-    triton and cuda give the same bits; reference evaluates the logarithm and the sine in float64
-    and agrees with them to a few units in the last place.
+    The backends cpu, triton and cuda return the same bits. The backend reference evaluates the
+    logarithm and the sine in float64, and agrees to a few units in the last place.
 
-    Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    Args:
+        num: Number of samples.
+        sample_shape: Shape of one sample, such as (3, 32, 32).
+        seed: Seed in [0, 2^64).
+        stream: Stream in [0, 2^32).
+        first_sample: Index of the first sample, in [0, 2^63).
+        device: Device of the result. None: torch's default.
+        backend: Name of a backend, or "auto".
+
+    Returns:
+        float32 [num, *sample_shape], channels-last in memory for 4-D and 5-D batches.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+        RuntimeError: the backend cannot run.
     """
     num = checks.integer("num", num, 0, checks.SAMPLE_END)
     shape = checks.sample_shape("sample_shape", sample_shape)

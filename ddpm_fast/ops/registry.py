@@ -1,8 +1,9 @@
-"""The operators ``torch.ops.ddpm_fast.*``: schemas, fakes, gradients, and the compiled libraries.
+"""Registration of the operators `torch.ops.ddpm_fast.*`: schemas, fakes, gradients, libraries.
 
-Each operator is defined once, here, under two names: ``name`` is implemented by the compiled
-libraries on the keys CPU and CUDA, ``triton_name`` by Triton. They are kept apart because a second
-registration on an occupied key replaces the first with only a warning.
+Each operator is defined under two names: the compiled libraries, or ATen, implement `name` on the
+keys CPU and CUDA, Triton implements `triton_name`. The names differ because a second registration
+on an occupied key replaces the first with only a warning. `ddpm_fast.ops.reference` defines what
+the operators compute.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _DIFFUSION_SCHEMAS = {
     ),
     "philox_normal_": "(Tensor(a!) out, Tensor rng) -> ()",
 }
-# They write into tensors that they are given, because the engine plans its memory once.
+# These write to preallocated tensors, because the engine plans its memory once.
 _NETWORK_SCHEMAS = {
     "group_norm_": (
         "(Tensor(a!) out, Tensor x, Tensor? x2, Tensor? vector, Tensor? row, Tensor? residual,"
@@ -60,7 +61,7 @@ _ATEN_MODULES = {"attention_": "ddpm_fast.ops.aten", "conv_": "ddpm_fast.ops.ate
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """[N] -> [N, 1, ...] with the number of dimensions of ``like``."""
+    """Reshape [N] to [N, 1, ...] with the number of dimensions of `like`."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
@@ -152,7 +153,7 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 def _launcher(module: str, name: str) -> Callable[..., Any]:
-    """The operator of a module, which is imported by its first call."""
+    """Return an operator of a module that is imported by the first call."""
 
     def launch(*args: Any) -> Any:
         return getattr(import_module(module), name)(*args)
@@ -161,7 +162,7 @@ def _launcher(module: str, name: str) -> Callable[..., Any]:
 
 
 def _load(stem: str) -> str:
-    """Load a compiled library; the reason where it cannot be loaded, else an empty string."""
+    """Load a compiled library; return the reason if it cannot be loaded, else an empty string."""
     folder = Path(__file__).resolve().parent.parent
     found = sorted(p for p in folder.glob(f"{stem}.*") if p.suffix in {".so", ".pyd"})
     if not found:
@@ -190,12 +191,12 @@ def _register() -> tuple[torch.library.Library, dict[str, str]]:
             if name in _ATEN_MODULES:
                 library.impl(name, _launcher(_ATEN_MODULES[name], name), key)
     reasons = {"cpu": _load("_ops_cpu")}
-    # The CUDA library links torch's, which a build of torch without CUDA does not have.
+    # The CUDA library links libraries that a torch without CUDA does not have.
     reasons["cuda"] = (
         _load("_ops_cuda") if torch.version.cuda else "this torch is a build without CUDA"
     )
     return library, reasons
 
 
-# Why a compiled library is not there; empty where it is. The library object keeps the operators.
+# NOT_LOADED: why a library is not loaded, empty if it is. LIBRARY keeps the operators registered.
 LIBRARY, NOT_LOADED = _register()

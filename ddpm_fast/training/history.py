@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpm_fast.utils.figures import ACCENT, FAINT, INK, entitle, new_figure, save_figure
+from ddpm_fast.utils.figures import ACCENT, FAINT, INK, add_title, new_figure, save_figure
 from ddpm_fast.utils.files import atomic_write
 
 FIELDS = ("epoch", "steps", "lr", "loss", "loss_min", "loss_max", "test_loss", "images_per_s")
@@ -44,5 +44,5 @@ def draw_history(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None
     axes.set_xlabel("epoch", color=INK)
     axes.set_ylabel("loss", color=INK)
     axes.legend(frameon=False, labelcolor=FAINT)
-    entitle(figure, title, f"{len(rows)} epochs, {rows[-1]['steps']} steps")
+    add_title(figure, title, f"{len(rows)} epochs, {rows[-1]['steps']} steps")
     save_figure(figure, path)

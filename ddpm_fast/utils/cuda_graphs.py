@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: captured once, replayed for every step of every chunk."""
+"""Capture of steps in CUDA graphs, and their replay."""
 
 from __future__ import annotations
 
@@ -9,42 +9,52 @@ from typing import Any
 
 import torch
 
-WARM_UP_CALLS = 3  # libraries choose and allocate in their first calls, which capture forbids
-UNROLLED_STEPS = 8  # steps in the longer of the two graphs: a launch then costs an eighth a step
-CAPTURE_LOCK = threading.RLock()  # CUDA has one capture at a time in a process
+WARM_UP_CALLS = (
+    3  # libraries select kernels and allocate in their first calls; a capture allows neither
+)
+UNROLLED_STEPS = 8  # steps in the longer of the two graphs: an eighth of the launches
+CAPTURE_LOCK = threading.RLock()  # a process captures one graph at a time
 _here = threading.local()
 
 
 def is_capturing() -> bool:
-    """Whether what this thread enqueues is being captured, or is the warm-up for a capture."""
-    return getattr(_here, "warms_up", False) or torch.cuda.is_current_stream_capturing()
+    """Return True if this thread captures a CUDA graph, or runs the warm-up of a capture."""
+    return getattr(_here, "warming_up", False) or torch.cuda.is_current_stream_capturing()
 
 
 def retain_for_graph(thing: object) -> bool:
-    """Keep what this thread's coming graph reads, for as long as the graph; False without one.
+    """Keep an object alive as long as the graph that this thread is about to capture.
 
-    For models that may drop their buffers while a graph that was captured from them lives.
+    For models that may release their buffers while a graph captured from them is in use.
+
+    Args:
+        thing: An object whose memory the graph reads.
+
+    Returns:
+        False if this thread captures no graph.
     """
-    kept: list[object] | None = getattr(_here, "kept", None)
-    if kept is not None and not any(other is thing for other in kept):
-        kept.append(thing)
-    return kept is not None
+    retained: list[object] | None = getattr(_here, "retained", None)
+    if retained is not None and not any(other is thing for other in retained):
+        retained.append(thing)
+    return retained is not None
 
 
 class CaptureError(RuntimeError):
-    """A step that a CUDA graph cannot hold, with what made it fail."""
+    """A step cannot be captured in a CUDA graph; the message has the reason."""
 
 
 class GraphedStep:
-    """Runs `step` any number of times by replaying CUDA graphs of 1 and of UNROLLED_STEPS steps.
+    """Repeats a step by replaying CUDA graphs of 1 and of UNROLLED_STEPS steps.
 
-    unrolled: False keeps the graph of one step alone, for calls of a single step.
+    Args:
+        step: Enqueues one step on the current stream. It reads and writes static tensors only, and
+            must not synchronize, copy from the host or branch on device values.
+        rewind: Resets the step counter to the first row; called before each warm-up call.
+        device: A CUDA device.
+        unrolled: False captures the graph of one step only, for calls of a single step.
 
-    step: enqueues one step on the current stream, reading and writing static tensors only. It must
-    not wait for the GPU, copy from the host or branch on device values. rewind: brings the step
-    counter back to the first row; called before each warm-up call, so that they all are valid.
-
-    Raises CaptureError where ``step`` cannot be captured; the current stream is then as before.
+    Raises:
+        CaptureError: `step` cannot be captured. The current stream is then as before.
     """
 
     def __init__(
@@ -55,10 +65,10 @@ class GraphedStep:
         unrolled: bool = True,
     ) -> None:
         self._device = device
-        self._kept: list[object] = []
+        self._retained: list[object] = []
         lengths = (1, UNROLLED_STEPS) if unrolled else (1,)
         try:
-            graphs = capture_graphs(step, lengths, device, rewind=rewind, kept=self._kept)
+            graphs = capture_graphs(step, lengths, device, rewind=rewind, retained=self._retained)
         except RuntimeError as error:
             raise CaptureError(
                 f"the model cannot be captured in a CUDA graph ({error}); it must not wait for"
@@ -68,7 +78,7 @@ class GraphedStep:
         self._one, self._many = graphs[0], graphs[1] if unrolled else None
 
     def __call__(self, steps: int = 1) -> None:
-        """Enqueue so many steps on the current stream of the device."""
+        """Enqueue a number of steps on the current stream of the device."""
         with torch.cuda.device(self._device):
             if self._many is not None:
                 for _ in range(steps // UNROLLED_STEPS):
@@ -84,16 +94,16 @@ def capture_graphs(
     device: torch.device,
     *,
     rewind: Callable[[], None] = lambda: None,
-    kept: list[object] | None = None,
+    retained: list[object] | None = None,
 ) -> list[torch.cuda.CUDAGraph]:
-    """Capture CUDA graphs of one step repeated `lengths` times, on a stream of their own.
+    """Capture CUDA graphs of one step repeated `lengths` times, on a side stream.
 
     Args:
-        step: enqueues one step on the current stream, without synchronizing.
-        lengths: steps in each graph. The graphs share one memory pool and must not run at once.
-        device: a CUDA device.
-        rewind: called before each warm-up call.
-        kept: receives the objects that models register by `retain_for_graph`.
+        step: Enqueues one step on the current stream, without synchronizing.
+        lengths: Steps in each graph. The graphs share one memory pool and must not run at once.
+        device: A CUDA device.
+        rewind: Called before each warm-up call.
+        retained: Receives the objects that models register by `retain_for_graph`.
 
     Returns:
         One graph for each of `lengths`.
@@ -106,7 +116,10 @@ def capture_graphs(
         outside = torch.cuda.current_stream()
         side = torch.cuda.Stream()
         side.wait_stream(outside)
-        outer, _here.kept = getattr(_here, "kept", None), kept if kept is not None else []
+        outer, _here.retained = (
+            getattr(_here, "retained", None),
+            retained if retained is not None else [],
+        )
         try:
             with torch.cuda.stream(side):
                 _warm_up(step, rewind)
@@ -114,26 +127,29 @@ def capture_graphs(
                 pool = graphs[0].pool() if graphs else None
                 graphs.append(_captured(step, length, side, pool))
         finally:
-            _here.kept = outer
-            torch.cuda.set_stream(outside)  # torch does not where the capture failed
+            _here.retained = outer
+            torch.cuda.set_stream(outside)  # torch does not restore it after a failed capture
             outside.wait_stream(side)
     return graphs
 
 
 def _warm_up(step: Callable[[], None], rewind: Callable[[], None]) -> None:
     mode = torch.cuda.get_sync_debug_mode()
-    outer, _here.warms_up = getattr(_here, "warms_up", False), True  # the tuner captures in others'
+    outer, _here.warming_up = (
+        getattr(_here, "warming_up", False),
+        True,
+    )  # a tuner captures in the warm-up of another capture
     try:
         for _ in range(WARM_UP_CALLS):
             rewind()
             step()
-        # Once more with waiting forbidden: an error here is clean, one inside a capture is not.
+        # With synchronization forbidden: an error here is clean, one inside a capture is not.
         rewind()
         torch.cuda.set_sync_debug_mode("error")
         step()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-        _here.warms_up = outer
+        _here.warming_up = outer
     rewind()
 
 
@@ -152,7 +168,7 @@ def _captured(
 
 @contextmanager
 def _without_autocast_cache() -> Iterator[None]:
-    """Autocast keeps its casts of the weights only to its end; a graph would read them later."""
+    """Disable autocast's cache of weights: a graph would read its tensors after they are freed."""
     before = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)
@@ -163,7 +179,15 @@ def _without_autocast_cache() -> Iterator[None]:
 
 
 def capture_key(model: Any) -> object:
-    """What a captured graph of the model depends on besides its inputs: addresses and modes."""
+    """Return what a captured graph of a model depends on besides its inputs.
+
+    Args:
+        model: A module, or a callable with an optional method `captured_state`.
+
+    Returns:
+        A comparable object of the autocast state, the modes and the addresses of the parameters. A
+        graph must be captured again when it changes.
+    """
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     if not isinstance(model, torch.nn.Module):
         own = getattr(model, "captured_state", None)

@@ -1,6 +1,6 @@
-"""What the package's figures share: their style, and how they are written.
+"""Style of the package's figures, and how they are written.
 
-matplotlib is imported when a figure is made.
+matplotlib is imported when a figure is created.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ddpm_fast.utils.files import atomic_write
 from ddpm_fast.utils.optional import require
 
 INK, FAINT, GRID, ACCENT = "#22272e", "#6b7280", "#e5e7eb", "#0f766e"
-MOST_BYTES = 200_000  # of a picture
+MOST_BYTES = 200_000  # of a PNG file with all its colours
 _DPI = 150
 
 
@@ -34,7 +34,19 @@ def require_matplotlib() -> Any:
 
 
 def new_figure(width: float, height: float, counts: Sequence[int] | None = None) -> tuple[Any, Any]:
-    """A figure with one axes, or with one below the other for each of ``counts``, in our style."""
+    """Create a figure in the style of the package.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+        counts: Relative heights of axes below each other. None: one axes.
+
+    Returns:
+        The figure and its axes: one, or a list for `counts`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     require_matplotlib()
     make = importlib.import_module("matplotlib.figure").Figure
     figure = make(figsize=(width, height), layout="constrained", facecolor="white")
@@ -54,14 +66,18 @@ def new_figure(width: float, height: float, counts: Sequence[int] | None = None)
     return figure, found[0] if counts is None else found
 
 
-def entitle(figure: Any, title: str, below: str) -> None:
-    """A title, and below everything a line in small."""
+def add_title(figure: Any, title: str, below: str) -> None:
+    """Add a title, and a line in small print at the bottom."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     figure.supxlabel(below, x=0.01, ha="left", fontsize=8, color=FAINT)
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a figure as a PNG, whole or not at all; folders are made. OSError from the disk."""
+    """Write a figure as PNG with `files.atomic_write`; creates missing folders.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +86,7 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _smaller(png: bytes) -> bytes:
-    """The same picture in 256 colours where it is too large."""
+    """Reduce a PNG to 256 colours if it is larger than MOST_BYTES."""
     if len(png) <= MOST_BYTES:
         return png
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Immutable holders of tables, with copies of them on each device."""
+"""Immutable objects that hold tables, with cached copies on each device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ddpm_fast.utils import checks
 
 
 class ImmutableTables:
-    """Base of immutable holders of CPU tables: equality by content, copies cached per device.
+    """Base class of immutable objects with CPU tables: equality by content, cached copies.
 
-    A subclass passes its tables and fields to `_freeze`; content names those that define it.
+    A subclass passes its tables and fields to `_freeze`; `content` names those that are compared.
     """
 
     _tables: dict[str, Tensor]
@@ -28,7 +28,7 @@ class ImmutableTables:
         self.__dict__.update(fields, _tables=tables, _content=key, _cache={})
 
     def _on(self, table: str, device: str | torch.device, dtype: torch.dtype) -> Tensor:
-        """Copy of a table on a device, made once and then shared."""
+        """Return the copy of a table on a device in a dtype; it is created once and shared."""
         source = self._tables[table]
         if source.is_floating_point() and dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64; got {dtype!r}")
@@ -38,9 +38,9 @@ class ImmutableTables:
         key = (table, device, dtype)
         copy = self._cache.get(key)
         if copy is None:
-            # Not an inference tensor: autograd could not save it later. Cast, then copy: a copy
-            # from the host has landed when `to` returns, so any stream may read it. setdefault is
-            # atomic: threads that race all get the first one's copy.
+            # Not an inference tensor: autograd could not save it. Cast before the copy: a copy from
+            # the host is complete when `to` returns, so that any stream may read it. setdefault is
+            # atomic: all threads get the same copy.
             with torch.inference_mode(False):
                 copy = self._cache.setdefault(key, source.to(dtype, copy=True).to(device))
         return copy

@@ -17,7 +17,7 @@ from ddpm_fast import NoiseSchedule, Sampler, StepTable, philox_normal, q_sample
 from ddpm_fast.bench.results import metadata, write_csv
 from ddpm_fast.training.data import make_triangles
 from ddpm_fast.training.trainer import Trainer
-from ddpm_fast.utils.figures import ACCENT, FAINT, INK, entitle, new_figure, save_figure
+from ddpm_fast.utils.figures import ACCENT, FAINT, INK, add_title, new_figure, save_figure
 from ddpm_fast.utils.files import prepare_folder
 from ddpm_fast.utils.images import save_png, sheet
 
@@ -153,7 +153,7 @@ def draw_schedules(results: Sequence[Result], path: Path) -> None:
     below.set_ylabel("share of the image left", color=INK)
     below.set_xlabel("timestep", color=INK)
     above.legend(frameon=False, labelcolor=FAINT, ncols=5, loc="lower left", bbox_to_anchor=(0, 1))
-    entitle(figure, "Five noise schedules", "1000 steps, betas from 1e-4 to 0.02")
+    add_title(figure, "Five noise schedules", "1000 steps, betas from 1e-4 to 0.02")
     save_figure(figure, path)
 
 
@@ -187,7 +187,7 @@ def draw_losses(results: Sequence[Result], path: Path) -> None:
         panel.set_title(result.schedule, loc="left", fontsize=10, color=INK)
     axes[0].legend(frameon=False, labelcolor=FAINT)
     axes[-1].set_xlabel("epoch", color=INK)
-    entitle(
+    add_title(
         figure,
         f"Loss, {results[0].form}",
         "held out: the averaged network, the same noise in every epoch",

@@ -355,7 +355,7 @@ def test_bad_arguments_are_named_with_what_is_accepted(bad):
 
 @pytest.mark.parametrize("more", [{"residual": X}, {"return_sum": True}])
 def test_two_sources_go_with_neither_residual_nor_sum(more):
-    with pytest.raises(ValueError, match=f"{next(iter(more))} goes with one source"):
+    with pytest.raises(ValueError, match=f"{next(iter(more))} must not be passed together with x2"):
         group_norm(X, 4, x2=X2, **more)
 
 
