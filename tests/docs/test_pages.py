@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -58,6 +59,20 @@ def test_reference_has_every_public_name():
     pages = "".join(page.read_text() for page in ROOT.glob("docs/reference/*.md"))
     documented = set(re.findall(r"^::: ddpm_fast\.(\w+)$", pages, re.MULTILINE))
     assert documented == set(ddpm_fast.__all__)
+
+
+def test_speed_table_has_the_medians_of_the_results():
+    table = re.findall(
+        r"^\| .*\(benchmarks/results/.*|^\| .* batch .*", README.read_text(), re.MULTILINE
+    )
+    numbers = [float(cell) for row in table for cell in row.split("|")[2:] if cell.strip()]
+    medians = set()
+    for path in ROOT.glob("benchmarks/results/*.csv"):
+        for row in csv.DictReader(path.open()):
+            in_ms = [row.get("ms_per_step"), float(row.get("p50_us") or 0) / 1e3]
+            medians |= {float(f"{float(value):.3g}") for value in in_ms if value}
+    assert len(numbers) == 16
+    assert not set(numbers) - medians
 
 
 def test_readme_is_short():
