@@ -320,7 +320,7 @@ BAD_CALLS = [
     (normed, "eps", "1", TypeError, "number", "str"),
     (normed, "eps", math.nan, ValueError, "[0, inf)", "nan"),
     (normed, "eps", -1e-5, ValueError, "[0, inf)", "-1e-05"),
-    (normed, "row", 0, ValueError, "vector and modulation", "neither"),
+    (normed, "row", 0, ValueError, "vector and modulation", "without vector and modulation"),
     (normed, "residual", X[:1], ValueError, "[2, 8, 4, 4]", "[1, 8, 4, 4]"),
     (normed, "residual", X.half(), TypeError, "float32", "float16"),
     (normed, "out", X[:1].clone(), ValueError, "[2, 8, 4, 4]", "[1, 8, 4, 4]"),
