@@ -128,7 +128,7 @@ class TestCommandLine:
         with torch.no_grad():
             unet.conv1.bias[0] = 1e5
         save("model", unet, tiny_schedule())
-        assert "torch.float16 cannot hold" in error_of(sample("--dtype", "float16", status=2))
+        assert "torch.float16 cannot represent" in error_of(sample("--dtype", "float16", status=2))
 
     def test_bound_and_codes(self, model):
         model()

@@ -1,11 +1,11 @@
-"""Checkpoints on disk: a diffusers pipeline folder, read and written.
+"""Checkpoints: pipeline folders of diffusers, read and written.
 
     model_index.json
     unet/config.json, unet/diffusion_pytorch_model.safetensors
     scheduler/scheduler_config.json
 
-Files of `unet` and `scheduler` may also lie in the folder itself, as in google/ddpm-cifar10-32.
-Weights go by the names in `weight_files`.
+Files of `unet` and `scheduler` may also be in the folder itself, as in google/ddpm-cifar10-32. The
+names of files of weights are in `weights`.
 """
 
 from __future__ import annotations
@@ -60,14 +60,20 @@ _DOCUMENTS = {INDEX, CONFIG, SCHEDULER, f"unet/{CONFIG}", f"scheduler/{SCHEDULER
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model as `load` finds it on disk.
+    """Contents of a checkpoint.
 
-    unet: a `UNet`, or a `ThesisUNet`, in eval mode, channels_last.
-    schedule, prediction, variance, clip, spacing, steps_offset: see
-        `SchedulerOptions`; None (0) for a folder that holds a U-Net alone.
-    scheduler_config: scheduler_config.json as read, with the class that model_index.json names;
-        None for a U-Net alone.
-    sample_shape: (C, H, W) of an image; None where the U-Net's config has no sample_size.
+    Attributes:
+        unet: A `UNet` or `ThesisUNet` in eval mode, channels_last.
+        schedule: The noise schedule. This and the next five are None, and `steps_offset` 0, for a
+            folder with a U-Net only.
+        prediction: Output of the network: "epsilon", "x0", "v" or "score".
+        variance: "posterior", "beta", "learned" or "learned_range".
+        clip: x0 is clipped to [-clip, clip], or thresholded by a `DynamicThreshold`. None: neither.
+        spacing: "linspace", "leading" or "trailing".
+        steps_offset: Is added to leading timesteps.
+        scheduler_config: Contents of scheduler_config.json, with the class in model_index.json.
+        sample_shape: Shape (C, H, W) of an image; None if the configuration of the U-Net has no
+            sample_size.
     """
 
     unet: AnyUNet
@@ -89,27 +95,30 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
 ) -> Checkpoint:
-    """Read a checkpoint from a diffusers pipeline folder, or from a folder with a U-Net alone.
+    """Read a checkpoint from a pipeline folder of diffusers, or from a folder with a U-Net only.
 
-    Its config says which U-Net it is: a UNet2DModel, read as `UNet`, or a `ThesisUNet`.
+    The configuration names the class of the network: UNet2DModel, read as `UNet`, or `ThesisUNet`.
+    A U-Net only (config.json and weights, no model_index.json) has no schedule, unless there is a
+    scheduler_config.json in the same folder. safetensors files precede .bin files, of which only
+    tensors are unpickled; both may be split into shards.
 
-    A string that is no path here but could be a repository of the Hugging Face Hub, such as
-    "google/ddpm-cifar10-32", is read from there by huggingface_hub: the configs, then the weights
-    that are asked for, and from its cache where the Hub is out of reach. `revision` is a branch,
-    tag or commit of it.
+    Args:
+        folder: The folder. A string that is no existing path but can be the name of a repository
+            on the Hugging Face Hub, such as "google/ddpm-cifar10-32", is downloaded by
+            huggingface_hub, or read from its cache without a connection.
+        dtype: float32, float16, bfloat16 or float64, to which weights are cast. None: float32.
+        device: Device of the network. None: the CPU.
+        variant: Suffix in the names of the files of weights, such as "fp16". None: no suffix.
+        revision: Branch, tag or commit of the repository. None: the main branch.
 
-    A U-Net alone (config.json and weights, no model_index.json) comes without a schedule, unless
-    scheduler_config.json lies beside it. `dtype` is float32 (the default), float16, bfloat16 or
-    float64, and `device` the CPU by default. `variant` picks weights by the name they were saved
-    under, such as "fp16"; they are cast to `dtype` as all are. safetensors come before .bin
-    files, of which nothing but tensors is unpickled; either may be split into shards.
+    Returns:
+        The checkpoint.
 
     Raises:
-        FileNotFoundError: the folder or repository or one of its files is missing, or the variant
-            is not there, or huggingface_hub, which a repository needs.
-        ValueError: a file is corrupt, truncated, of another kind, or does not fit the others, or
-            an argument is none that is accepted; the message names the file or the argument, and
-            what is wrong.
+        FileNotFoundError: The folder, repository or variant, one of its files, or huggingface_hub,
+            which a repository needs, is missing.
+        ValueError: A file is damaged, truncated, of another format, or does not fit the others; or
+            an argument is not accepted. The message names the file or the argument.
     """
     check_variant(variant)
     if dtype is not None and dtype not in _DTYPES:
@@ -121,7 +130,7 @@ def load(
     repository = _repository(folder, revision)
     folder = fetch(repository, revision, _DOCUMENTS) if repository else Path(folder)
     if folder.is_file():
-        raise ValueError(f"{folder}: is a file; expected a folder with {INDEX} or {CONFIG}")
+        raise ValueError(f"{folder}: is a file; must be a folder with {INDEX} or {CONFIG}")
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such checkpoint folder", str(folder))
 
@@ -157,21 +166,20 @@ def load(
 
 
 def _repository(folder: str | os.PathLike[str], revision: str | None) -> str | None:
-    """`folder` where it is the name of a repository rather than a path."""
+    """Return `folder` if it is the name of a repository and no existing path, else None."""
     if isinstance(folder, str) and is_repository_id(folder) and not os.path.lexists(folder):
         if revision is None or (isinstance(revision, str) and revision):
             return folder
         raise ValueError(f"revision must be a branch, tag or commit; got {revision!r}")
     if revision is not None:
-        reason = f"{os.fspath(folder)} is a folder, which has none"
         raise ValueError(
-            f"revision must be None but for a repository of the Hub; got {revision!r}; {reason}"
+            f"revision must be None for a folder, {os.fspath(folder)}; got {revision!r}"
         )
     return None
 
 
 def _locate(folder: Path, part: str, name: str) -> Path:
-    """`folder/part/name`, or `folder/name` where there is no folder `part`."""
+    """Return `folder/part/name`, or `folder/name` if there is no folder `part`."""
     path = (folder / part if (folder / part).is_dir() else folder) / name
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "checkpoint file is missing", str(path))
@@ -179,40 +187,45 @@ def _locate(folder: Path, part: str, name: str) -> Path:
 
 
 def _read_index(path: Path) -> tuple[str, str]:
-    """The U-Net and the scheduler that model_index.json names, after a check of all it names."""
+    """Return the classes of the U-Net and the scheduler in model_index.json."""
     index = read_json(path)
     if index.get("_class_name") not in _PIPELINES:
         accepted = " or ".join(_PIPELINES)
-        raise ValueError(f"{path}: expected a {accepted}, found {index.get('_class_name')!r}")
+        got = repr(index.get("_class_name"))
+        raise ValueError(f"{path}: _class_name must be {accepted}; got {got}")
     for part, kinds in (
         ("unet", tuple(kind.name for kind in NETWORK_KINDS)),
         ("scheduler", SCHEDULERS),
     ):
         entry = index.get(part)
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in kinds:
-            raise ValueError(f"{path}: {part} is {entry!r}, expected {' or '.join(kinds)}")
+            raise ValueError(f"{path}: {part} must be a {' or '.join(kinds)}; got {entry!r}")
     return index["unet"][1], index["scheduler"][1]
 
 
 def _kind(config: Mapping[str, Any], path: Path, named: str | None) -> NetworkKind:
-    """The class of a U-Net's config; `named` is what model_index.json calls it, where there is one.
+    """Return the class of a network.
 
-    A config that does not say is what the index names, or a UNet2DModel.
+    Args:
+        config: Its configuration.
+        path: File of the configuration.
+        named: Class in model_index.json, the default of a configuration without a class name. None
+            if there is no such file; the default is then UNet2DModel.
     """
     name = config.get("_class_name", named or UNET.name)
     kind = find_kind(name)
     if kind is None:
         accepted = " or ".join(kind.name for kind in NETWORK_KINDS)
-        raise ValueError(f"{path}: expected a {accepted}, found {name!r}")
+        raise ValueError(f"{path}: _class_name must be {accepted}; got {name!r}")
     if named not in (None, name):
-        raise ValueError(f"{path}: is the config of a {name}; {INDEX} names a {named}")
+        raise ValueError(f"{path}: _class_name must be {named}, as in {INDEX}; got {name!r}")
     return kind
 
 
 def _read_scheduler(
     folder: Path, named: str | None
 ) -> tuple[SchedulerOptions | None, dict[str, Any] | None]:
-    """The scheduler's config; `named` is its class where there is a model_index.json."""
+    """Return options and configuration of the scheduler; `named` is its class in the index."""
     try:
         path = _locate(folder, "scheduler", SCHEDULER)
     except FileNotFoundError:
@@ -220,7 +233,7 @@ def _read_scheduler(
             raise
         return None, None
     raw = read_json(path)
-    # diffusers reads the file with the class that the index names, whichever the file names.
+    # diffusers uses the class in model_index.json, also if the file has another one.
     held = raw.get("_class_name", named)
     if named and held in SCHEDULERS and diffusers_scheduler(held) != diffusers_scheduler(named):
         held = named
@@ -245,36 +258,49 @@ def save(
     overwrite: bool = False,
     variant: str | None = None,
 ) -> Path:
-    """Write a checkpoint that `load` reads; returns the folder.
+    """Write a checkpoint, which `load` reads.
 
-    With a `UNet` it is one for diffusers' from_pretrained as well. A `ThesisUNet`'s has the same
-    files, but diffusers has no such network: its pipelines refuse the folder, and its UNet2DModel
-    would leave these weights aside, with a warning, for random ones.
+    from_pretrained of diffusers reads the checkpoint of a `UNet`. That of a `ThesisUNet` has the
+    same files, but diffusers has no such network: its pipelines reject the folder, and its
+    UNet2DModel ignores the weights with a warning and initialises its own.
 
-    The scheduler is described either by `schedule` and the four options after it, or by
-    `scheduler_config` verbatim (what `Checkpoint.scheduler_config` holds). With neither, the
-    folder holds the U-Net alone, a `UNet` for diffusers' UNet2DModel.from_pretrained.
-    Weights keep their dtype. With `variant`, such as "fp16", they are found under that name alone.
+    The scheduler is described either by `schedule` and the next four arguments, or by
+    `scheduler_config`. With neither, the folder holds the U-Net only.
 
-    All is written and flushed to a folder beside the target, which then takes its name; after an
-    error the target is as it was and nothing else is left. With `overwrite` an existing
-    checkpoint is replaced as a whole; where the file system can exchange two names (Linux has
-    several) it is there at every moment, the old or the new, and elsewhere is
-    ``.<name>.<token>.old`` between two renames.
+    All files are written and synced to disk in a folder next to the target, which is then renamed.
+    After an error the target is unchanged and nothing else is left. With `overwrite`, an existing
+    checkpoint is replaced as a whole: atomically on file systems that can exchange two names
+    (several of Linux), and otherwise by two renames, between which the old checkpoint is
+    `.<name>.<token>.old`.
+
+    Args:
+        folder: The folder.
+        unet: A `UNet` or `ThesisUNet`. Weights keep their dtype.
+        schedule: The noise schedule.
+        prediction: Output of the network: "epsilon", "x0", "v" or "score".
+        variance: "posterior", "posterior_log", "beta", "beta_log", "learned" or "learned_range".
+        clip: Bound of x0, a `DynamicThreshold` or None.
+        spacing: "linspace", "leading" or "trailing".
+        scheduler_config: Contents of scheduler_config.json, as in `Checkpoint.scheduler_config`.
+        overwrite: Replace an existing checkpoint.
+        variant: Suffix in the name of the file of weights, such as "fp16".
+
+    Returns:
+        The folder.
 
     Raises:
-        TypeError: `unet` or `schedule` is something else.
-        ValueError: both ways of describing the scheduler at once, an option that is not accepted,
-            or weights that are not finite.
-        FileExistsError: the folder exists and `overwrite` is False, or it holds files that are
-            not part of a checkpoint, or weights of another variant, which would be lost.
-        OSError: the folder cannot be written; the message has the path and the reason.
+        TypeError: `unet` or `schedule` is of another type.
+        ValueError: There are both a schedule and a scheduler_config, an option is not accepted, or
+            weights are not finite.
+        FileExistsError: The folder exists and `overwrite` is False; or it holds files that are not
+            part of a checkpoint, or weights of another variant.
+        OSError: The folder cannot be written.
     """
     network = network_kind(unet)
     check_variant(variant)
     if schedule is not None:
         if scheduler_config is not None:
-            raise ValueError("scheduler_config: give either it or schedule, not both")
+            raise ValueError("scheduler_config must be None with a schedule; got both")
         scheduler_config = make_scheduler_config(
             schedule, prediction=prediction, variance=variance, clip=clip, spacing=spacing
         )
@@ -309,7 +335,7 @@ def save(
             for name, document in documents.items():
                 write_json(temporary / name, document)
             write_weights(unet, temporary / weights)
-            # The safetensors library makes its file readable by the owner alone.
+            # safetensors makes its file readable by the owner only.
             mode = (temporary / weights).with_name(CONFIG).stat().st_mode
             (temporary / weights).chmod(mode & 0o777)
             for path in (temporary / weights, *_folders(temporary)):
@@ -339,7 +365,7 @@ def _check_target(target: Path, variant: str | None, *, overwrite: bool) -> None
 
 
 def _is_own(path: Path, variant: str | None) -> bool:
-    """Whether a file in a checkpoint's folder is part of it, weights of other variants not."""
+    """Return True for a file of a checkpoint, except weights of other variants."""
     home = path.parent.as_posix()
     return path.as_posix() in _DOCUMENTS or (
         home in (".", "unet") and is_weights(path.name, variant)

@@ -1,4 +1,4 @@
-"""Model repositories on the Hugging Face Hub, through huggingface_hub and its cache."""
+"""Download of model repositories from the Hugging Face Hub, with the cache of huggingface_hub."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ _ID = re.compile(f"(?:{_PART}/)?{_PART}")
 
 
 def is_repository_id(name: str) -> bool:
-    """Whether the Hub allows a repository of this name: owner/name, or name alone."""
-    taken = "--" in name or ".." in name or name.endswith(".git")
-    return _ID.fullmatch(name) is not None and not taken
+    """Return True for a name that a repository on the Hub can have: owner/name or name."""
+    reserved = "--" in name or ".." in name or name.endswith(".git")
+    return _ID.fullmatch(name) is not None and not reserved
 
 
 def fetch(repository: str, revision: str | None, files: Iterable[str]) -> Path:
-    """The folder of a repository's snapshot, with the named files as far as it has them.
+    """Download files of a repository.
 
-    revision: a branch, tag or commit; None for the main branch.
-    files: globs of paths in the repository.
+    Args:
+        repository: Name of the repository.
+        revision: Branch, tag or commit. None: the main branch.
+        files: Glob patterns of paths in the repository. Not all need to match a file.
+
+    Returns:
+        Folder of the snapshot in the cache.
 
     Raises:
-        FileNotFoundError: huggingface_hub is not installed; or there is no such repository or
-            revision, neither on the Hub nor, where it is out of reach, in the cache.
+        FileNotFoundError: huggingface_hub is not installed, or the repository or revision is
+            neither on the Hub nor, without a connection, in the cache.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -39,9 +44,9 @@ def fetch(repository: str, revision: str | None, files: Iterable[str]) -> Path:
             "huggingface_hub", "a repository of the Hugging Face Hub"
         )
         raise FileNotFoundError(errno.ENOENT, reason, repository) from error
-    wanted: dict[str, Any] = {"revision": revision, "allow_patterns": sorted(files)}
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": sorted(files)}
     try:
-        return Path(snapshot_download(repository, **wanted))
+        return Path(snapshot_download(repository, **options))
     except RevisionNotFoundError as error:
         reason = f"the repository has no {revision=}"
         raise FileNotFoundError(errno.ENOENT, reason, repository) from error
@@ -51,32 +56,35 @@ def fetch(repository: str, revision: str | None, files: Iterable[str]) -> Path:
             " check the name, or log in if it is private (hf auth login)"
         )
         raise FileNotFoundError(errno.ENOENT, reason, repository) from error
-    # What a lost connection raises depends on the release of huggingface_hub.
+    # The error of a failed connection depends on the release of huggingface_hub.
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
             raise
         try:
-            return Path(snapshot_download(repository, **wanted, local_files_only=True))
+            return Path(snapshot_download(repository, **options, local_files_only=True))
         except OSError:
             cause = str(error).strip().partition("\n")[0] or type(error).__name__
             reason = (
-                "no such checkpoint folder, and as a repository it is neither in the cache nor"
-                f" to be had from the Hugging Face Hub ({cause})"
+                "no such checkpoint folder, and no repository in the cache; the Hugging Face Hub"
+                f" cannot be reached ({cause})"
             )
             raise FileNotFoundError(errno.ENOENT, reason, repository) from error
 
 
 def fetch_weights(repository: str, snapshot: Path, part: str, variant: str | None) -> None:
-    """Fetch into a snapshot the weights of one variant: .bin only where there is nothing else.
+    """Download the weights of a variant into a snapshot; .bin files only if there are no others.
 
-    part: the folder of the snapshot that has them, "." for the snapshot itself.
+    Args:
+        repository: Name of the repository.
+        snapshot: Folder of the snapshot.
+        part: Folder of the weights, relative to the snapshot.
+        variant: The variant.
 
     Raises:
-        FileNotFoundError: see `fetch`.
+        FileNotFoundError: As `fetch`.
     """
-    home = snapshot / part
     for kind in FORMATS:
         names = patterns(variant, kind)
         fetch(repository, snapshot.name, [(Path(part) / name).as_posix() for name in names])
-        if any(is_weights(path.name, variant, (kind,)) for path in home.iterdir()):
+        if any(is_weights(path.name, variant, (kind,)) for path in (snapshot / part).iterdir()):
             return

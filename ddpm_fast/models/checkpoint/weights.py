@@ -1,4 +1,10 @@
-"""A network's weights on disk: the keys of its state dict, which for `UNet` are diffusers'."""
+"""Weights of a network on disk: files under the names of diffusers, with the keys of a state dict.
+
+diffusion_pytorch_model[.variant].safetensors
+diffusion_pytorch_model.safetensors.index[.variant].json, and the shards that it lists
+diffusion_pytorch_model[.variant].bin
+diffusion_pytorch_model.bin.index[.variant].json, and the shards that it lists
+"""
 
 from __future__ import annotations
 
@@ -21,196 +27,204 @@ from torch import Tensor
 from ddpm_fast.models.registry import NETWORK_KINDS, AnyUNet, network_kind
 from ddpm_fast.utils.files import read_json
 
+FORMATS = ("safetensors", "bin")
+
+_STEM = "diffusion_pytorch_model"
+_SHARD = "-{0}-of-{0}".format("[0-9]" * 5)
+_RESERVED = {*FORMATS, "index", "json"}
+
+# Names of dtypes in safetensors files.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+_FLOATING = tuple(_DTYPES.values())
+
 _OLD_ATTENTION = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.")
 _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# As a 1x1 convolution it has two axes more.
+# Stored as a 1x1 convolution, it has two more dimensions.
 _PROJECTION = re.compile(r"attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
 
 
-def current_key(key: str) -> str:
-    """The name diffusers gives `key` now; attention layers of early releases had others."""
-    return _OLD_ATTENTION.sub(lambda m: f"{m[1]}.{_NEW_ATTENTION[m[2]]}.", key)
+@dataclass(frozen=True)
+class WeightFiles:
+    """Files of the weights of a network.
+
+    Attributes:
+        source: The single file, or the index of the shards.
+        paths: The file or the shards.
+        index: Shard of each key; None for a single file.
+    """
+
+    source: Path
+    paths: tuple[Path, ...]
+    index: Mapping[str, Path] | None = None
 
 
-def read_weights(unet: AnyUNet, files: WeightFiles, device: torch.device) -> None:
-    """Give a network on the meta device memory on `device`, and there the weights of `files`.
+def check_variant(variant: str | None) -> None:
+    """Raise ValueError unless `variant` is None or a name such as "fp16"."""
+    if variant is None:
+        return
+    plain = isinstance(variant, str) and re.fullmatch("[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*", variant)
+    if not plain or variant in _RESERVED:
+        accepted = "None or a plain name such as 'fp16' (letters, digits, _ and - between them)"
+        raise ValueError(f"variant must be {accepted}; got {variant!r}")
 
-    They are cast to its dtype. Nothing is allocated before the files' headers fit the network.
+
+def _suffix(variant: str | None) -> str:
+    return "" if variant is None else f".{variant}"
+
+
+def single_name(variant: str | None, kind: str = "safetensors") -> str:
+    """Return the name of a file of all weights, in a format of `FORMATS`."""
+    return f"{_STEM}{_suffix(variant)}.{kind}"
+
+
+def _index_names(variant: str | None, kind: str) -> tuple[str, ...]:
+    """Return the name of an index of shards, and for a variant its name in older releases."""
+    name = f"{_STEM}.{kind}.index{_suffix(variant)}.json"
+    return (name,) if variant is None else (name, f"{_STEM}.{kind}.{variant}.index.json")
+
+
+def patterns(variant: str | None, kind: str) -> tuple[str, ...]:
+    """Return glob patterns of all files that weights of a variant and format can consist of."""
+    shard = f"{_STEM}{_suffix(variant)}{_SHARD}.{kind}"
+    old = () if variant is None else (f"{_STEM}{_SHARD}.{variant}.{kind}",)
+    return (single_name(variant, kind), *_index_names(variant, kind), shard, *old)
+
+
+def is_weights(name: str, variant: str | None, kinds: tuple[str, ...] = FORMATS) -> bool:
+    """Return True for the name of a file of weights of this variant and of one of the formats."""
+    return any(fnmatchcase(name, glob) for kind in kinds for glob in patterns(variant, kind))
+
+
+def find_weights(folder: Path, variant: str | None) -> WeightFiles:
+    """Find the weights in a folder, in the order of diffusers.
+
+    safetensors files precede .bin files, and of each format an index of shards a single file.
 
     Raises:
-        ValueError: a file that is damaged or of another kind, weights of another class of networks,
-            keys missing, left over, given twice or not where the index has them, a shape or dtype
-            that does not fit, weights that are not finite in the network's dtype; the message names
-            file and key.
+        FileNotFoundError: There are no weights of this variant, or a shard is missing.
+        ValueError: An index is not valid, or refers to a file outside the folder.
     """
-    opened = {path: open_tensors(path) for path in files.paths}
-    if files.index is not None:
-        for path, file in opened.items():
-            _check_shard(files.source, files.index, path, file)
-    places = _match(unet, opened, files.source)
-    unet.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in unet.state_dict().items():
-            path, key = places[name]
-            value = opened[path].read(key)
-            parameter.copy_(value.reshape(parameter.shape))
-            if not parameter.isfinite().all():
-                cause = (
-                    f"values {parameter.dtype} cannot hold"
-                    if value.isfinite().all()
-                    else "values that are not finite"
-                )
-                raise ValueError(f"{path}: {key} has {cause}")
+    for kind in FORMATS:
+        for name in _index_names(variant, kind):
+            if (folder / name).is_file():
+                return _read_index(folder / name, kind)
+        single = folder / single_name(variant, kind)
+        if single.is_file():
+            return WeightFiles(single, (single,))
+    _raise_missing(folder, variant)
 
 
-def _check_shard(source: Path, index: Mapping[str, Path], path: Path, file: TensorFile) -> None:
-    """That a file holds the keys that the index of shards places there, and no other."""
-    held = set(file.keys())
-    if lost := {key for key, home in index.items() if home == path} - held:
-        raise ValueError(f"{path}: keys are missing that {source.name} places there: {_some(lost)}")
-    if astray := sorted(key for key in held if index.get(key) != path):
-        home = index.get(astray[0])
-        place = f"in {home.name}" if home else "nowhere"
-        raise ValueError(f"{path}: holds {astray[0]}, which {source.name} places {place}")
+def _raise_missing(folder: Path, variant: str | None) -> NoReturn:
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    endings = (name.removeprefix(_STEM) for name in names if name.startswith(_STEM))
+    parts = ({*re.sub(_SHARD, "", ending).split(".")} - _RESERVED - {""} for ending in endings)
+    variants = (next(iter(part), None) for part in parts)
+    found = sorted({"without a variant" if v is None else f"variant={v!r}" for v in variants})
+    others = sorted(name for name in names if name.endswith((".ckpt", ".pt", ".pth", ".pkl")))
+    reason = "checkpoint weights are missing" + ("" if variant is None else f", {variant=}")
+    if found:
+        reason += f"; there are weights {', '.join(found)}"
+    elif others:
+        reason += f"; {', '.join(others)} has another format"
+    raise FileNotFoundError(errno.ENOENT, reason, str(folder / single_name(variant)))
 
 
-def _match(
-    unet: AnyUNet, opened: Mapping[Path, TensorFile], source: Path
-) -> dict[str, tuple[Path, str]]:
-    """The file and the key of each of the network's weights, names, shapes and dtypes compared."""
-    places: dict[str, tuple[Path, str]] = {}
-    for path, file in opened.items():
-        for key in file.keys():  # noqa: SIM118
-            held = places.setdefault(current_key(key), (path, key))
-            if held != (path, key):
-                raise ValueError(f"{path}: {held[1]} and {key} are the same weight")
-    kind = network_kind(unet)
-    held_kind = next((other for other in NETWORK_KINDS if other.marker_key in places), kind)
-    if kind.marker_key not in places and held_kind is not kind:
-        raise ValueError(
-            f"{source}: holds the weights of a {held_kind.name}; the config is a {kind.name}'s"
-        )
-    wanted = {name: list(value.shape) for name, value in unet.state_dict().items()}
-    if missing := wanted.keys() - places.keys():
-        raise ValueError(f"{source}: keys are missing: {_some(missing)}")
-    if extra := places.keys() - wanted.keys():
-        raise ValueError(f"{source}: keys the network does not have: {_some(extra)}")
-    for name, shape in wanted.items():
-        path, key = places[name]
-        dtype, found = opened[path].describe(key)
-        fitting = [shape, [*shape, 1, 1]] if _PROJECTION.search(name) else [shape]
-        if found not in fitting or dtype not in FLOATING:
-            accepted = f"{shape} in one of {', '.join(FLOATING)}"
-            raise ValueError(f"{path}: {key} is {dtype} {found}, expected {accepted}")
-    return places
-
-
-def _some(keys: Iterable[str]) -> str:
-    names = sorted(keys)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def write_weights(unet: AnyUNet, path: Path) -> None:
-    """Write the state dict as safetensors, contiguous, in the dtype it has.
-
-    Raises:
-        ValueError: a weight is not finite (the file would not load).
-        OSError: the file cannot be written.
-    """
-    state = {
-        name: value.detach().cpu().contiguous(memory_format=torch.contiguous_format)
-        for name, value in unet.state_dict().items()
-    }
-    for name, value in state.items():
-        if not value.isfinite().all():
-            raise ValueError(f"unet: {name} has values that are not finite")
-    try:
-        save_file(state, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        code = re.search(r"(?:os error|code:) (\d+)", str(error))
-        raise OSError(int(code[1]) if code else None, str(error), str(path)) from error
-
-
-FLOATING = ("F64", "F32", "F16", "BF16")
-_NAMES = dict(
-    zip((torch.float64, torch.float32, torch.float16, torch.bfloat16), FLOATING, strict=True)
-)
+def _read_index(path: Path, kind: str) -> WeightFiles:
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{path}: weight_map must be an object of keys and files")
+    for name in names.values():
+        if not isinstance(name, str) or re.search(r"[/\\:\0]", name) or name in ("", ".", ".."):
+            raise ValueError(f"{path}: {name!r} must be the name of a file in the same folder")
+        if not name.endswith(f".{kind}"):
+            raise ValueError(f"{path}: {name!r} must be a .{kind} file")
+    index = {key: path.with_name(name) for key, name in names.items()}
+    shards = tuple(sorted(set(index.values())))
+    for shard in shards:
+        if not shard.is_file():
+            reason = f"a file of weights that {path.name} lists is missing"
+            raise FileNotFoundError(errno.ENOENT, reason, str(shard))
+    return WeightFiles(path, shards, index)
 
 
 class TensorFile(Protocol):
-    """Tensors under string keys. Dtypes go by safetensors' names: F32."""
+    """File of named tensors. Dtypes have their names in safetensors, such as "F32"."""
 
     def keys(self) -> list[str]:
-        """The names of the tensors."""
+        """Return the names of the tensors."""
 
     def describe(self, key: str) -> tuple[str, list[int]]:
-        """Dtype and shape of a tensor."""
+        """Return dtype and shape of a tensor without reading it."""
 
     def read(self, key: str) -> Tensor:
-        """A tensor, on the CPU."""
+        """Return a tensor, on the CPU."""
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Open a .safetensors or a .bin file; nothing but tensors is ever made of a pickle.
+    """Open a .safetensors or a .bin file. Of a .bin file only tensors are unpickled.
 
-    Values are mapped into memory, except those of a .bin in the format before torch 1.6.
+    Values are memory-mapped, except those of a .bin file in the format before torch 1.6.
 
     Raises:
-        ValueError: the file is none, is cut short, or holds something else than dense tensors.
+        ValueError: The file is truncated, of another format, or holds anything but dense tensors.
     """
-    return _Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
+    return _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-
-
-class _Safetensors:
+class _SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
-        with _whole(path):
+        with self._errors():
             self._file = safe_open(path, framework="pt")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except SafetensorError as error:
+            reason = f"truncated or not a safetensors file ({error})"
+            raise ValueError(f"{self._path}: {reason}") from error
 
     def keys(self) -> list[str]:
         return list(self._file.keys())
 
     def describe(self, key: str) -> tuple[str, list[int]]:
-        with _whole(self._path):
-            found = self._file.get_slice(key)
-            return found.get_dtype(), found.get_shape()
+        with self._errors():
+            part = self._file.get_slice(key)
+            return part.get_dtype(), part.get_shape()
 
     def read(self, key: str) -> Tensor:
-        with _whole(self._path):
+        with self._errors():
             return self._file.get_tensor(key)
 
 
-class _Pickled:
+class _PickleFile:
     def __init__(self, path: Path) -> None:
         self._state = _unpickle(path)
+        accepted = "must hold a dict of dense tensors on the CPU"
         if not isinstance(self._state, dict):
-            raise ValueError(f"{path}: expected a dict of tensors, found {_kind(self._state)}")
+            raise ValueError(f"{path}: {accepted}; got {_describe(self._state)}")
         for key, value in self._state.items():
             if not isinstance(key, str) or not _is_dense(value):
-                raise ValueError(
-                    f"{path}: expected a dict of tensors, found {key!r}: {_kind(value)}"
-                )
+                raise ValueError(f"{path}: {accepted}; got {key!r}: {_describe(value)}")
 
     def keys(self) -> list[str]:
         return list(self._state)
 
     def describe(self, key: str) -> tuple[str, list[int]]:
         value = self._state[key]
-        return _NAMES.get(value.dtype, str(value.dtype)), list(value.shape)
+        return _DTYPES.get(value.dtype, str(value.dtype)), list(value.shape)
 
     def read(self, key: str) -> Tensor:
         return self._state[key]
 
 
-def _kind(value: object) -> str:
+def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor on {value.device}, {value.layout}"
     return type(value).__name__
@@ -227,128 +241,128 @@ def _is_dense(value: object) -> bool:
 
 def _unpickle(path: Path) -> Any:
     with path.open("rb") as file:
-        # Only torch's zip format can be mapped.
+        # Only torch's zip format can be memory-mapped.
         mapped = zipfile.is_zipfile(file)
     try:
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {named[1]}" if named else "it is not a pickle of tensors"
-        raise ValueError(
-            f"{path}: refused: {what}, and nothing but tensors is unpickled"
-        ) from error
-    # A damaged pickle can make its reader fail in any way, with EINVAL for one.
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"refers to {name[1]}" if name else "not a pickle of tensors"
+        raise ValueError(f"{path}: {reason}; only tensors are unpickled") from error
+    # torch.load raises many types for a damaged file, OSError with EINVAL among them.
     except Exception as error:
-        line = str(error).partition(". ")[0]
-        raise ValueError(f"{path}: not a whole file of tensors ({line or _kind(error)})") from error
+        line = str(error).partition(". ")[0] or type(error).__name__
+        raise ValueError(f"{path}: truncated or not a file of tensors ({line})") from error
 
 
-FORMATS = ("safetensors", "bin")
-
-_STEM = "diffusion_pytorch_model"
-_SHARD = "-{0}-of-{0}".format("[0-9]" * 5)
-_WORDS = {*FORMATS, "index", "json"}
+def current_key(key: str) -> str:
+    """Return the key of a weight in current diffusers; old releases named attention differently."""
+    return _OLD_ATTENTION.sub(lambda m: f"{m[1]}.{_NEW_ATTENTION[m[2]]}.", key)
 
 
-@dataclass(frozen=True)
-class WeightFiles:
-    """The files of a network's weights.
+def read_weights(unet: AnyUNet, files: WeightFiles, device: torch.device) -> None:
+    """Allocate the weights of a network and read them from files.
 
-    source: the one file, or the index of several.
-    paths: the files themselves.
-    index: which of them holds each key; None for one file, which holds all.
-    """
+    Weights are cast to the dtype of the network. Keys, shapes and dtypes are checked before
+    anything is allocated.
 
-    source: Path
-    paths: tuple[Path, ...]
-    index: Mapping[str, Path] | None = None
-
-
-def check_variant(variant: str | None) -> None:
-    """Raises ValueError for what is neither None nor a name such as fp16."""
-    if variant is None:
-        return
-    plain = isinstance(variant, str) and re.fullmatch("[A-Za-z0-9_]+(-[A-Za-z0-9_]+)*", variant)
-    if not plain or variant in _WORDS:
-        accepted = "None or a plain name such as 'fp16' (letters, digits, _ and - between them)"
-        raise ValueError(f"variant must be {accepted}; got {variant!r}")
-
-
-def single_name(variant: str | None, kind: str = "safetensors") -> str:
-    """The name of a file that holds all weights."""
-    return f"{_STEM}{_suffix(variant)}.{kind}"
-
-
-def _index_names(variant: str | None, kind: str) -> tuple[str, ...]:
-    """The name of an index of shards, and the one that older releases gave to that of a variant."""
-    name = f"{_STEM}.{kind}.index{_suffix(variant)}.json"
-    return (name,) if variant is None else (name, f"{_STEM}.{kind}.{variant}.index.json")
-
-
-def patterns(variant: str | None, kind: str) -> tuple[str, ...]:
-    """Globs of every file that the weights of a variant in one format may consist of."""
-    shard = f"{_STEM}{_suffix(variant)}{_SHARD}.{kind}"
-    old = () if variant is None else (f"{_STEM}{_SHARD}.{variant}.{kind}",)
-    return (single_name(variant, kind), *_index_names(variant, kind), shard, *old)
-
-
-def _suffix(variant: str | None) -> str:
-    return "" if variant is None else f".{variant}"
-
-
-def is_weights(name: str, variant: str | None, kinds: tuple[str, ...] = FORMATS) -> bool:
-    """Whether a file of this name belongs to the weights of `variant` in one of the formats."""
-    return any(fnmatchcase(name, glob) for kind in kinds for glob in patterns(variant, kind))
-
-
-def find_weights(home: Path, variant: str | None) -> WeightFiles:
-    """The weights in the folder `home`, found in diffusers' order.
-
-    safetensors come before .bin, and in either an index of shards before a single file.
+    Args:
+        unet: A network on the meta device.
+        files: The files.
+        device: Device of the weights.
 
     Raises:
-        FileNotFoundError: there are none of this variant, or a shard is missing.
-        ValueError: an index that is not one, or that names a file outside the folder.
+        ValueError: A file is damaged or has another format, holds weights of another class of
+            networks, lacks keys, has other ones, or holds one twice or one that its index assigns
+            to another file; a shape or dtype differs; or weights are not finite in the dtype of
+            the network. The message names file and key.
     """
-    for kind in FORMATS:
-        for name in _index_names(variant, kind):
-            if (home / name).is_file():
-                return _read_index(home / name, kind)
-        single = home / single_name(variant, kind)
-        if single.is_file():
-            return WeightFiles(single, (single,))
-    _raise_missing(home, variant)
+    opened = {path: open_tensors(path) for path in files.paths}
+    if files.index is not None:
+        for path, file in opened.items():
+            _check_shard(files.source, files.index, path, file)
+    locations = _match(unet, opened, files.source)
+    unet.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in unet.state_dict().items():
+            path, key = locations[name]
+            value = opened[path].read(key)
+            parameter.copy_(value.reshape(parameter.shape))
+            if not parameter.isfinite().all():
+                cause = (
+                    f"values that {parameter.dtype} cannot represent"
+                    if value.isfinite().all()
+                    else "values that are not finite"
+                )
+                raise ValueError(f"{path}: {key} has {cause}")
 
 
-def _raise_missing(home: Path, variant: str | None) -> NoReturn:
-    names = {path.name for path in home.iterdir() if path.is_file()}
-    cut = (re.sub(_SHARD, "", name.removeprefix(_STEM)) for name in names if name.startswith(_STEM))
-    words = (next(iter({*name.split(".")} - _WORDS - {""}), None) for name in cut)
-    held = sorted({"without a variant" if word is None else f"variant={word!r}" for word in words})
-    missing = "checkpoint weights are missing" + ("" if variant is None else f", {variant=}")
-    others = sorted(name for name in names if name.endswith((".ckpt", ".pt", ".pth", ".pkl")))
-    if held:
-        missing += f"; there are weights {', '.join(held)}"
-    elif others:
-        missing += f"; {', '.join(others)} is of another kind"
-    raise FileNotFoundError(errno.ENOENT, missing, str(home / single_name(variant)))
+def _check_shard(source: Path, index: Mapping[str, Path], path: Path, file: TensorFile) -> None:
+    """Check that a file holds exactly the keys that the index assigns to it."""
+    held = set(file.keys())
+    if missing := {key for key, home in index.items() if home == path} - held:
+        raise ValueError(f"{path}: lacks keys that {source.name} assigns to it: {_some(missing)}")
+    if extra := sorted(key for key in held if index.get(key) != path):
+        home = index.get(extra[0])
+        other = home.name if home else "no file"
+        raise ValueError(f"{path}: holds {extra[0]}, which {source.name} assigns to {other}")
 
 
-def _read_index(path: Path, kind: str) -> WeightFiles:
-    named = read_json(path).get("weight_map")
-    if not isinstance(named, dict) or not named:
-        raise ValueError(f"{path}: expected a weight_map from keys to files")
-    for name in named.values():
-        if not isinstance(name, str) or re.search(r"[/\\:\0]", name) or name in ("", ".", ".."):
-            raise ValueError(f"{path}: {name!r} is not the name of a file beside it")
-        if not name.endswith(f".{kind}"):
-            raise ValueError(f"{path}: {name!r} is not a .{kind} file")
-    index = {key: path.with_name(name) for key, name in named.items()}
-    shards = tuple(sorted(set(index.values())))
-    for shard in shards:
-        if not shard.is_file():
-            reason = f"a file of weights that {path.name} names is missing"
-            raise FileNotFoundError(errno.ENOENT, reason, str(shard))
-    return WeightFiles(path, shards, index)
+def _match(
+    unet: AnyUNet, opened: Mapping[Path, TensorFile], source: Path
+) -> dict[str, tuple[Path, str]]:
+    """Return file and key of each weight of the network, after checks of names and shapes."""
+    locations: dict[str, tuple[Path, str]] = {}
+    for path, file in opened.items():
+        for key in file.keys():  # noqa: SIM118
+            first = locations.setdefault(current_key(key), (path, key))
+            if first != (path, key):
+                raise ValueError(f"{path}: {first[1]} and {key} are the same weight")
+    kind = network_kind(unet)
+    held_kind = next((other for other in NETWORK_KINDS if other.marker_key in locations), kind)
+    if kind.marker_key not in locations and held_kind is not kind:
+        raise ValueError(
+            f"{source}: holds the weights of a {held_kind.name}; the config is that of a"
+            f" {kind.name}"
+        )
+    shapes = {name: list(value.shape) for name, value in unet.state_dict().items()}
+    if missing := shapes.keys() - locations.keys():
+        raise ValueError(f"{source}: keys are missing: {_some(missing)}")
+    if extra := locations.keys() - shapes.keys():
+        raise ValueError(f"{source}: keys that the network does not have: {_some(extra)}")
+    for name, shape in shapes.items():
+        path, key = locations[name]
+        dtype, found = opened[path].describe(key)
+        fitting = [shape, [*shape, 1, 1]] if _PROJECTION.search(name) else [shape]
+        if found not in fitting or dtype not in _FLOATING:
+            accepted = f"{shape} in one of {', '.join(_FLOATING)}"
+            raise ValueError(f"{path}: {key} must be {accepted}; got {dtype} {found}")
+    return locations
+
+
+def _some(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def write_weights(unet: AnyUNet, path: Path) -> None:
+    """Write a state dict as a safetensors file, contiguous and in its dtype.
+
+    Raises:
+        ValueError: A weight is not finite, so that the file could not be read.
+        OSError: The file cannot be written.
+    """
+    state = {
+        name: value.detach().cpu().contiguous(memory_format=torch.contiguous_format)
+        for name, value in unet.state_dict().items()
+    }
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"unet: {name} has values that are not finite")
+    try:
+        save_file(state, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"(?:os error|code:) (\d+)", str(error))
+        raise OSError(int(code[1]) if code else None, str(error), str(path)) from error

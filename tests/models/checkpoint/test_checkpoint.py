@@ -1,4 +1,4 @@
-"""Checkpoint folders in diffusers' layout, both ways."""
+"""Checkpoint folders: exchange with diffusers, options, dtypes, and what `save` writes."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,7 @@ from checkpoint_cases import (
     OPTIONS,
     SCHEDULER,
     UNET_FILE,
+    assert_same_output,
     contents,
     edit,
     same_state,
@@ -27,11 +28,6 @@ TRIANGLES = Path(ddpm_fast.__file__).parent / "assets" / "triangles"
 
 
 @pytest.fixture
-def peer():
-    return pytest.importorskip("diffusers", reason="parity needs diffusers")
-
-
-@pytest.fixture
 def unet():
     torch.manual_seed(0)
     return UNet(**OPTIONS).eval()
@@ -42,51 +38,46 @@ def folder(tmp_path, unet):
     return save(tmp_path / "model", unet, NoiseSchedule.linear())
 
 
-def same_output(ours, theirs):
-    x = torch.randn(2, *ours.config.sample_shape, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([3, 800])
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x, t), theirs(x, t).sample, rtol=1e-5, atol=1e-5)
-
-
 class TestWithDiffusers:
-    def test_shipped_checkpoint(self, peer):
-        ours, theirs = load(TRIANGLES), peer.DDPMPipeline.from_pretrained(TRIANGLES)
-        same_output(ours.unet, theirs.unet)
+    def test_shipped_checkpoint(self, diffusers):
+        ours, theirs = load(TRIANGLES), diffusers.DDPMPipeline.from_pretrained(TRIANGLES)
+        assert_same_output(ours.unet, theirs.unet)
         assert torch.allclose(ours.schedule.betas.float(), theirs.scheduler.betas)
         assert (ours.prediction, ours.variance, ours.clip) == ("epsilon", "posterior", 1.0)
         assert (ours.spacing, ours.steps_offset) == ("leading", 0)
         assert ours.sample_shape == (1, 32, 32)
         assert ours.scheduler_config["beta_end"] == 0.02
 
-    def test_it_loads_what_we_save(self, peer, folder, unet):
-        theirs = peer.DDPMPipeline.from_pretrained(folder)
-        same_output(unet, theirs.unet)
-        assert isinstance(theirs.scheduler, peer.DDPMScheduler)
+    def test_diffusers_loads_a_saved_checkpoint(self, diffusers, folder, unet):
+        theirs = diffusers.DDPMPipeline.from_pretrained(folder)
+        assert_same_output(unet, theirs.unet)
+        assert isinstance(theirs.scheduler, diffusers.DDPMScheduler)
         assert tuple(theirs.unet.config.sample_size) == (4, 8)
         theirs.set_progress_bar_config(disable=True)
         assert theirs(num_inference_steps=2, output_type="np").images.shape == (1, 4, 8, 1)
 
     @pytest.mark.parametrize("kind", ["DDPM", "DDIM"])
-    def test_we_load_what_it_saves(self, peer, tmp_path, kind):
-        scheduler = getattr(peer, f"{kind}Scheduler")(
+    def test_checkpoint_saved_by_diffusers(self, diffusers, tmp_path, kind):
+        scheduler = getattr(diffusers, f"{kind}Scheduler")(
             num_train_timesteps=50, beta_end=0.3, clip_sample=False
         )
-        model = peer.UNet2DModel(**OPTIONS).eval()
-        getattr(peer, f"{kind}Pipeline")(model, scheduler).save_pretrained(tmp_path)
+        model = diffusers.UNet2DModel(**OPTIONS).eval()
+        getattr(diffusers, f"{kind}Pipeline")(model, scheduler).save_pretrained(tmp_path)
         ours = load(tmp_path)
-        same_output(ours.unet, model)
+        assert_same_output(ours.unet, model)
         assert (ours.schedule.T, ours.clip, ours.variance) == (50, None, "posterior")
         again = save(tmp_path / "again", ours.unet, scheduler_config=ours.scheduler_config)
-        same_output(ours.unet, getattr(peer, f"{kind}Pipeline").from_pretrained(again).unet)
+        assert_same_output(
+            ours.unet, getattr(diffusers, f"{kind}Pipeline").from_pretrained(again).unet
+        )
         assert load(again).scheduler_config == ours.scheduler_config
 
-    def test_unet_alone_both_ways(self, peer, tmp_path, unet):
-        same_output(unet, peer.UNet2DModel.from_pretrained(save(tmp_path / "a", unet)))
-        model = peer.UNet2DModel(**OPTIONS).eval()
+    def test_unet_only_in_both_directions(self, diffusers, tmp_path, unet):
+        assert_same_output(unet, diffusers.UNet2DModel.from_pretrained(save(tmp_path / "a", unet)))
+        model = diffusers.UNet2DModel(**OPTIONS).eval()
         model.save_pretrained(tmp_path / "b")
         ours = load(tmp_path / "b")
-        same_output(ours.unet, model)
+        assert_same_output(ours.unet, model)
         assert (ours.schedule, ours.prediction, ours.scheduler_config) == (None, None, None)
         assert ours.sample_shape == (1, 4, 8)
 
@@ -104,10 +95,10 @@ class TestWithDiffusers:
             pytest.param(NoiseSchedule.from_betas([0.2, 0.9, 0.9], name="linear"), id="misnamed"),
         ],
     )
-    def test_schedule_means_the_same(self, peer, tmp_path, unet, schedule):
+    def test_diffusers_reads_the_same_schedule(self, diffusers, tmp_path, unet, schedule):
         folder = save(tmp_path / "model", unet, schedule)
         torch.testing.assert_close(load(folder).schedule.betas, schedule.betas, rtol=0, atol=1e-15)
-        theirs = peer.DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        theirs = diffusers.DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
         torch.testing.assert_close(theirs.betas, schedule.betas.float(), rtol=1e-5, atol=1e-7)
 
     @pytest.mark.parametrize(
@@ -123,8 +114,8 @@ class TestWithDiffusers:
             ),
         ],
     )
-    def test_their_schedule_means_the_same(self, peer, folder, config):
-        scheduler = peer.DDPMScheduler(**config)
+    def test_schedule_saved_by_diffusers(self, diffusers, folder, config):
+        scheduler = diffusers.DDPMScheduler(**config)
         scheduler.save_pretrained(folder / "scheduler")
         betas = load(folder).schedule.betas
         torch.testing.assert_close(betas.float(), scheduler.betas, rtol=1e-4, atol=1e-6)
@@ -208,9 +199,14 @@ class TestLoad:
         assert torch.equal(found.time_proj.frequencies, unet.time_proj.frequencies)
 
     @pytest.mark.parametrize(
-        "stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+        ("stored", "asked"),
+        [
+            (torch.float32, torch.float16),
+            (torch.float16, None),
+            (torch.bfloat16, torch.float64),
+            (torch.float64, None),
+        ],
     )
-    @pytest.mark.parametrize("asked", [None, torch.float16, torch.float64])
     def test_dtype(self, tmp_path, unet, stored, asked):
         folder = save(tmp_path / "model", unet.to(stored))
         assert {v.dtype for v in load_file(folder / Path(UNET_FILE).name).values()} == {stored}
@@ -234,7 +230,7 @@ class TestSave:
         again = save(tmp_path / "deep/er/model", unet, NoiseSchedule.linear())
         assert contents(folder) == contents(again)
 
-    def test_plain_schedules_are_named(self, folder):
+    def test_schedules_of_diffusers_are_saved_by_name(self, folder):
         config = json.loads((folder / SCHEDULER).read_text())
         assert (config["beta_schedule"], config["trained_betas"]) == ("linear", None)
 
@@ -247,7 +243,7 @@ class TestSave:
         assert contents(folder).keys() == {"config.json", Path(UNET_FILE).name}
         assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
-    def test_overwrite_spares_other_files(self, folder, unet):
+    def test_overwrite_keeps_other_files(self, folder, unet):
         (folder / "notes.txt").write_text("mine")
         before = contents(folder)
         with pytest.raises(FileExistsError, match=r"not part of a checkpoint \(notes.txt\)"):
@@ -267,7 +263,7 @@ class TestSave:
         assert same_state(load("model").unet, unet)
 
     @pytest.mark.parametrize("exists", [False, True], ids=["new", "overwrite"])
-    def test_name_never_carries_half_a_checkpoint(self, folder, unet, monkeypatch, exists):
+    def test_the_folder_is_complete_at_every_moment(self, folder, unet, monkeypatch, exists):
         target = folder if exists else folder.with_name("other")
         before = contents(folder)
 

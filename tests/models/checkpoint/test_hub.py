@@ -1,4 +1,4 @@
-"""Checkpoints named by a repository of the Hub, without a network: huggingface_hub's own cache."""
+"""Checkpoints in repositories of the Hub, read from huggingface_hub's cache without a network."""
 
 import errno
 import fnmatch
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_cases import CONFIG, OPTIONS, SCHEDULER, UNET_FILE, edit, same_state
+from checkpoint_cases import CONFIG, INDEX, OPTIONS, SCHEDULER, UNET_FILE, edit, same_state
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.models import UNet
 from ddpm_fast.models.checkpoint.checkpoint import load, save
 from ddpm_fast.models.checkpoint.hub import is_repository_id
 
-hub = pytest.importorskip("huggingface_hub")
+hub = pytest.importorskip("huggingface_hub", reason="needs huggingface_hub")
 constants, errors, utils = (
     pytest.importorskip(f"huggingface_hub.{name}") for name in ("constants", "errors", "utils")
 )
@@ -26,10 +26,10 @@ NAME = "google/ddpm-cifar10-32"
 COMMITS = {"main": "a" * 40, "old": "b" * 40}
 FP16 = UNET_FILE.replace(".safe", ".fp16.safe")
 BIN = "unet/diffusion_pytorch_model.bin"
-CONFIGS = ["model_index.json", CONFIG, SCHEDULER]
+CONFIGS = [INDEX, CONFIG, SCHEDULER]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def unets():
     torch.manual_seed(0)
     return {branch: UNet(**OPTIONS).eval() for branch in COMMITS}
@@ -47,13 +47,13 @@ def cache(tmp_path, monkeypatch):
 
 
 def put(cache, name, branch, folder):
-    """Files as huggingface_hub keeps them: blobs, and a snapshot of links to them."""
+    """Store files as huggingface_hub does: blobs, and a snapshot of links to them."""
     root = cache / f"models--{name.replace('/', '--')}"
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         blob = root / "blobs" / f"{branch}-{path.name}"
         link = root / "snapshots" / COMMITS[branch] / path.relative_to(folder)
-        for place in (blob, link):
-            place.parent.mkdir(parents=True, exist_ok=True)
+        for path_in_cache in (blob, link):
+            path_in_cache.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, blob)
         link.symlink_to(os.path.relpath(blob, link.parent))
     (root / "refs").mkdir(exist_ok=True)
@@ -99,13 +99,14 @@ class TestFromTheCache:
         put(cache, NAME, "main", folder)
         assert same_state(load(NAME).unet, unets["main"])
 
-    def test_in_a_process_that_is_offline(self, cached):
+    @pytest.mark.slow
+    def test_in_an_offline_process(self, cached):
         code = f"import ddpm_fast; print(ddpm_fast.load({NAME!r}).sample_shape)"
         env = {**os.environ, "HF_HUB_CACHE": str(cached), "HF_HUB_OFFLINE": "1"}
         result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
         assert result.stdout == b"(1, 4, 8)\n", result.stderr
 
-    def test_a_folder_of_that_name_comes_first(self, cached, unets):
+    def test_a_folder_of_that_name_precedes(self, cached, unets):
         other = UNet(**OPTIONS)
         save(NAME, other)
         assert same_state(load(NAME).unet, other)
@@ -113,7 +114,7 @@ class TestFromTheCache:
 
 @pytest.fixture
 def remote(cache, tmp_path, unets, monkeypatch):
-    """A repository with every kind of file; (revision, files) of each download are recorded."""
+    """Return a repository with every kind of file, and the (revision, files) of all downloads."""
     source = save(tmp_path / "remote", unets["main"], NoiseSchedule.linear())
     for name in ("README.md", "unet/training.pt", "vae/diffusion_pytorch_model.safetensors"):
         (source / name).parent.mkdir(exist_ok=True)
@@ -139,31 +140,30 @@ def remote(cache, tmp_path, unets, monkeypatch):
     return source, downloads
 
 
-class TestWhatIsFetched:
+class TestDownloads:
     @pytest.mark.parametrize(("variant", "weights"), [(None, UNET_FILE), ("fp16", FP16)])
     def test_safetensors_of_the_variant(self, remote, unets, variant, weights):
         _, downloads = remote
         assert same_state(load(NAME, variant=variant, revision="main").unet, unets["main"])
         assert downloads == [("main", sorted(CONFIGS)), (COMMITS["main"], [weights])]
 
-    def test_a_pickle_where_there_is_nothing_else(self, remote, unets):
+    def test_a_pickle_without_safetensors(self, remote, unets):
         source, downloads = remote
         (source / UNET_FILE).unlink()
         assert same_state(load(NAME).unet, unets["main"])
         assert downloads[1:] == [(COMMITS["main"], []), (COMMITS["main"], [BIN])]
 
-    def test_a_pickle_that_is_there_in_part_is_fetched_whole(self, remote, tmp_path):
+    def test_a_pickle_that_is_partly_in_the_cache(self, remote, tmp_path):
         source, downloads = remote
         (source / UNET_FILE).unlink()
         index = tmp_path / "snapshots" / COMMITS["main"] / f"{BIN}.index.json"
         index.parent.mkdir(parents=True)
         index.write_text('{"weight_map": {}}')
-        with pytest.raises(ValueError, match="expected a weight_map"):
+        with pytest.raises(ValueError, match="weight_map must be"):
             load(NAME)
         assert downloads[2:] == [(COMMITS["main"], [BIN])]
 
-    def test_shards(self, remote):
-        diffusers = pytest.importorskip("diffusers", reason="shards are made with diffusers")
+    def test_shards(self, remote, diffusers):
         source, downloads = remote
         (source / UNET_FILE).unlink()
         model = diffusers.UNet2DModel(**OPTIONS)
@@ -174,14 +174,14 @@ class TestWhatIsFetched:
         assert len(downloads[1][1]) == 13
         assert not [name for name in downloads[1][1] if "bf16" in name]
 
-    def test_no_weights_of_another_model(self, remote):
+    def test_no_weights_for_an_unsupported_pipeline(self, remote):
         source, downloads = remote
-        edit(source / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+        edit(source / INDEX, {"_class_name": "StableDiffusionPipeline"})
         with pytest.raises(ValueError, match="StableDiffusionPipeline"):
             load(NAME)
         assert len(downloads) == 1
 
-    def test_nothing_after_an_argument_that_is_refused(self, remote):
+    def test_nothing_for_an_argument_that_is_not_accepted(self, remote):
         _, downloads = remote
         for wrong in (
             {"variant": "../a"},
@@ -195,7 +195,7 @@ class TestWhatIsFetched:
 
 
 def failing(monkeypatch, online, cached):
-    """Downloads that fail, by one error from the Hub and by another from the cache alone."""
+    """Make downloads fail with one error, and reads of the cache with another."""
 
     def snapshot_download(*_, local_files_only=False, **__):
         raise cached if local_files_only else online
@@ -204,14 +204,14 @@ def failing(monkeypatch, online, cached):
 
 
 def http_error(name):
-    """An error of huggingface_hub, without the response that it is made of."""
+    """Return an error of huggingface_hub, without the response in it."""
     kind = getattr(errors, name)
     return kind.__new__(kind, "404")
 
 
 class TestMissing:
     def test_offline_and_not_in_the_cache(self, cache):
-        match = rf"neither in the cache nor to be had from the Hugging Face Hub \(.*'{NAME}'"
+        match = rf"no repository in the cache; the Hugging Face Hub cannot be reached \(.*'{NAME}'"
         with pytest.raises(FileNotFoundError, match=match):
             load(NAME)
 
@@ -234,9 +234,7 @@ class TestMissing:
         with pytest.raises(FileNotFoundError, match=rf"no revision='v9'.*{NAME}"):
             load(NAME, revision="v9")
 
-    def test_connection_that_fails_in_its_own_way_leaves_the_cache(
-        self, cached, unets, monkeypatch
-    ):
+    def test_the_cache_serves_after_any_connection_error(self, cached, unets, monkeypatch):
         download = hub.snapshot_download
 
         def proxied(*args, local_files_only=False, **kwargs):
@@ -247,7 +245,7 @@ class TestMissing:
         monkeypatch.setattr(hub, "snapshot_download", proxied)
         assert same_state(load(NAME).unet, unets["main"])
 
-    def test_full_disk_is_not_taken_for_a_lost_connection(self, cache, monkeypatch):
+    def test_a_full_disk_is_not_a_connection_error(self, cache, monkeypatch):
         full = OSError(errno.ENOSPC, "No space left on device")
         failing(monkeypatch, full, OSError("not cached"))
         with pytest.raises(OSError, match="No space left") as got:
@@ -268,7 +266,7 @@ class TestMissing:
     ],
     ids=str,
 )
-def test_a_path_stays_one(cached, path):
+def test_paths_that_are_no_repository(cache, path):
     with pytest.raises(FileNotFoundError, match=r"no such checkpoint folder: "):
         load(path)
 
@@ -279,7 +277,7 @@ def test_names_of_repositories(name):
     assert is_repository_id(name)
 
 
-def test_a_file_and_a_broken_link_are_no_repository(cached):
+def test_existing_names_are_no_repository(cached):
     Path("ddpm").write_text("")
     with pytest.raises(ValueError, match="ddpm: is a file"):
         load("ddpm")
@@ -290,5 +288,5 @@ def test_a_file_and_a_broken_link_are_no_repository(cached):
 
 def test_revision_of_a_folder(tmp_path, unets):
     folder = save(tmp_path / "model", unets["main"])
-    with pytest.raises(ValueError, match=r"revision must be None .*'main'.*model is a f"):
+    with pytest.raises(ValueError, match=r"revision must be None .*model; got 'main'"):
         load(folder, revision="main")

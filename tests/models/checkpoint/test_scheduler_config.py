@@ -1,4 +1,4 @@
-"""Pipelines with each of diffusers' schedulers, in this package's terms."""
+"""Configurations of the schedulers of diffusers: options that are read, ignored and rejected."""
 
 import json
 import math
@@ -19,13 +19,8 @@ PNDM = "PNDMScheduler"
 
 
 @pytest.fixture(scope="module")
-def peer():
-    return pytest.importorskip("diffusers", reason="parity needs diffusers")
-
-
-@pytest.fixture(scope="module")
-def theirs(peer):
-    return peer.UNet2DModel(**OPTIONS).eval()
+def theirs(diffusers):
+    return diffusers.UNet2DModel(**OPTIONS).eval()
 
 
 @pytest.fixture
@@ -33,9 +28,9 @@ def folder(tmp_path):
     return save(tmp_path / "model", UNet(**OPTIONS), NoiseSchedule.linear())
 
 
-def saved(peer, theirs, folder, kind, **options):
-    scheduler = getattr(peer, kind)(**options)
-    peer.DDPMPipeline(theirs, scheduler).save_pretrained(folder)
+def save_pipeline(diffusers, theirs, folder, kind, **options):
+    scheduler = getattr(diffusers, kind)(**options)
+    diffusers.DDPMPipeline(theirs, scheduler).save_pretrained(folder)
     return scheduler
 
 
@@ -79,8 +74,8 @@ PREDICTION = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 
 @pytest.mark.filterwarnings("error:scheduler options")
 @pytest.mark.parametrize(("kind", "options"), CASES)
-def test_scheduler_of_diffusers(peer, theirs, tmp_path, kind, options):
-    scheduler = saved(peer, theirs, tmp_path / "a", kind, **options)
+def test_scheduler_of_diffusers(diffusers, theirs, tmp_path, kind, options):
+    scheduler = save_pipeline(diffusers, theirs, tmp_path / "a", kind, **options)
     ours, config = load(tmp_path / "a"), scheduler.config
     assert torch.allclose(ours.schedule.betas.float(), scheduler.betas, rtol=1e-5, atol=1e-6)
     assert ours.prediction == PREDICTION[config.prediction_type]
@@ -94,7 +89,7 @@ def test_scheduler_of_diffusers(peer, theirs, tmp_path, kind, options):
     pipelines = {"DDIMScheduler": "DDIMPipeline", PNDM: "PNDMPipeline"}
     pipeline = pipelines.get(kind, "DDPMPipeline")
     assert json.loads((again / "model_index.json").read_text())["_class_name"] == pipeline
-    back = getattr(peer, pipeline).from_pretrained(again).scheduler
+    back = getattr(diffusers, pipeline).from_pretrained(again).scheduler
     assert type(back) is type(scheduler)
     assert dict(back.config) | {"_use_default_values": 0} == dict(config) | {
         "_use_default_values": 0
@@ -102,8 +97,8 @@ def test_scheduler_of_diffusers(peer, theirs, tmp_path, kind, options):
 
 
 @pytest.mark.parametrize("kind", [DPM, UNIPC])
-def test_threshold_of_a_multistep_solver(peer, theirs, tmp_path, kind):
-    saved(peer, theirs, tmp_path, kind, thresholding=True, sample_max_value=2.0)
+def test_threshold_of_a_multistep_solver(diffusers, theirs, tmp_path, kind):
+    save_pipeline(diffusers, theirs, tmp_path, kind, thresholding=True, sample_max_value=2.0)
     assert load(tmp_path).clip == DynamicThreshold(0.995, 2.0)
 
 
@@ -118,7 +113,7 @@ def test_threshold_of_a_multistep_solver(peer, theirs, tmp_path, kind):
         ("DDIMScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas"),
     ],
 )
-def test_what_a_scheduler_does_not_have_is_off_and_warned_of(kind, options, ignored):
+def test_options_that_a_scheduler_lacks_are_off_with_a_warning(kind, options, ignored):
     with pytest.warns(UserWarning, match=f"ignored: {ignored}$"):
         found = parse_scheduler({"_class_name": kind, **options})
     with warnings.catch_warnings():
@@ -126,7 +121,7 @@ def test_what_a_scheduler_does_not_have_is_off_and_warned_of(kind, options, igno
         assert found == parse_scheduler({"_class_name": kind})
 
 
-def refused(kind, option, value, accepted):
+def rejected(kind, option, value, accepted):
     short = {DPM: "dpm", UNIPC: "unipc"}.get(kind, kind)
     return pytest.param(kind, option, value, accepted, id=f"{short}-{option}")
 
@@ -135,7 +130,7 @@ def refused(kind, option, value, accepted):
     ("kind", "option", "value", "accepted"),
     [
         *(
-            refused(kind, name, True, "False")
+            rejected(kind, name, True, "False")
             for kind in (DPM, UNIPC)
             for name in (
                 "use_karras_sigmas",
@@ -145,24 +140,24 @@ def refused(kind, option, value, accepted):
                 "use_dynamic_shifting",
             )
         ),
-        *(refused(kind, "flow_shift", 3.0, "1.0") for kind in (DPM, UNIPC)),
-        *(refused(kind, "time_shift_type", "linear", "'exponential'") for kind in (DPM, UNIPC)),
-        refused(DPM, "use_lu_lambdas", True, "False"),
-        refused(DPM, "lambda_min_clipped", -5.1, "-inf"),
-        *(refused(UNIPC, name, 0.1, "None") for name in ("sigma_min", "sigma_max")),
-        refused(UNIPC, "shift_terminal", 0.1, "None"),
+        *(rejected(kind, "flow_shift", 3.0, "1.0") for kind in (DPM, UNIPC)),
+        *(rejected(kind, "time_shift_type", "linear", "'exponential'") for kind in (DPM, UNIPC)),
+        rejected(DPM, "use_lu_lambdas", True, "False"),
+        rejected(DPM, "lambda_min_clipped", -5.1, "-inf"),
+        *(rejected(UNIPC, name, 0.1, "None") for name in ("sigma_min", "sigma_max")),
+        rejected(UNIPC, "shift_terminal", 0.1, "None"),
         *(
-            refused(kind, "prediction_type", "flow_prediction", "epsilon, sample, v_prediction")
+            rejected(kind, "prediction_type", "flow_prediction", "epsilon, sample, v_prediction")
             for kind in (DPM, UNIPC, PNDM, "DDPMScheduler")
         ),
         *(
-            refused(kind, "beta_schedule", "laplace", "linear, scaled_linear")
+            rejected(kind, "beta_schedule", "laplace", "linear, scaled_linear")
             for kind in (DPM, UNIPC, PNDM, "DDIMScheduler")
         ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:scheduler options ignored")
-def test_option_that_would_change_the_chain(folder, kind, option, value, accepted):
+def test_options_that_would_change_the_timesteps(folder, kind, option, value, accepted):
     edit(folder / SCHEDULER, {"_class_name": kind, option: value})
     edit(folder / "model_index.json", {"scheduler": ["diffusers", kind]})
     match = rf"{SCHEDULER}: scheduler option {option} must be .*{accepted}.*; got {value!r}"
@@ -170,9 +165,13 @@ def test_option_that_would_change_the_chain(folder, kind, option, value, accepte
         load(folder)
 
 
-@pytest.mark.parametrize("kind", ["DDPM", "DDIM"])
-@pytest.mark.parametrize("library", ["ddpm_fast", "ddpm_fast.interop.schedulers", None])
-def test_this_package_in_the_place_of_diffusers(peer, folder, tmp_path, kind, library):
+@pytest.mark.parametrize(
+    ("kind", "library"),
+    [("DDPM", "ddpm_fast"), ("DDIM", "ddpm_fast.interop.schedulers"), ("DDPM", None)],
+)
+def test_drop_in_schedulers_are_read_and_saved_as_those_of_diffusers(
+    diffusers, folder, tmp_path, kind, library
+):
     name = f"Fast{kind}Scheduler"
     edit(folder / SCHEDULER, {"_class_name": name, "beta_end": 0.03})
     edit(folder / "model_index.json", {"scheduler": [library, name]})
@@ -181,13 +180,13 @@ def test_this_package_in_the_place_of_diffusers(peer, folder, tmp_path, kind, li
     assert ours.scheduler_config["_class_name"] == name
     again = save(tmp_path / "again", ours.unet, scheduler_config=ours.scheduler_config)
     assert load(again).scheduler_config == ours.scheduler_config
-    theirs = getattr(peer, f"{kind}Pipeline").from_pretrained(again).scheduler
-    assert isinstance(theirs, getattr(peer, f"{kind}Scheduler"))
+    theirs = getattr(diffusers, f"{kind}Pipeline").from_pretrained(again).scheduler
+    assert isinstance(theirs, getattr(diffusers, f"{kind}Scheduler"))
     assert theirs.betas[-1] == pytest.approx(0.03)
 
 
 @pytest.mark.parametrize("held", [{"_class_name": "DDPMScheduler"}, {}], ids=["other", "none"])
-def test_the_index_names_the_class_that_reads(folder, held):
+def test_the_class_in_the_index_decides(folder, held):
     (folder / SCHEDULER).write_text(json.dumps({**held, "use_flow_sigmas": False}))
     edit(folder / "model_index.json", {"scheduler": ["diffusers", DPM]})
     found = load(folder)
@@ -196,7 +195,7 @@ def test_the_index_names_the_class_that_reads(folder, held):
 
 
 @pytest.mark.filterwarnings("ignore:scheduler options ignored")
-def test_an_option_that_is_off_may_be_infinite(folder, tmp_path):
+def test_an_infinite_default_is_saved(folder, tmp_path):
     edit(folder / SCHEDULER, {"_class_name": DPM, "lambda_min_clipped": -math.inf})
     edit(folder / "model_index.json", {"scheduler": ["diffusers", DPM]})
     found = load(folder)
