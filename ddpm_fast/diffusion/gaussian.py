@@ -1,4 +1,4 @@
-"""Gaussians: their divergence, their density, and the decoder that puts one into 256 bins."""
+"""Gaussians: divergence, density, and the discretised decoder of 256 bins."""
 
 from __future__ import annotations
 
@@ -9,21 +9,30 @@ from torch import Tensor
 
 from ddpm_fast.utils import checks
 
-BIN = 2 / 255  # width of a bin: 256 values evenly spaced over [-1, 1]
+BIN = 2 / 255  # width of a bin of 256 values evenly spaced over [-1, 1]
 
 Value = Tensor | float
 
 
 def gaussian_kl(mean1: Value, log_variance1: Value, mean2: Value, log_variance2: Value) -> Tensor:
-    """D_KL(N(mean1, variance1) || N(mean2, variance2)) of each element, in nats.
+    """Return D_KL(N(mean1, variance1) || N(mean2, variance2)) of each element, in nats.
 
     Half of log variance2 - log variance1 + variance1 / variance2 - 1 + (mean1 - mean2)^2 /
-    variance2, which summed over d elements is Corollary 9 of Khungurn 2022 (printed without the +
-    before its logarithms). Arguments are floating-point tensors of shapes that broadcast, or
-    numbers. Returns their common shape, device and dtype, float32 for half precision (float64
-    where all are numbers). Differentiable.
+    variance2; summed over d elements it is Corollary 9, Khungurn 2022 (printed without the + before
+    its logarithms). Differentiable.
 
-    Raises TypeError for an argument that is neither.
+    Args:
+        mean1: Floating-point tensor or number. All arguments broadcast.
+        log_variance1: Natural logarithm of the variance.
+        mean2: As `mean1`.
+        log_variance2: As `log_variance1`.
+
+    Returns:
+        The divergence, with the common shape, device and dtype; float32 for half precision, float64
+        if all arguments are numbers.
+
+    Raises:
+        TypeError: An argument is neither a floating-point tensor nor a number.
     """
     m1, log1, m2, log2 = _values(
         mean1=mean1, log_variance1=log_variance1, mean2=mean2, log_variance2=log_variance2
@@ -36,14 +45,23 @@ def gaussian_kl(mean1: Value, log_variance1: Value, mean2: Value, log_variance2:
 def gaussian_kl_full(
     mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor
 ) -> Tensor:
-    """D_KL(N(mean1, covariance1) || N(mean2, covariance2)) in nats (Prop. 8, Khungurn 2022).
+    """Return D_KL(N(mean1, covariance1) || N(mean2, covariance2)) in nats (Prop. 8, Khungurn 2022).
 
-    mean1, mean2: [..., d]; covariance1, covariance2: [..., d, d], positive definite, of which the
-    lower triangles are read. All float32 or all float64, on one device; leading sizes broadcast.
-    Returns [...]. Differentiable. Waits for a GPU, to check what it was given.
+    Differentiable. Synchronises with a GPU to check the covariances.
 
-    Raises TypeError for other dtypes; ValueError for other shapes and for a covariance that is not
-    positive definite.
+    Args:
+        mean1: float32 or float64 [..., d]. All arguments have one dtype and device; the leading
+            dimensions broadcast.
+        covariance1: Positive definite [..., d, d]; only the lower triangle is read.
+        mean2: As `mean1`.
+        covariance2: As `covariance1`.
+
+    Returns:
+        The divergence [...].
+
+    Raises:
+        TypeError: An argument has another dtype.
+        ValueError: An argument has another shape, or a covariance is not positive definite.
     """
     means, covariances = (mean1, mean2), (covariance1, covariance2)
     factors = []
@@ -59,7 +77,7 @@ def gaussian_kl_full(
             )
         factor, failed = torch.linalg.cholesky_ex(covariance)
         if failed.any() or not factor.isfinite().all():
-            raise ValueError(f"covariance{i} must be positive definite; one is not")
+            raise ValueError(f"covariance{i} must be positive definite; got one that is not")
         factors.append(factor)
     first, second = factors
     log_dets = [2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) for factor in factors]
@@ -70,9 +88,18 @@ def gaussian_kl_full(
 
 
 def gaussian_log_density(x: Value, mean: Value, log_variance: Value) -> Tensor:
-    """log N(x; mean, variance) of each element, in nats: a density, which may exceed 0.
+    """Return log N(x; mean, variance) of each element, in nats: a density, which may exceed 0.
 
-    Arguments, result and errors are those of gaussian_kl.
+    Args:
+        x: Floating-point tensor or number. All arguments broadcast.
+        mean: As `x`.
+        log_variance: Natural logarithm of the variance.
+
+    Returns:
+        The log-density, as by `gaussian_kl`.
+
+    Raises:
+        TypeError: As `gaussian_kl`.
     """
     x, mean, log_variance = _values(x=x, mean=mean, log_variance=log_variance)
     apart = (x - mean) * torch.exp(-log_variance / 2)
@@ -80,16 +107,24 @@ def gaussian_log_density(x: Value, mean: Value, log_variance: Value) -> Tensor:
 
 
 def discretised_gaussian_log_likelihood(x: Value, mean: Value, log_variance: Value) -> Tensor:
-    """Log-probability of x's bin under N(mean, variance), in nats (Eq. 13, Ho et al. 2020).
+    """Return the log-probability of the bin of x under N(mean, variance) (Eq. 13, Ho et al. 2020).
 
-    x: one of 256 values evenly spaced over [-1, 1], the middle of a bin of width 2/255; the bin of
-    -1 reaches down to minus infinity, that of 1 up to infinity, so that the 256 probabilities sum
-    to 1. Other values of x are taken as the middle of a bin of that width. Arguments, result and
-    errors are otherwise those of gaussian_kl.
+    The bins have a width of 2/255; that of -1 extends to minus infinity, that of 1 to infinity, so
+    the 256 probabilities sum to 1. Evaluated in float64, from logarithms of the smaller tail:
+    finite and exact for narrow Gaussians far away, and for wide ones, for which the ends of a bin
+    differ only in the last digits of a float32.
 
-    Evaluated in float64 whatever the dtype, from logarithms of the smaller tail: finite and exact
-    for narrow Gaussians far away, and for wide ones, where the bin's ends differ in the last digits
-    of a float32 alone.
+    Args:
+        x: One of 256 values evenly spaced over [-1, 1]; other values are the middle of a bin of
+            that width. Floating-point tensor or number. All arguments broadcast.
+        mean: As `x`.
+        log_variance: Natural logarithm of the variance.
+
+    Returns:
+        The log-probability in nats, as by `gaussian_kl`.
+
+    Raises:
+        TypeError: As `gaussian_kl`.
     """
     x, mean, log_variance = _values(x=x, mean=mean, log_variance=log_variance)
     dtype = x.dtype
@@ -97,18 +132,18 @@ def discretised_gaussian_log_likelihood(x: Value, mean: Value, log_variance: Val
     narrow = torch.exp(-log_variance / 2)
     lower, upper = (x - mean - BIN / 2) * narrow, (x - mean + BIN / 2) * narrow
     first, last = x < -1 + BIN / 2, x > 1 - BIN / 2
-    # Above the mean the bin is mirrored to below it: a lower tail has digits, 1 minus it has not.
+    # Above the mean the bin is mirrored: a lower tail keeps its digits, 1 minus a tail does not.
     mirrored = ((x > mean) | last) & ~first
     below = torch.special.log_ndtr(torch.where(mirrored, -upper, lower))
     above = torch.special.log_ndtr(torch.where(mirrored, -lower, upper))
-    # -1 stands where the outer bins have no lower end, to keep NaN out of the gradient.
+    # Outer bins have one end; -1 in place of the difference keeps NaN out of the gradient.
     gap = torch.where(first | last, -1.0, below - above)
     inner = above + torch.log(-torch.expm1(gap))
     return torch.where(first | last, above, inner).to(dtype)
 
 
 def _values(**named: object) -> list[Tensor]:
-    """The arguments as tensors of one floating dtype, float32 at least, on one device."""
+    """Return the arguments as tensors of one dtype, float32 or float64, on one device."""
     tensors = [value for value in named.values() if isinstance(value, Tensor)]
     for name, value in named.items():
         if isinstance(value, Tensor):

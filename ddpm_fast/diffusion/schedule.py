@@ -1,4 +1,4 @@
-"""Noise schedules: betas and what follows from them, in float64."""
+"""Noise schedules: betas and the tables derived from them, in float64."""
 
 from __future__ import annotations
 
@@ -11,70 +11,87 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_fast.diffusion.schedule_values import (
+    TableAttribute,
+    beta_ramp,
+    between,
+    capped_betas,
+    float64_vector,
+    require,
+    unit_interval,
+)
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.immutable import ImmutableTables
 
 Values = Sequence[float] | np.ndarray | Tensor
 
-# sqrt(alphas_cumprod[-1]) above which a schedule warns: a hundredth of the variance of x_T is x_0.
+# Largest sqrt(alphas_cumprod[-1]) without a warning: 1% of the variance of x_T is that of x_0.
 MAX_TERMINAL_SIGNAL = 0.1
 
 
 class ScheduleWarning(UserWarning):
-    """A schedule works, but its x_T is far from N(0, I), where sampling starts."""
-
-
-class _Table:
-    """Attribute that gives a fresh copy of a float64 CPU table."""
-
-    def __init__(self, doc: str) -> None:
-        self.__doc__ = doc
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, holder: ImmutableTables | None, owner: type | None = None) -> Tensor:
-        if holder is None:
-            return self  # type: ignore[return-value]
-        return holder._tables[self.name].clone()
+    """Warning that x_T of a schedule is far from N(0, I), where sampling starts."""
 
 
 class NoiseSchedule(ImmutableTables):
-    """The forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I).
+    """Forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I).
 
-    Made by the classmethods: linear, scaled_linear, cosine, sigmoid, sigmoid_cumprod, power,
-    sine_wave, from_betas, from_alphas, from_alphas_cumprod. Index t of every table is step t+1 of
-    the papers. Betas lie in (0, 1]; only the last may be 1 (an earlier 1 leaves nothing of x_0 for
-    the steps after it), and then alphas_cumprod ends at 0: zero terminal SNR.
+    Made by the classmethods `linear`, `scaled_linear`, `cosine`, `sigmoid`, `sigmoid_cumprod`,
+    `power`, `sine_wave`, `from_betas`, `from_alphas` and `from_alphas_cumprod`. Schedules are
+    immutable, compare and hash by their tables (not the name), and can be pickled and copied. Index
+    t of every table is step t + 1 of the papers.
 
-    Every table is a float64 CPU tensor [T]; an attribute gives a fresh copy, so that writing to it
-    changes nothing here. Schedules are immutable, compare and hash by their tables (the name is a
-    label), and can be pickled and copied.
+    Betas are in (0, 1]. Only the last may be 1, because a beta of 1 removes all of x_0;
+    alphas_cumprod then ends at 0 (zero terminal SNR). A schedule whose x_T keeps more than a tenth
+    of the amplitude of x_0 raises a `ScheduleWarning`: its chain does not end at N(0, I), where
+    samplers start.
 
-    A schedule that leaves more than a tenth of x_0's amplitude in x_T works, with a
-    ScheduleWarning that gives the number: its chain does not end at N(0, I), where samplers start.
+    Every table is a float64 CPU tensor [T]; an attribute returns a new copy.
+
+    Args:
+        betas: Variances of the forward steps [T].
+        alphas: 1 - betas.
+        abar: alphas_cumprod.
+        one_minus_abar: 1 - alphas_cumprod, without cancellation.
+        name: Label of the schedule in `repr`.
+
+    Attributes:
+        T: Number of timesteps.
+        num_timesteps: The same, with OpenAI's name.
+        zero_terminal_snr: True if alphas_cumprod ends at 0.
+        name: Label of the schedule.
+
+    Raises:
+        TypeError: In the classmethods: an argument has another type.
+        ValueError: In the classmethods: an argument is out of range.
     """
 
-    # Pickles name the class as users import it, so that a file can move.
+    # Pickles refer to the public name, not to this file.
     __module__ = "ddpm_fast"
 
     T: int
     num_timesteps: int
     zero_terminal_snr: bool  # alphas_cumprod ends at 0
     name: str
-    betas = _Table("Variances of the forward steps, in (0, 1].")
-    alphas = _Table("1 - betas.")
-    alphas_cumprod = _Table("Products of the alphas up to t (Eq. 4, Ho et al. 2020).")
-    alphas_cumprod_prev = _Table("alphas_cumprod one step earlier, 1 at index 0.")
-    one_minus_alphas_cumprod = _Table("1 - alphas_cumprod, exact where that would cancel.")
-    sqrt_alphas_cumprod = _Table("Factor of x_0 in x_t (Eq. 4, Ho et al. 2020).")
-    sqrt_one_minus_alphas_cumprod = _Table("Factor of the noise in x_t (Eq. 4).")
-    sigmas = _Table("sigma(t) = sqrt(1/abar_t - 1) of the variance-exploding form; inf at abar 0.")
-    snr = _Table("Signal-to-noise ratio alphas_cumprod / (1 - alphas_cumprod).")
-    posterior_variance = _Table("Variance of q(x_{t-1} | x_t, x_0), 0 at index 0 (Eq. 7).")
-    posterior_log_variance = _Table("Its natural logarithm, of no less than 1e-20 (index 0).")
-    posterior_mean_coef1 = _Table("Factor of x_0 in the mean of q(x_{t-1} | x_t, x_0) (Eq. 7).")
-    posterior_mean_coef2 = _Table("Factor of x_t in that mean (Eq. 7).")
+    betas = TableAttribute("Variances of the forward steps, in (0, 1].")
+    alphas = TableAttribute("1 - betas.")
+    alphas_cumprod = TableAttribute("Products of the alphas up to t (Eq. 4, Ho et al. 2020).")
+    alphas_cumprod_prev = TableAttribute("alphas_cumprod one step earlier, 1 at index 0.")
+    one_minus_alphas_cumprod = TableAttribute("1 - alphas_cumprod, exact where that would cancel.")
+    sqrt_alphas_cumprod = TableAttribute("Factor of x_0 in x_t (Eq. 4, Ho et al. 2020).")
+    sqrt_one_minus_alphas_cumprod = TableAttribute("Factor of the noise in x_t (Eq. 4).")
+    sigmas = TableAttribute(
+        "sigma(t) = sqrt(1/abar_t - 1) of the variance-exploding form; inf at abar 0."
+    )
+    snr = TableAttribute("Signal-to-noise ratio alphas_cumprod / (1 - alphas_cumprod).")
+    posterior_variance = TableAttribute("Variance of q(x_{t-1} | x_t, x_0), 0 at index 0 (Eq. 7).")
+    posterior_log_variance = TableAttribute(
+        "Its natural logarithm, of no less than 1e-20 (index 0)."
+    )
+    posterior_mean_coef1 = TableAttribute(
+        "Factor of x_0 in the mean of q(x_{t-1} | x_t, x_0) (Eq. 7)."
+    )
+    posterior_mean_coef2 = TableAttribute("Factor of x_t in that mean (Eq. 7).")
 
     def __init__(
         self, betas: Tensor, alphas: Tensor, abar: Tensor, one_minus_abar: Tensor, name: str
@@ -116,119 +133,162 @@ class NoiseSchedule(ImmutableTables):
 
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Self:
-        """Betas evenly spaced from beta_start to beta_end (Section 4, Ho et al. 2020).
+        """Return a schedule of evenly spaced betas (Section 4, Ho et al. 2020).
 
-        T >= 1, 0 < beta_start <= beta_end <= 1 (OpenAI's linear multiplies both by 1000/T); falling
-        betas go through from_betas. Raises TypeError, ValueError for other arguments.
+        Args:
+            T: Number of timesteps, at least 1.
+            beta_start: First beta, 0 < beta_start <= beta_end.
+            beta_end: Last beta, at most 1. OpenAI's linear schedule multiplies both by 1000/T.
         """
-        ramp, low, high = _ramp(T, beta_start, beta_end)
-        return cls._from_steps(_between(low, high, ramp), name="linear")
+        ramp, low, high = beta_ramp(T, beta_start, beta_end)
+        return cls._from_steps(between(low, high, ramp), name="linear")
 
     @classmethod
     def scaled_linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Self:
-        """Betas whose square roots are evenly spaced (diffusers' scaled_linear, ddim's quad).
+        """Return a schedule of betas with evenly spaced square roots (diffusers' scaled_linear).
 
-        Arguments and errors are those of linear. Latent models use 0.00085..0.012.
+        Args:
+            T: Number of timesteps, at least 1.
+            beta_start: First beta; 0.00085 for latent models.
+            beta_end: Last beta; 0.012 for latent models.
         """
-        ramp, low, high = _ramp(T, beta_start, beta_end)
-        roots = _between(math.sqrt(low), math.sqrt(high), ramp)
+        ramp, low, high = beta_ramp(T, beta_start, beta_end)
+        roots = between(math.sqrt(low), math.sqrt(high), ramp)
         return cls._from_steps(roots.square(), name="scaled_linear")
 
     @classmethod
     def power(
         cls, exponent: float, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> Self:
-        """beta_t = beta_start + (beta_end - beta_start) (t/(T-1))^exponent.
+        """Return beta_t = beta_start + (beta_end - beta_start) (t/(T-1))^exponent.
 
-        exponent > 0; the other arguments and the errors are those of linear.
+        Args:
+            exponent: Exponent, above 0.
+            T: Number of timesteps, at least 1.
+            beta_start: First beta, 0 < beta_start <= beta_end.
+            beta_end: Last beta, at most 1.
         """
         exponent = checks.real("exponent", exponent, 0, math.inf, "()")
-        ramp, low, high = _ramp(T, beta_start, beta_end)
-        return cls._from_steps(_between(low, high, ramp**exponent), name=f"power({exponent:g})")
+        ramp, low, high = beta_ramp(T, beta_start, beta_end)
+        return cls._from_steps(between(low, high, ramp**exponent), name=f"power({exponent:g})")
 
     @classmethod
     def sine_wave(
         cls, cycles: float = 2.5, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> Self:
-        """beta_t = beta_start + (beta_end - beta_start) sin^2(pi cycles t/(T-1)).
+        """Return beta_t = beta_start + (beta_end - beta_start) sin^2(pi cycles t/(T-1)).
 
-        cycles > 0; the other arguments and the errors are those of linear.
+        Args:
+            cycles: Number of cycles, above 0.
+            T: Number of timesteps, at least 1.
+            beta_start: Lowest beta, 0 < beta_start <= beta_end.
+            beta_end: Highest beta, at most 1.
         """
         cycles = checks.real("cycles", cycles, 0, math.inf, "()")
-        ramp, low, high = _ramp(T, beta_start, beta_end)
+        ramp, low, high = beta_ramp(T, beta_start, beta_end)
         wave = torch.sin(math.pi * cycles * ramp).square()
-        return cls._from_steps(_between(low, high, wave), name=f"sine_wave({cycles:g})")
+        return cls._from_steps(between(low, high, wave), name=f"sine_wave({cycles:g})")
 
     @classmethod
     def sigmoid(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Self:
-        """Betas on a sigmoid over [-6, 6] (diffusers' and ddim's sigmoid).
+        """Return a schedule of betas on a sigmoid over [-6, 6] (diffusers' and ddim's sigmoid).
 
-        Its alphas_cumprod form is sigmoid_cumprod. Arguments and errors are those of linear.
+        Args:
+            T: Number of timesteps, at least 1.
+            beta_start: Lowest beta, 0 < beta_start <= beta_end.
+            beta_end: Highest beta, at most 1.
         """
-        ramp, low, high = _ramp(T, beta_start, beta_end)
-        betas = _between(low, high, torch.sigmoid(12 * ramp - 6))
+        ramp, low, high = beta_ramp(T, beta_start, beta_end)
+        betas = between(low, high, torch.sigmoid(12 * ramp - 6))
         return cls._from_steps(betas, name="sigmoid")
 
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Self:
-        """alphas_cumprod along cos^2((u + s)/(1 + s) pi/2), u in [0, 1] (Nichol & Dhariwal 2021).
+        """Return the cosine schedule of Nichol & Dhariwal 2021.
 
-        T >= 1, s >= 0, 0 < max_beta <= 1 (caps the betas); errors are those of linear.
+        alphas_cumprod follows cos^2((u + s)/(1 + s) pi/2) for u in [0, 1].
+
+        Args:
+            T: Number of timesteps, at least 1.
+            s: Offset, at least 0.
+            max_beta: Largest beta, in (0, 1].
         """
         s = checks.real("s", s, 0, math.inf, "[)")
-        u = _unit(checks.integer("T", T, 1) + 1)
+        u = unit_interval(checks.integer("T", T, 1) + 1)
         curve = torch.cos((u + s) / (1 + s) * (math.pi / 2)).square()
-        return cls._from_steps(_capped(curve, max_beta), name="cosine")
+        return cls._from_steps(capped_betas(curve, max_beta), name="cosine")
 
     @classmethod
     def sigmoid_cumprod(
         cls, T: int = 1000, start: float = -3, end: float = 3, tau: float = 1
     ) -> Self:
-        """alphas_cumprod along a falling sigmoid of [start, end]/tau (Jabri et al. 2022).
+        """Return alphas_cumprod on a falling sigmoid (Jabri et al. 2022; lucidrains' sigmoid).
 
-        lucidrains' sigmoid: scaled to run from 1 to 0, betas above 0.999 lowered to it.
-        T >= 1, start < end, tau > 0; errors are those of linear.
+        The curve is scaled to run from 1 to 0, and betas are clamped to 0.999.
+
+        Args:
+            T: Number of timesteps, at least 1.
+            start: Argument of the sigmoid at t = 0, times tau.
+            end: Argument at the end, times tau, above `start`.
+            tau: Temperature, above 0.
         """
         start = checks.real("start", start, -math.inf, math.inf, "()")
         end = checks.real("end", end, start, math.inf, "()")
         tau = checks.real("tau", tau, 0, math.inf, "()")
-        u = _unit(checks.integer("T", T, 1) + 1)
+        u = unit_interval(checks.integer("T", T, 1) + 1)
         fall = torch.sigmoid(-(start + (end - start) * u) / tau)
         curve = (fall - fall[-1]) / (fall[0] - fall[-1])
-        return cls._from_steps(_capped(curve, 0.999), name="sigmoid_cumprod")
+        return cls._from_steps(capped_betas(curve, 0.999), name="sigmoid_cumprod")
 
     @classmethod
     def from_betas(cls, betas: Values, name: str = "betas") -> Self:
-        """Schedule from given betas [T]: a list, NumPy array or tensor, each in (0, 1].
+        """Return the schedule of given betas.
 
-        Only the last may be 1. The values are taken in float64.
+        Args:
+            betas: Sequence, NumPy array or tensor [T] of values in (0, 1]; only the last may be 1.
+                Converted to float64.
+            name: Label of the schedule.
 
-        Raises TypeError for what is no sequence of real numbers; ValueError for another shape, an
-        empty sequence, NaN, infinity, or a value out of range.
+        Raises:
+            TypeError: `betas` is no sequence of real numbers.
+            ValueError: It has another shape, is empty, or a value is not finite or out of range.
         """
-        return cls._from_steps(_vector("betas", betas), name=name)
+        return cls._from_steps(float64_vector("betas", betas), name=name)
 
     @classmethod
     def from_alphas(cls, alphas: Values, name: str = "alphas") -> Self:
-        """Schedule from given alphas = 1 - betas [T], each in [0, 1); only the last may be 0.
+        """Return the schedule of given alphas = 1 - betas.
 
-        Input types and errors are those of from_betas.
+        Args:
+            alphas: As `betas` of `from_betas`, in [0, 1); only the last may be 0.
+            name: Label of the schedule.
+
+        Raises:
+            TypeError: As `from_betas`.
+            ValueError: As `from_betas`.
         """
-        values = _vector("alphas", alphas)
-        _check("alphas", values, (values >= 0) & (values < 1), "in [0, 1)")
-        _check("alphas", values[:-1], values[:-1] > 0, "above 0 but for the last")
+        values = float64_vector("alphas", alphas)
+        require("alphas", values, (values >= 0) & (values < 1), "in [0, 1)")
+        require("alphas", values[:-1], values[:-1] > 0, "above 0 except for the last")
         return cls._from_steps(1 - values, values, name=name)
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Values, name: str = "alphas_cumprod") -> Self:
-        """Schedule from given alphas_cumprod [T], strictly falling in [0, 1); kept as given.
+        """Return the schedule of given alphas_cumprod, which are kept exactly.
 
-        Only the last may be 0. Input types and errors are those of from_betas.
+        Args:
+            alphas_cumprod: As `betas` of `from_betas`, strictly falling in [0, 1); only the last
+                may be 0.
+            name: Label of the schedule.
+
+        Raises:
+            TypeError: As `from_betas`.
+            ValueError: As `from_betas`.
         """
-        abar = _vector("alphas_cumprod", alphas_cumprod)
-        _check("alphas_cumprod", abar, (abar >= 0) & (abar < 1), "in [0, 1)")
+        abar = float64_vector("alphas_cumprod", alphas_cumprod)
+        require("alphas_cumprod", abar, (abar >= 0) & (abar < 1), "in [0, 1)")
         prev = torch.cat([abar.new_ones(1), abar[:-1]])
-        _check("alphas_cumprod", abar, abar < prev, "strictly falling")
+        require("alphas_cumprod", abar, abar < prev, "strictly falling")
         schedule = cls((prev - abar) / prev, abar / prev, abar, 1 - abar, name)
         _warn_if_far_from_normal(schedule, stacklevel=3)
         return schedule
@@ -236,29 +296,30 @@ class NoiseSchedule(ImmutableTables):
     @classmethod
     def _from_steps(cls, betas: Tensor, alphas: Tensor | None = None, *, name: str) -> Self:
         if alphas is None:
-            _check("betas", betas, (betas > 0) & (betas <= 1), "in (0, 1]")
-            _check("betas", betas[:-1], betas[:-1] < 1, "below 1 but for the last")
+            require("betas", betas, (betas > 0) & (betas <= 1), "in (0, 1]")
+            require("betas", betas[:-1], betas[:-1] < 1, "below 1 except for the last")
             alphas = 1 - betas
         abar = alphas.cumprod(0)
         normal = (abar >= torch.finfo(torch.float64).tiny) | (alphas == 0)
-        _check("alphas_cumprod", abar, normal, "in float64's range (T or betas too large)")
+        require("alphas_cumprod", abar, normal, "in the range of float64 (smaller T or betas)")
         prev = torch.cat([abar.new_ones(1), abar[:-1]])
-        # 1 - abar cancels where abar is near 1; the sum of what each step added does not.
+        # 1 - abar cancels for abar near 1; the sum of the variances of the steps does not.
         one_minus_abar = torch.where(abar < 0.5, 1 - abar, (betas * prev).cumsum(0))
         schedule = cls(betas, alphas, abar, one_minus_abar, name)
         _warn_if_far_from_normal(schedule, stacklevel=4)
         return schedule
 
     def rescale_zero_terminal_snr(self) -> Self:
-        """Schedule scaled to alphas_cumprod[-1] = 0 (Algorithm 1, Lin et al. 2023).
+        """Return the schedule rescaled to alphas_cumprod[-1] = 0 (Algorithm 1, Lin et al. 2023).
 
-        sqrt(alphas_cumprod) is shifted to end at 0 and scaled to keep its first value. The new
-        schedule needs v or x0 prediction: at x_T an epsilon says nothing about x_0.
+        sqrt(alphas_cumprod) is shifted to end at 0 and scaled to keep its first value. The model
+        must predict v or x0: at x_T an epsilon does not determine x_0.
 
-        Raises ValueError for T = 1, where the first value is the last.
+        Raises:
+            ValueError: T is 1.
         """
         if self.T == 1:
-            raise ValueError("rescale_zero_terminal_snr needs T >= 2; got a schedule of T = 1")
+            raise ValueError("T must be at least 2 for rescale_zero_terminal_snr; got 1")
         root = self._tables["alphas_cumprod"].sqrt()
         scaled = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
         return self.from_alphas_cumprod(scaled.square(), f"{self.name}_zero_snr")
@@ -274,19 +335,28 @@ class NoiseSchedule(ImmutableTables):
     def levels(
         self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Columns [T, 3] of beta_t, abar_t and 1 - abar_t, otherwise as q_sample_coefs."""
+        """Return beta_t, abar_t and 1 - abar_t, [T, 3]; otherwise as `q_sample_coefs`.
+
+        Args:
+            device: Device of the table.
+            dtype: float32 or float64.
+        """
         return self._on("levels", device, dtype)
 
     def q_sample_coefs(
         self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Coefficients [T, 2] of x_0 and of the noise in x_t: sqrt(abar_t), sqrt(1 - abar_t).
+        """Return sqrt(abar_t) and sqrt(1 - abar_t), [T, 2] (Eq. 4, Ho et al. 2020).
 
-        Eq. 4, Ho et al. 2020. dtype is float32 or float64, rounded once from float64. The tensor is
-        shared by all callers and must not be written to; ask for it once before a CUDA graph is
+        The tensor is cached and shared: do not write to it. Call this once before a CUDA graph is
         captured.
 
-        Raises ValueError for another dtype and for a device that is none.
+        Args:
+            device: Device of the table.
+            dtype: float32 or float64; rounded once, from float64.
+
+        Raises:
+            ValueError: `dtype` or `device` is not accepted.
         """
         return self._on("q_sample", device, dtype)
 
@@ -296,61 +366,25 @@ class NoiseSchedule(ImmutableTables):
         dtype: torch.dtype = torch.float32,
         log_variance: Literal["clamp", "repeat"] = "clamp",
     ) -> Tensor:
-        """Coefficients [T, 4] of q(x_{t-1} | x_t, x_0), otherwise as q_sample_coefs.
+        """Return the coefficients of q(x_{t-1} | x_t, x_0), [T, 4] (Eq. 6-7, Ho et al. 2020).
 
-        Columns: factor of x_0 and of x_t in the mean, variance, log-variance (Eq. 6-7, Ho et al.
-        2020). log_variance: "clamp" takes the logarithm of no less than 1e-20, "repeat" puts the
-        value of index 1 at index 0 (OpenAI's convention).
+        Columns: factor of x_0 and of x_t in the mean, variance, log-variance. Otherwise as
+        `q_sample_coefs`.
 
-        Raises ValueError for another log_variance, and for "repeat" with T = 1.
+        Args:
+            device: Device of the table.
+            dtype: float32 or float64.
+            log_variance: Logarithm of the variance at index 0, where it is 0. "clamp": that of
+                1e-20. "repeat": that at index 1 (OpenAI's convention).
+
+        Raises:
+            ValueError: An argument is not accepted, or "repeat" with T = 1.
         """
         if log_variance not in ("clamp", "repeat"):
             raise ValueError(f"log_variance must be 'clamp' or 'repeat'; got {log_variance!r}")
         if log_variance == "repeat" and self.T == 1:
-            raise ValueError("log_variance 'repeat' needs T >= 2; got a schedule of T = 1")
+            raise ValueError("log_variance must be 'clamp' for T = 1; got 'repeat'")
         return self._on(f"q_posterior_{log_variance}", device, dtype)
-
-
-def _unit(points: int) -> Tensor:
-    return torch.linspace(0, 1, points, dtype=torch.float64, device="cpu")
-
-
-def _ramp(T: int, beta_start: float, beta_end: float) -> tuple[Tensor, float, float]:
-    """t/(T-1) of each step, and the two ends, checked."""
-    beta_end = checks.real("beta_end", beta_end, 0, 1, "(]")
-    beta_start = checks.real("beta_start", beta_start, 0, beta_end, "(]")
-    return _unit(checks.integer("T", T, 1)), beta_start, beta_end
-
-
-def _between(low: float, high: float, share: Tensor) -> Tensor:
-    return low * (1 - share) + high * share
-
-
-def _capped(curve: Tensor, max_beta: float) -> Tensor:
-    """Betas of an alphas_cumprod curve [T + 1] that starts before the first step."""
-    return (1 - curve[1:] / curve[:-1]).clamp(max=checks.real("max_beta", max_beta, 0, 1, "(]"))
-
-
-def _vector(name: str, values: object) -> Tensor:
-    """Float64 CPU copy of a sequence of finite real numbers [T], T >= 1."""
-    try:
-        vector = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
-    except (TypeError, ValueError):
-        vector = torch.empty(0, dtype=torch.bool)
-    if vector.is_complex() or vector.dtype == torch.bool:
-        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"{name} must be a 1-D sequence of real numbers; got {got}")
-    vector = vector.detach().to("cpu", torch.float64)
-    if vector.ndim != 1 or len(vector) == 0:
-        raise ValueError(f"{name} must have shape [T] with T >= 1; got {list(vector.shape)}")
-    _check(name, vector, vector.isfinite(), "finite")
-    return vector
-
-
-def _check(name: str, values: Tensor, good: Tensor, accepted: str) -> None:
-    if not good.all():
-        index = int((~good).nonzero()[0])
-        raise ValueError(f"{name} must be {accepted}; got {float(values[index])} at index {index}")
 
 
 def _warn_if_far_from_normal(schedule: NoiseSchedule, stacklevel: int) -> None:
@@ -359,8 +393,8 @@ def _warn_if_far_from_normal(schedule: NoiseSchedule, stacklevel: int) -> None:
         kl = -math.log(float(schedule.one_minus_alphas_cumprod[-1])) / 2
         warnings.warn(
             f"schedule {schedule.name}: x_T keeps {signal:.3g} of x_0's amplitude, {kl:.3g} nats "
-            "per dimension from N(0, I) at |x_0| = 1; chains that start from N(0, I) will be off. "
-            "Take a larger T or larger betas, or train with rescale_zero_terminal_snr()",
+            "per dimension from N(0, I) at |x_0| = 1; chains that start from N(0, I) are biased. "
+            "Use a larger T or larger betas, or train with rescale_zero_terminal_snr()",
             ScheduleWarning,
             stacklevel=stacklevel,
         )

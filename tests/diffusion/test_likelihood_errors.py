@@ -77,6 +77,6 @@ def test_an_epsilon_without_signal_is_refused() -> None:
     schedule = SCHEDULE.rescale_zero_terminal_snr()
     with pytest.raises(ValueError, match="prediction must be 'x0' or 'v' for a schedule of zero"):
         variational_bound(**(GOOD | {"schedule": schedule}))
-    with pytest.raises(ValueError, match="'repeat' needs T >= 2"):
+    with pytest.raises(ValueError, match="'clamp' for T = 1; got 'repeat'"):
         variational_bound(**(GOOD | {"steps": 1}))
     assert variational_bound(**(GOOD | {"steps": 1, "variance": "beta"})).vb.shape == (2, 1)

@@ -106,7 +106,7 @@ def test_a_learned_kind_needs_the_raw_output_of_its_shape() -> None:
     ):
         model_variance(x_t, 5, SCHEDULE, "learned", torch.zeros(2, 6))
     single = NoiseSchedule.from_betas([0.999])
-    with pytest.raises(ValueError, match="'repeat' needs T >= 2"):
+    with pytest.raises(ValueError, match="'clamp' for T = 1; got 'repeat'"):
         model_variance(x_t, 0, single, "posterior")
     assert model_variance(x_t, 0, single, "beta")[0].flatten().tolist() == pytest.approx(
         [0.999] * 2

@@ -304,7 +304,7 @@ def test_a_bad_argument_is_named(bad) -> None:
          ["stream", str(STREAM_TRAINING), str(STREAM_OFFSET)]),
         ({"noise": None, "seed": 1, "offset_noise": 0.1, "stream": 5}, ["stream", "5"]),
         ({"objective": "full", "schedule": type(SHORT).from_betas([0.999]), "t": 0,
-          "variance": "posterior"}, ["'repeat' needs T >= 2"]),
+          "variance": "posterior"}, ["'clamp' for T = 1; got 'repeat'"]),
     ],
     ids=str,
 )  # fmt: skip
