@@ -12,6 +12,7 @@ from torch import nn
 import ddpm_fast
 from ddpm_fast.models import UNet, UNetConfig
 from ddpm_fast.models.architectures import ARCHITECTURES
+from ddpm_fast.utils import checks
 
 TRIANGLES = Path(ddpm_fast.__file__).parent / "assets" / "triangles"
 NETWORKS = ("cifar32", "ddpm256", "triangles")
@@ -28,8 +29,7 @@ def build(name: str) -> UNet:
     """
     if name == "triangles":
         return cast(UNet, ddpm_fast.load(TRIANGLES).unet)
-    if name not in NETWORKS:
-        raise ValueError(f"network must be {', '.join(NETWORKS)}; got {name!r}")
+    checks.choice("network", name, NETWORKS)
     with torch.device("meta"):
         unet = UNet(UNetConfig(**ARCHITECTURES[name]))
     return even(unet.to_empty(device="cpu"))

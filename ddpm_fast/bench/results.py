@@ -9,11 +9,11 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from ddpm_fast.engine.autotune.cache import package_version, processor
 from ddpm_fast.utils.files import atomic_write
 
 # Only a checkout has the benchmarks beside the package.
@@ -21,26 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _git(*args: str) -> str:
@@ -73,14 +57,14 @@ def metadata(*packages: str) -> dict[str, str | int]:
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": _cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "numpy": _version("numpy"),
-        **{package: _version(package) for package in packages},
+        "triton": package_version("triton"),
+        "numpy": package_version("numpy"),
+        **{package: package_version(package) for package in packages},
         "revision": _revision(),
     }
 

@@ -16,6 +16,7 @@ import typer
 from ddpm_fast.cli.devices import device_of
 from ddpm_fast.cli.model import DTYPES, DeviceOption
 from ddpm_fast.cli.output import check_file
+from ddpm_fast.utils import checks
 from ddpm_fast.utils.figures import require_matplotlib
 
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -205,16 +206,13 @@ class _Setup:
         from ddpm_fast.bench import networks
         from ddpm_fast.bench.results import metadata
 
-        network = options.network
-        if network not in networks.NETWORKS:
-            raise ValueError(f"--network must be {', '.join(networks.NETWORKS)}; got {network!r}")
+        network = checks.choice("--network", options.network, networks.NETWORKS)
         device = device_of(options.device)
         on_gpu = device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(device)
         dtype = options.dtype or ("float16" if on_gpu else "float32")
-        if dtype not in DTYPES:
-            raise ValueError(f"--dtype must be {', '.join(DTYPES)}; got {dtype!r}")
+        checks.choice("--dtype", dtype, DTYPES)
         out = options.out or Path(f"out/bench_{what}_{network}_{device.type}.csv")
         check_file("--out", out, ".csv")
         if options.plot is not None:

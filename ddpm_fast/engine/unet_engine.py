@@ -310,8 +310,7 @@ def _check(unet: Any, image_size: Any, dtype: Any, backend: str) -> tuple[int, i
             f" got {got}"
         )
     if backend != "auto":
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {backend!r}")
+        checks.choice("backend", backend, ("auto", *BACKENDS))
         if reason := unavailable_reason(backend, unet.device):
             raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
     sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)

@@ -285,7 +285,7 @@ def test_figures_are_drawn_from_a_csv(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("what", "options", "message"),
     [
-        pytest.param("kernels", ["--network", "x"], "--network must be cifar32, .*; got 'x'",
+        pytest.param("kernels", ["--network", "x"], "--network must be one of cifar32, .*; got 'x'",
                      id="network"),
         pytest.param("network", ["--dtype", "int8"], "--dtype must be .*got 'int8'", id="dtype"),
         pytest.param("sampling", ["--device", "tpu"], "--device must be cpu, cuda", id="device"),

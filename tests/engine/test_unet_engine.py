@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from cases import BF16, F16, F32, F64, SCHEDULE, same_bits
+from conv_cases import error
 from ddpm_fast import Sampler, StepTable, Tuner, UNet, UNetConfig, UNetEngine
+from ddpm_fast.bench import networks
 from ddpm_fast.engine.plan import binding as steps
 from ddpm_fast.engine.plan import memory_check
 from ddpm_fast.engine.plan.embeddings import LabelledEmbeddings
 from ddpm_fast.engine.plan.lowering import lower
-from engine_cases import CPU, arguments, distance, engine, even, small
+from engine_cases import CPU, arguments, engine, small
 from unet_cases import CIFAR, CONFIGS, SMALL, relative_error
 
 OFF = Tuner(CPU, mode="off")
@@ -76,15 +78,15 @@ SCALE_SHIFT = SMALL | {"resnet_time_scale_shift": "scale_shift"}
 )
 def test_half_precision_error_is_at_most_twice_that_of_diffusers(dtype, options, batch, norms_add):
     diffusers = pytest.importorskip("diffusers")
-    unet = even(UNet(**options))
+    unet = networks.even(UNet(**options))
     original = diffusers.UNet2DModel(**unet.config.to_dict())
     original.load_state_dict(unet.state_dict())
     x, t = arguments(unet.config, num=batch)
     x = x.to(dtype)
     with torch.no_grad():
         reference = unet.double()(x.double(), t)
-        theirs = distance(original.to(dtype).eval()(x, t).sample, reference)
-        ours = distance(engine(unet.float(), x, dtype, norms_add=norms_add)(x, t), reference)
+        theirs = error(original.to(dtype).eval()(x, t).sample, reference)
+        ours = error(engine(unet.float(), x, dtype, norms_add=norms_add)(x, t), reference)
     assert ours <= 2 * theirs
 
 
@@ -292,7 +294,11 @@ class TestErrors:
             ({"image_size": (8, 8, 8)}, ValueError, r"image_size must be a side or \(height"),
             ({"dtype": torch.int8}, TypeError, "dtype must be float16, .*; got int8"),
             ({"dtype": F64}, TypeError, "float64 with backend 'reference'; got float64"),
-            ({"backend": "best"}, ValueError, "backend must be auto, reference, .*; got 'best'"),
+            (
+                {"backend": "best"},
+                ValueError,
+                "backend must be one of auto, reference, .*; got 'best'",
+            ),
             ({"backend": "cuda"}, RuntimeError, "backend 'cuda' cannot run: it runs on CUDA"),
             ({"num_timesteps": 0}, ValueError, r"num_timesteps must be an integer in \[1, .*got 0"),
             ({"tuner": Tuner(torch.device("cuda"))}, ValueError, "tuner must be for cpu.*cuda"),

@@ -50,7 +50,7 @@ def environment(device: torch.device) -> dict[str, str]:
     """Return what a choice depends on besides the operation: the device and the versions."""
     found = {
         "torch": torch.__version__,
-        **{package: _version(package) for package in _PACKAGES},
+        **{package: package_version(package) or "none" for package in _PACKAGES},
     }
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -61,21 +61,23 @@ def environment(device: torch.device) -> dict[str, str]:
         }
     else:
         found |= {
-            "device": _processor(),
+            "device": processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": str(torch.get_num_threads()),
         }
     return found
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Return the version of an installed package; empty without one."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "none"
+        return ""
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from ddpm_fast.engine.autotune.cache import PlanCache, TunerChoice
+from ddpm_fast.utils import checks
 from ddpm_fast.utils.cuda_graphs import CAPTURE_LOCK, capture_graphs
 
 _log = logging.getLogger("ddpm_fast")
@@ -109,6 +110,7 @@ class Tuner:
         timer: measures the candidates; None for `CpuTimer` or `CudaTimer`.
 
     Raises:
+        TypeError: `rounds` or `prune_ratio` is not a number.
         ValueError: an argument is out of range.
     """
 
@@ -122,16 +124,10 @@ class Tuner:
         prune_ratio: float = 1.5,
         timer: Timer | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be {' or '.join(MODES)}; got {mode!r}")
-        if rounds < 1:
-            raise ValueError(f"rounds must be at least 1; got {rounds}")
-        if not prune_ratio >= 1:
-            raise ValueError(f"prune_ratio must be at least 1; got {prune_ratio}")
         self.device = device
-        self.mode = mode
-        self.rounds = rounds
-        self.prune_ratio = prune_ratio
+        self.mode = checks.choice("mode", mode, MODES)
+        self.rounds = checks.integer("rounds", rounds, 1)
+        self.prune_ratio = checks.real("prune_ratio", prune_ratio, 1, closed="[)")
         self._cache = cache
         self._timer = timer
         self._choices: dict[str, TunerChoice] = {}

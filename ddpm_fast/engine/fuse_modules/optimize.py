@@ -19,6 +19,7 @@ from ddpm_fast.engine.fuse_modules.modules import (
 )
 from ddpm_fast.engine.fuse_modules.trace import OutputUse, observe
 from ddpm_fast.ops import BACKENDS, get_backend
+from ddpm_fast.utils import checks
 
 FUSED, NORM_ONLY, LEFT_ALONE = "fused with SiLU", "norm only", "left alone"
 _ABSENT: Any = object()
@@ -191,8 +192,7 @@ def optimize_module(
 
 def _check_backend(backend: str, model: nn.Module) -> None:
     """Check that the backend exists and can run on the model's device and dtype."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}; got {backend!r}")
+    checks.choice("backend", backend, ("auto", *BACKENDS))
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if backend != "auto" and parameter is not None:
         get_backend(backend, parameter.device, parameter.dtype)
