@@ -39,7 +39,7 @@ from ddpm_fast.sampling.reverse_step import reverse_step_
 from ddpm_fast.sampling.sampler import Sampler
 from ddpm_fast.sampling.step_table import StepMemory, StepTable
 from ddpm_fast.training import TrainingLosses, training_losses
-from ddpm_fast.training.objective import objective_weights
+from ddpm_fast.training.loss_weights import objective_weights
 
 __version__ = "0.1.0"
 

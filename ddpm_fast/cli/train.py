@@ -90,10 +90,10 @@ def train(
     A run that was killed goes on with --resume, with the losses that it would have had. On several
     GPUs: ``accelerate launch -m ddpm_fast train ...``.
     """
-    from ddpm_fast.training.board import Board, require_tensorboard
     from ddpm_fast.training.build_network import build_network
     from ddpm_fast.training.config import TrainOptions
     from ddpm_fast.training.data import load_data
+    from ddpm_fast.training.metrics import TensorBoardWriter, require_tensorboard
     from ddpm_fast.training.samples import save_samples
     from ddpm_fast.training.trainer import Trainer
 
@@ -155,7 +155,11 @@ def train(
         say("network", f"{network}, {parameters / 1e6:.2f} M parameters")
         say("device", device_text(trainer.device))
         say("steps", f"{trainer.step} .. {trainer.steps}")
-    board = Board(out / "tensorboard", trainer.history) if tensorboard and trainer.is_main else None
+    writer = (
+        TensorBoardWriter(out / "tensorboard", trainer.history)
+        if tensorboard and trainer.is_main
+        else None
+    )
 
     def sheet_path() -> Path | None:
         """Of the sheet that is due after the epochs so far."""
@@ -168,8 +172,8 @@ def train(
     if path and trainer.between_epochs and not path.exists():  # a run was killed before it
         save_samples(trainer, path, steps=sample_steps)
     for row in trainer.run(progress):
-        if board is not None:
-            board.show(row)
+        if writer is not None:
+            writer.add(row)
         if path := sheet_path():
             save_samples(trainer, path, steps=sample_steps)
             if draws:

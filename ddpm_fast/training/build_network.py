@@ -1,4 +1,4 @@
-"""The network of a training run: a known architecture, or one from a file, for some images."""
+"""Networks to train: a known architecture, a config.json or a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,14 +23,23 @@ def build_network(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> Any:
-    """A network for images [C, H, W], in float32 on the CPU.
+    """Build or load a network for images of a shape.
 
-    source: one of NETWORKS, with random weights; a config.json of a UNet2DModel, likewise; or a
-    checkpoint (`ddpm_fast.load`), whose weights training begins with. classes: labels of a
-    conditional network, the null label included. learned: twice the output channels. seed: of
-    random weights; torch's generator is left as it was.
+    Args:
+        source: One of NETWORKS or a config.json of a UNet2DModel, with random weights; or a
+            checkpoint (`ddpm_fast.load`), whose weights the training starts from.
+        sample_shape: Shape of an image, (C, H, W).
+        classes: Labels of a conditional network, the null label included. None: unconditional.
+        learned: Twice the output channels, for a learned variance.
+        dropout: Dropout probability.
+        seed: Seed of random weights. torch's global generator is left unchanged.
 
-    Raises ValueError for a network that does not fit, naming what differs; FileNotFoundError.
+    Returns:
+        A UNet or ThesisUNet in float32 on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: `source` is unknown or does not support an option.
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
@@ -59,7 +68,7 @@ def _build(
     if not path.exists() and "/" not in source:
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}, or a path; got {source!r}")
     if dropout:
-        raise ValueError(f"dropout is for networks that begin anew; {source} is a checkpoint")
+        raise ValueError(f"dropout must be 0 for a checkpoint; got {dropout} for {source}")
     return load(source).unet
 
 

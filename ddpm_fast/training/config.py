@@ -1,9 +1,9 @@
-"""What a training run is told, checked before it begins."""
+"""Options of a training, checked before it begins."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from ddpm_fast.diffusion.parameterization import PREDICTIONS
@@ -16,45 +16,56 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("adam", "adamw")
 
 
+def _option(default: Any, text: str, **limits: int) -> Any:
+    """Describe a field; the command line takes its help and limits from here."""
+    return field(default=default, metadata={"help": text, **limits})
+
+
 @dataclass(frozen=True)
 class TrainOptions:
-    """How a network is trained.
+    """Options of a training. The metadata of each field has its description under "help".
 
-    epochs, batch: passes over the training images, and images of a step, over all processes.
-    optimizer, lr, betas, weight_decay: Adam (Kingma & Ba 2014) or AdamW. warmup: steps over which
-    the rate rises to lr. decay, decay_share: how it falls to 0 over the last share of the steps.
-    clip_norm: of the gradient, None for none. ema: decay of the average of the weights that is
-    saved and sampled, at most (1 + n) / (10 + n) after n steps; 0 for none.
-    objective, prediction, variance, weighting, gamma, offset_noise: of `training_losses`.
-    label_dropout: share of labels that become the null label, the last, for guidance.
-    test_share: share of the images that are held out. seed: of the order, the timesteps, the noise
-    and the network's dropout. precision: of autocast. compile: the network by torch.compile.
-
-    Raises TypeError, ValueError naming the option.
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range, or two do not go together.
     """
 
-    epochs: int = 100
-    batch: int = 128
-    optimizer: Literal["adam", "adamw"] = "adam"
-    lr: float = 4e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup: int = 1000
-    decay: Literal["none", "linear", "cosine"] = "linear"
-    decay_share: float = 0.4
-    clip_norm: float | None = 1.0
-    ema: float = 0.9995
-    objective: Literal["simple", "full", "hybrid", "score"] = "simple"
-    prediction: Literal["epsilon", "x0", "v", "score"] = "epsilon"
-    variance: Literal["posterior", "beta", "learned", "learned_range"] = "posterior"
-    weighting: Literal["min_snr"] | None = None
-    gamma: float = 5.0
-    offset_noise: float = 0.0
-    label_dropout: float = 0.0
-    test_share: float = 0.1
-    seed: int = 0
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    compile: bool = False
+    epochs: int = _option(100, "Passes over the training images.", min=1)
+    batch: int = _option(128, "Images of a step, over all processes.", min=1)
+    optimizer: Literal["adam", "adamw"] = _option(
+        "adam", "adam (Kingma & Ba 2014) or adamw (Loshchilov & Hutter 2019)."
+    )
+    lr: float = _option(4e-4, "Learning rate after the warmup.")
+    betas: tuple[float, float] = _option((0.9, 0.999), "Decay of the optimizer's moments.")
+    weight_decay: float = _option(0.0, "Weight decay of the optimizer.")
+    warmup: int = _option(1000, "Steps in which the learning rate rises to lr.", min=0)
+    decay: Literal["none", "linear", "cosine"] = _option(
+        "linear", "Decay of the learning rate to 0: none, linear or cosine."
+    )
+    decay_share: float = _option(0.4, "Share of the steps, at the end, in which the rate decays.")
+    clip_norm: float | None = _option(1.0, "Largest norm of the gradient; none: not clipped.")
+    ema: float = _option(
+        0.9995, "Decay of the averaged weights, which are saved and sampled; 0: none."
+    )
+    objective: Literal["simple", "full", "hybrid", "score"] = _option(
+        "simple", "Loss: simple, full, hybrid or score."
+    )
+    prediction: Literal["epsilon", "x0", "v", "score"] = _option(
+        "epsilon", "Output of the network: epsilon, x0, v or score."
+    )
+    variance: Literal["posterior", "beta", "learned", "learned_range"] = _option(
+        "posterior", "Variance: posterior, beta, learned or learned_range."
+    )
+    weighting: Literal["min_snr"] | None = _option(None, "Weighting of the loss: min_snr.")
+    gamma: float = _option(5.0, "gamma of min_snr.")
+    offset_noise: float = _option(0.0, "Strength of the offset noise; 0: none.")
+    label_dropout: float = _option(0.0, "Share of labels that are dropped, for guidance.")
+    test_share: float = _option(0.1, "Share of the images that is held out.")
+    seed: int = _option(0, "Seed of everything that is random.", min=0)
+    precision: Literal["float32", "bfloat16", "float16"] = _option(
+        "float32", "float32, or autocast to bfloat16 or float16."
+    )
+    compile: bool = _option(False, "Compile the network by torch.compile.")
 
     def __post_init__(self) -> None:
         for name, accepted in (
@@ -103,28 +114,21 @@ class TrainOptions:
 
     @property
     def learned(self) -> bool:
-        """Whether the network returns a variance beside its prediction."""
+        """True if the network also returns the variance."""
         return self.variance in LEARNED
 
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step, 0 .. steps - 1."""
-        rate = self.lr * min(1.0, (step + 1) / max(self.warmup, 1))
-        begin = steps - math.ceil(self.decay_share * steps)
-        if self.decay == "none" or step < begin:
-            return rate
-        done = (step - begin) / max(steps - begin, 1)
-        if self.decay == "linear":
-            return rate * (1 - done)
-        return rate * (1 + math.cos(math.pi * done)) / 2
-
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, and for `TrainOptions(**values)` again."""
+        """Return the options as values that JSON can hold."""
         return asdict(self) | {"betas": list(self.betas)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainOptions:
-        """The inverse of to_dict. Raises ValueError for an option that there is not."""
-        known = {field.name for field in fields(cls)}
+        """Return the options of `to_dict`.
+
+        Raises:
+            ValueError: There is no such option.
+        """
+        known = {option.name for option in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise ValueError(f"options: there is no {', '.join(unknown)}")
         return cls(**values | {"betas": tuple(values.get("betas", cls.betas))})

@@ -1,22 +1,23 @@
-"""The training objectives of denoising diffusion models, a loss for each sample."""
+"""Training objectives of denoising diffusion models, one loss for each sample."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from math import inf
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.diffusion.bound_terms import DECODERS, BoundTerms, Decoder
+from ddpm_fast.diffusion.forward import q_sample, q_sample_philox
 from ddpm_fast.diffusion.model_output import prediction_of
 from ddpm_fast.diffusion.parameterization import Prediction, check_prediction, prediction_target
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 from ddpm_fast.diffusion.variance import LEARNED, VARIANCES, Variance
-from ddpm_fast.ops.philox import STREAM_TRAINING
-from ddpm_fast.training.noising import noised
-from ddpm_fast.training.weights import Weighting, error_weight
+from ddpm_fast.ops.philox import STREAM_OFFSET, STREAM_TRAINING, philox_normal
+from ddpm_fast.training.loss_weights import Weighting, error_weight
 from ddpm_fast.utils import checks
 
 Objective = Literal["simple", "full", "hybrid", "score"]
@@ -24,14 +25,16 @@ OBJECTIVES = ("simple", "full", "hybrid", "score")
 
 
 class TrainingLosses(NamedTuple):
-    """What a batch costs, sample by sample, in the dtype of x0; the caller reduces it.
+    """The losses of a batch, one for each sample, in the dtype of x0.
 
-    loss: [N]: what is minimised.
-    mse: [N]: squared error of the prediction in its own target, mean over dimensions, unweighted.
-    vb: [N]: the term of the variational bound at t in bits per dimension (L_{t-1}; L_0 at index 0),
-        or None where the objective has none.
-    x_t, noise, pred: [N, C, ...]: what the model saw, the noise in it with its offset, and the
-        model's prediction (without what a learned variance is made from).
+    Attributes:
+        loss: The loss to minimise, [N].
+        mse: Mean squared error of the prediction over a sample's elements, unweighted, [N].
+        vb: Term of the variational bound at t in bits per dimension, [N]: L_{t-1}, or L_0 at index
+            0. None if the objective has no such term.
+        x_t: Input of the model, [N, C, ...].
+        noise: Noise in `x_t`, offset included, [N, C, ...].
+        pred: Prediction of the model without a learned variance, [N, C, ...].
     """
 
     loss: Tensor
@@ -63,56 +66,65 @@ def training_losses(
     decoder: Decoder = "discretised",
     backend: str = "auto",
 ) -> TrainingLosses:
-    """Noise x0 to t, run the model, and take its loss: `.loss.mean().backward()` is left to do.
+    """Noise x0 to x_t, run the model, and return the losses; `.loss.mean().backward()` follows.
 
-    model: any callable ``model(x_t, t)``, or ``model(x_t, t, labels)`` where labels are given: x_t
-    of the shape and dtype of x0, t int64 [N]; returns the prediction in any floating dtype, or an
-    object whose ``.sample`` is it, [N, C, ...], with 2C channels for a learned variance (the
-    prediction first). It must not write to x_t.
-    x0: data, float32 or float64 [N, C, ...], on the model's device. t: int64 [N] or an int, in
-    [0, T); index t is step t + 1 of the papers.
-    prediction: what the model returns, and is trained for: "epsilon", "x0", "v" or "score".
+    The objectives, with means over a sample's elements:
 
-    objective, with means over a sample's dimensions:
-
-    - "simple": ||target - prediction||^2, unweighted, in whatever is predicted; for an epsilon
-      L_simple (Eq. 14, Ho et al. 2020).
-    - "score": denoising score matching, (1 - abar_t) ||score - grad log q(x_t | x_0)||^2, which is
+    - "simple": ||target - prediction||^2, unweighted; for epsilon L_simple (Eq. 14, Ho et al.
+      2020).
+    - "score": denoising score matching, (1 - abar_t) ||score - grad log q(x_t | x_0)||^2 =
       ||noise + sqrt(1 - abar_t) score||^2 (Eq. 8, Khungurn 2022), with the score that the
-      prediction stands for. Whatever is predicted, that is L_simple of its epsilon, the weighting
-      that `objective_weights` calls simple.
+      prediction implies. It equals L_simple of the implied epsilon for every prediction.
     - "full": L_{t-1} of the variational bound (L_0 at index 0) in bits per dimension, through mean
-      and variance; x_0 is not clipped. Its sum over t and `prior_kl` is what `variational_bound`
-      with clip=None measures; for t uniform in [0, T), T times its mean is an estimate of the sum.
+      and variance; x_0 is not clipped. Its sum over t plus `prior_kl` is `variational_bound` with
+      clip=None; for t uniform in [0, T), T times its mean is an estimate of the sum.
     - "hybrid": mse + vb_weight T L_{t-1}, with the prediction detached in L_{t-1}, so that it
-      teaches the variance alone (Eq. 16, Nichol & Dhariwal 2021). T L_{t-1} is what a single t
-      says of L_vlb; vb_weight is the paper's lambda, in the units of its code: bits per dimension.
-      For learned variances.
+      trains the variance alone (Eq. 16, Nichol & Dhariwal 2021). For learned variances.
 
-    variance: of p(x_{t-1} | x_t), as in `model_variance` with log_variance "repeat"; decoder: L_0,
-    as in `variational_bound`, whose discretised one is for x0 in [-1, 1]. Both matter to full and
-    hybrid alone, but that a learned variance needs 2C channels.
-    weighting: of the squared error. "min_snr" (Hang et al. 2023): min(SNR, gamma) of an x_0's
-    error, min(SNR, gamma) / SNR of an epsilon's, min(SNR, gamma) / (SNR + 1) of a v's, and
-    (1 - abar_t) min(SNR, gamma) / SNR of a score's; the same for simple and score, which differ by
-    a weight. A tensor [T] on the device of x0 multiplies what the objective has. Not for "full",
-    whose weights are those of the bound. The learned variance's term in "hybrid" is left alone.
-    noise: of the shape and dtype of x0; or None, and made by `q_sample_philox` with (seed, stream,
-    first_sample) as it makes x_t: sample k of the batch is sample first_sample + k of the seed,
-    whatever batch it is in. Take another stream in [2^31, 2^32) for each step.
-    offset_noise: strength of a normal added to the noise, one for each sample and channel
-    (Guttenberg 2023); the target is the sum. It is the normal of element c of the same sample in
-    stream + 2^30, so that streams must lie in [2^31, 2^31 + 2^30); beside a noise of the caller's
-    and no seed, torch's generator draws it.
-    labels: an int or [N, ...].
+    Differentiable with respect to the model's parameters, x0 and noise. The arithmetic is in the
+    dtype of x0, also under autocast; NaN stays NaN. Nothing synchronises with a GPU, where a t
+    outside the schedule is clamped. Works under torch.compile with fullgraph=True.
 
-    Differentiable in the model's parameters and in x0 and noise. The arithmetic is in x0's dtype,
-    also under autocast; NaN stays NaN. Nothing waits for a GPU, where a t outside the schedule is
-    clamped. Works under torch.compile with fullgraph=True.
+    Args:
+        model: A callable `model(x_t, t)`, or `model(x_t, t, labels)` if labels are given. It gets
+            x_t in the shape and dtype of x0 and t as int64 [N], and returns the prediction
+            [N, C, ...] in any floating dtype, or an object with it as `.sample`; for a learned
+            variance [N, 2C, ...], the prediction first. It must not write to x_t.
+        x0: Data on the model's device, float32 or float64 [N, C, ...].
+        t: Timesteps in [0, T), int64 [N] or an int. Index t is step t + 1 of the papers.
+        schedule: The noise schedule.
+        prediction: Target of the model: "epsilon", "x0", "v" or "score".
+        objective: See above.
+        variance: Variance of p(x_{t-1} | x_t), as in `model_variance` with log_variance "repeat".
+            Used by "full" and "hybrid"; a learned variance always needs 2C output channels.
+        weighting: Weight of the squared error. "min_snr" (Hang et al. 2023): min(SNR, gamma) for
+            x_0, min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v and
+            (1 - abar_t) min(SNR, gamma) / SNR for the score, for "simple" and "score" alike. A
+            tensor [T] on the device of x0 multiplies the weights of the objective. Must be None
+            for "full". The variance term of "hybrid" is not weighted.
+        gamma: gamma of "min_snr", above 0.
+        vb_weight: lambda of "hybrid", at least 0, for L_{t-1} in bits per dimension.
+        offset_noise: Strength of a normal added to the noise, one for each sample and channel
+            (Guttenberg 2023); the target is the sum. It is generated with `seed` in the stream
+            `stream + 2^30`, so `stream` must be in [2^31, 2^31 + 2^30); with given noise and no
+            seed, by torch's generator.
+        noise: Noise of the shape and dtype of x0. None: generated by `q_sample_philox` from
+            (seed, stream, first_sample), the same for a sample in whatever batch it is.
+        seed: Seed of generated noise, in [0, 2^64).
+        first_sample: Index of the batch's first sample, in [0, 2^63).
+        stream: Stream of the noise, in [2^31, 2^32). Use another one for each step.
+        labels: Labels for a conditional model: an int or a tensor [N, ...].
+        decoder: Decoder of L_0, as in `variational_bound`; "discretised" is for x0 in [-1, 1].
+        backend: Backend of the fused updates.
 
-    Raises TypeError or ValueError naming the argument, also for what the model returns; ValueError
-    for epsilon or score on a schedule of zero terminal SNR, for "hybrid" with a fixed variance, and
-    for "full" with a weighting.
+    Returns:
+        The losses of the batch.
+
+    Raises:
+        TypeError: An argument or the model's output has the wrong type or dtype.
+        ValueError: An argument or the model's output is not accepted; also epsilon or score on a
+            schedule of zero terminal SNR, "hybrid" with a fixed variance, and "full" with a
+            weighting.
     """
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, t); got {type(model).__name__}")
@@ -134,11 +146,13 @@ def training_losses(
     if x0.ndim < 2:
         raise ValueError(f"x0 must be [N, C, ...]; got {checks.shape_text(x0)}")
     t = checks.index("t", t, x0, schedule.T)
-    told = checks.sample_labels(labels, len(x0), x0.device)
+    labels = checks.sample_labels(labels, len(x0), x0.device)
     inside = t.clamp(0, schedule.T - 1)
     weight = error_weight(objective, weighting, gamma, prediction, inside, schedule, x0.dtype)
-    x_t, noise = noised(x0, t, schedule, noise, seed, stream, first_sample, offset_noise, backend)
-    output = model(x_t, t) if told is None else model(x_t, t, told)
+    x_t, noise = _add_noise(
+        x0, t, schedule, noise, seed, stream, first_sample, offset_noise, backend
+    )
+    output = model(x_t, t) if labels is None else model(x_t, t, labels)
     pred, learned_output = prediction_of(output, x0, learned)
     mse = _mean((pred - prediction_target(prediction, x0, noise, inside, schedule)).square())
     loss, vb = mse if weight is None else weight * mse, None
@@ -158,20 +172,59 @@ def _bound_term(
     pred: Tensor,
     learned_output: Tensor | None,
 ) -> Tensor:
-    """L_{t-1}, where t is 0 L_0, of each element in nats."""
+    """Return L_{t-1}, or L_0 where t is 0, of each element in nats."""
     row = terms.rows(t, x0.ndim)
     pred_x0, log_p = row.x0(x_t, pred), terms.log_variance(row, learned_output)
     first = (t == 0).view(-1, *[1] * (x0.ndim - 1))
     divergence = row.divergence(x0, pred_x0, log_p)
-    looked_at = t.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looked_at and not first.any():
+    can_read = t.device.type == "cpu" and not torch.compiler.is_compiling()
+    if can_read and not first.any():
         return divergence
-    # The decoder gets harmless values where it is not taken: far from its mean it has no digits
-    # left, and would give back a gradient of NaN.
+    # Where t > 0 the decoder gets its own mean: far from it the gradient would be NaN, which
+    # torch.where does not mask.
     decoded = terms.decode(x0, torch.where(first, pred_x0, x0), torch.where(first, log_p, 0.0))
     return torch.where(first, decoded, divergence)
 
 
 def _mean(values: Tensor) -> Tensor:
-    """The mean of each sample [N]."""
+    """Return the mean over the elements of each sample, [N]."""
     return values.flatten(1).mean(1)
+
+
+def _add_noise(
+    x0: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    noise: Tensor | None,
+    seed: int | None,
+    stream: int,
+    first_sample: int,
+    offset_noise: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return x_t and the noise in it, offset included; the arguments of `training_losses`."""
+    strength = checks.real("offset_noise", offset_noise, 0, inf, "[)")
+    if noise is None:
+        if seed is None:
+            raise ValueError("seed must be an integer in [0, 2^64) if noise is None; got None")
+        if strength == 0:
+            return q_sample_philox(x0, t, schedule, seed, stream, first_sample, backend)
+        noise = philox_normal(len(x0), x0.shape[1:], seed, stream, first_sample, x0.device, backend)
+        noise = noise.to(x0.dtype)
+    elif strength == 0:
+        if seed is not None:
+            raise ValueError(
+                f"seed must be None if noise is given and offset_noise is 0; got {seed!r}"
+            )
+        return q_sample(x0, t, noise, schedule, backend), noise
+    checks.like("noise", noise, "x0", x0, (x0.dtype,))
+    shape = x0.shape[:2]
+    if seed is None:
+        offset = torch.randn(shape, dtype=x0.dtype, device=x0.device)
+    else:
+        stream = checks.integer("stream", stream, STREAM_TRAINING, STREAM_OFFSET)
+        stream += STREAM_OFFSET - STREAM_TRAINING
+        offset = philox_normal(shape[0], shape[1:], seed, stream, first_sample, x0.device, backend)
+    offset = strength * offset.to(x0.dtype)
+    noise = noise + offset.view(*shape, *[1] * (x0.ndim - 2))
+    return q_sample(x0, t, noise, schedule, backend), noise

@@ -1,4 +1,4 @@
-"""Samples of a network that is being trained."""
+"""Samples during a training."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ from ddpm_fast.training.trainer import Trainer
 from ddpm_fast.utils.files import prepare_folder
 from ddpm_fast.utils.images import save_png, sheet
 
-SEED = 0x5A3D  # of all sheets, so that they show the same starting points
+SEED = 0x5A3D  # the same x_T in every sheet
 
 
 def draw_samples(trainer: Trainer, num: int = 16, steps: int | None = 50) -> Tensor:
-    """Images of the averaged network by ancestral sampling, float32 [num, C, H, W].
+    """Sample images from the averaged network by ancestral sampling.
 
-    The starting points are the same at every call. The labels of a conditional network go through
-    its classes, but for the null label where labels are dropped.
+    Every call starts from the same x_T. Labels of a conditional network cycle through its classes,
+    without the null label.
+
+    Args:
+        trainer: The training.
+        num: Number of images.
+        steps: Steps of the sampler; None for all timesteps.
+
+    Returns:
+        Images in [-1, 1], float32 [num, C, H, W].
     """
     network, options = trainer.averaged.eval(), trainer.options
     table = StepTable.ddpm(
@@ -32,14 +40,18 @@ def draw_samples(trainer: Trainer, num: int = 16, steps: int | None = 50) -> Ten
     classes = network.config.num_classes
     labels = None
     if classes is not None:
-        kept = classes - 1 if options.label_dropout else classes
-        labels = torch.arange(num) % kept
+        real = classes - 1 if options.label_dropout else classes
+        labels = torch.arange(num) % real
     sampler = Sampler(network, table, network.config.sample_shape, num)
     return sampler.sample(num, SEED, labels=labels, progress=False)
 
 
 def save_samples(trainer: Trainer, path: Path, num: int = 16, steps: int | None = 50) -> None:
-    """`draw_samples` as a sheet, by the main process. Raises OSError from the disk."""
+    """Save `draw_samples` as one sheet, in the main process.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     if trainer.is_main:
         prepare_folder(path.parent)
         save_png(sheet(draw_samples(trainer, num, steps)), path)

@@ -164,7 +164,7 @@ def test_another_network_or_data_set_is_refused() -> None:
         (("--schedule", "cosine"), "schedule.name: 'linear', now 'cosine'"),
     ):
         assert words in refused(*given, *more, "--resume")
-    assert "holds a run (state.pt); resume it" in refused(*given)
+    assert "holds a training (state.pt); resume it" in refused(*given)
     assert Path("run/state.pt").read_bytes() == before
 
 
@@ -202,7 +202,7 @@ def test_data_that_cannot_be_trained_on() -> None:
         (("--network", "thesis", "--variance", "learned"), "thesis"),
         (("--out", "/proc/nowhere/run"), "/proc/nowhere/run"),
         (("--device", "cuda:7"), "device must be cpu"),
-        (("--resume",), "no training state to go on from"),
+        (("--resume",), "no training state to resume from"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )

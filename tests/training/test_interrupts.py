@@ -11,8 +11,8 @@ pytest.importorskip("accelerate", reason="needs accelerate")
 
 from accelerate import Accelerator
 
-from ddpm_fast.training.metrics import Tally
-from ddpm_fast.training.trainer import CHECKPOINT, STATE
+from ddpm_fast.training.metrics import EpochMetrics
+from ddpm_fast.training.run_state import CHECKPOINT, STATE
 from trainer_cases import Squares, losses, network, run, same_weights, trainer
 
 
@@ -49,13 +49,13 @@ def test_an_interrupt_in_the_held_out_pass_loses_nothing(tmp_path):
 def test_an_interrupt_within_a_step_is_not_gone_over(tmp_path):
     """The weights may be those of before or after it."""
     made = trainer(tmp_path / "b")
-    average, made._average.update = made._average.update, interrupted
+    average, made._ema.update = made._ema.update, interrupted
     with pytest.raises(KeyboardInterrupt):
         run(made)
-    made._average.update = average
+    made._ema.update = average
     state = (tmp_path / "b" / STATE).read_bytes()
     for again in (made.save, lambda: run(made)):
-        with pytest.raises(RuntimeError, match=r"step 0 was interrupted: go on .*resume=True"):
+        with pytest.raises(RuntimeError, match=r"step 0 was interrupted: resume .*resume=True"):
             again()
     assert (tmp_path / "b" / STATE).read_bytes() == state
     assert losses(run(trainer(tmp_path / "b", resume=True))) == losses(run(trainer(tmp_path / "c")))
@@ -119,18 +119,18 @@ def test_the_seconds_of_an_epoch_are_those_of_its_steps(monkeypatch):
 
     clock = [0.0]
     monkeypatch.setattr("ddpm_fast.training.metrics.time.perf_counter", lambda: clock[0])
-    tally = Tally(Alone(), 1, 10, [3.0], 2.0)  # one step of two seconds behind it
+    metrics = EpochMetrics(Alone(), 1, 10, [3.0], 2.0)  # one step of two seconds behind it
     clock[0] = 50.0
-    tally.start()
+    metrics.start()
     for loss, now in ((1.0, 51.0), (2.0, 52.0)):
-        tally.add(torch.tensor(loss))
+        metrics.add(torch.tensor(loss))
         clock[0] = now
-    tally.read()
+    metrics.read()
     clock[0] = 90.0  # a saving
-    tally.start()
-    tally.add(torch.tensor(6.0))
+    metrics.start()
+    metrics.add(torch.tensor(6.0))
     clock[0] = 94.0
-    tally.read()
-    assert tally.losses == [3, 1, 2, 6]
-    assert tally.seconds == 8
-    assert tally.row(80) == {"loss": 3, "loss_min": 1, "loss_max": 6, "images_per_s": 10}
+    metrics.read()
+    assert metrics.losses == [3, 1, 2, 6]
+    assert metrics.seconds == 8
+    assert metrics.summary(80) == {"loss": 3, "loss_min": 1, "loss_max": 6, "images_per_s": 10}

@@ -281,7 +281,7 @@ GOOD = {
         ("offset_noise", True, TypeError, "number", "bool"),
         ("noise", torch.ones(4, 2, 3, 4), ValueError, "[4, 2, 3, 5]", "[4, 2, 3, 4]"),
         ("noise", torch.ones(4, 2, 3, 5, dtype=F64), TypeError, "float32", "float64"),
-        ("seed", 3, ValueError, "None beside a noise", "3"),
+        ("seed", 3, ValueError, "seed must be None", "3"),
         ("labels", torch.zeros(3), ValueError, "[4, ...]", "[3]"),
         ("backend", "fastest", ValueError, "reference", "fastest"),
     ],
@@ -294,7 +294,7 @@ def test_a_bad_argument_is_named(bad) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"noise": None}, ["seed must be given", "None"]),
+        ({"noise": None}, ["seed must be an integer", "None"]),
         ({"objective": "hybrid", "variance": "beta"}, ["variance", "learned_range", "'beta'"]),
         ({"objective": "full", "weighting": "min_snr"}, ["weighting must be None", "'full'"]),
         ({"noise": None, "seed": -1}, ["seed", "-1"]),

@@ -9,7 +9,7 @@ from cases import F64, SCHEDULE, assert_named
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.diffusion.gaussian import gaussian_kl, gaussian_log_density
 from ddpm_fast.diffusion.noise_levels import respace
-from ddpm_fast.training.objective import objective_weights
+from ddpm_fast.training.loss_weights import objective_weights
 
 CHAINS = [SCHEDULE, NoiseSchedule.cosine(50), respace(SCHEDULE, 20)[0]]
 IDS = ["linear", "cosine", "respaced"]

@@ -13,7 +13,7 @@ pytest.importorskip("accelerate", reason="needs accelerate")
 
 import ddpm_fast
 from ddpm_fast import NoiseSchedule, ThesisUNet
-from ddpm_fast.training.trainer import CHECKPOINT, HISTORY, STATE
+from ddpm_fast.training.run_state import CHECKPOINT, HISTORY, STATE
 from trainer_cases import Squares, losses, network, options, run, same_weights, trainer
 
 
@@ -84,7 +84,7 @@ def test_what_a_run_cannot_go_on_with_is_named(tmp_path):
         ({"chosen": options(prediction="v")}, "prediction: 'epsilon', now 'v'"),
     ):
         with pytest.raises(
-            ValueError, match=rf"resume: .* was begun with something else: .*{words}"
+            ValueError, match=rf"resume: .* was started with other options: .*{words}"
         ):
             trainer(tmp_path, resume=True, **change)
     assert (tmp_path / STATE).read_bytes() == state
@@ -94,12 +94,12 @@ def test_what_a_run_cannot_go_on_with_is_named(tmp_path):
 
 def test_a_folder_that_holds_a_run_is_not_begun_anew(tmp_path):
     run(trainer(tmp_path))
-    with pytest.raises(FileExistsError, match=r"holds a run \(state.pt\); resume it"):
+    with pytest.raises(FileExistsError, match=r"holds a training \(state.pt\); resume it"):
         trainer(tmp_path)
     (tmp_path / STATE).unlink()
-    with pytest.raises(FileExistsError, match=r"holds a run \(history.csv\)"):
+    with pytest.raises(FileExistsError, match=r"holds a training \(history.csv\)"):
         trainer(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no training state to go on from"):
+    with pytest.raises(FileNotFoundError, match="no training state to resume from"):
         trainer(tmp_path / "none", resume=True)
 
 

@@ -16,10 +16,10 @@ from accelerate.state import AcceleratorState
 
 import ddpm_fast
 from ddpm_fast import ThesisUNet, training_losses
-from ddpm_fast.training import data_order as order
+from ddpm_fast.training import data_order
 from ddpm_fast.training.data import ImageData
+from ddpm_fast.training.run_state import CHECKPOINT, HISTORY, LOSS_CURVE, STATE
 from ddpm_fast.training.samples import draw_samples, save_samples
-from ddpm_fast.training.trainer import CHECKPOINT, CURVE, HISTORY, STATE
 from trainer_cases import (
     LINEAR,
     Labelled,
@@ -43,8 +43,8 @@ def test_a_run_is_the_loop_written_out(tmp_path):
     means = []
     for epoch in range(2):
         model.train()
-        for indices, first in order.Epoch(len(data), 28, 0, epoch).batches(0, 1):
-            t = order.timesteps(0, first, len(indices), 1000)
+        for indices, first in data_order.EpochOrder(len(data), 28, 0, epoch).batches(0, 1):
+            t = data_order.random_timesteps(0, first, len(indices), 1000)
             x0 = data.images[indices]
             loss = training_losses(model, x0, t, LINEAR, seed=0, first_sample=first).loss.mean()
             optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 2)
@@ -150,7 +150,7 @@ def test_what_is_written(tmp_path):
     assert [float(row["loss"]) for row in rows] == [row["loss"] for row in made.history]
     assert [int(row["steps"]) for row in rows] == [3, 6]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        [CHECKPOINT, CURVE, HISTORY, STATE, "s.png"]
+        [CHECKPOINT, LOSS_CURVE, HISTORY, STATE, "s.png"]
     )
 
 
@@ -196,9 +196,11 @@ def test_labels_and_their_dropout(tmp_path):
     made.network.register_forward_pre_hook(lambda module, args: seen.append(args[2].clone()))
     made.averaged.register_forward_pre_hook(lambda module, args: held_out.append(args[2].clone()))
     run(made)
-    lost = torch.cat([order.dropped(0, first, 28, 0.5) for first in (0, 28, 56, 86, 114, 142)])
-    assert torch.equal(torch.cat(seen) == 5, lost)
-    assert 0.3 < float(lost.float().mean()) < 0.7
+    dropped = torch.cat(
+        [data_order.dropped_labels(0, first, 28, 0.5) for first in (0, 28, 56, 86, 114, 142)]
+    )
+    assert torch.equal(torch.cat(seen) == 5, dropped)
+    assert 0.3 < float(dropped.float().mean()) < 0.7
     assert held_out
     assert all((labels < 5).all() for labels in held_out)
     assert draw_samples(made, 4, 3).shape == (4, 1, 8, 8)
@@ -233,7 +235,10 @@ def test_a_dropout_is_another_in_every_step(tmp_path):
     made.network.register_forward_pre_hook(lambda module, args: seeds.append(torch.initial_seed()))
     run(made)
     assert len(set(seeds)) == len(seeds) == 9
-    assert order.torch_seed(0, 5, 0) not in (order.torch_seed(0, 5, 1), order.torch_seed(1, 5, 0))
+    assert data_order.step_seed(0, 5, 0) not in (
+        data_order.step_seed(0, 5, 1),
+        data_order.step_seed(1, 5, 0),
+    )
 
 
 def test_accelerates_own_settings_change_nothing(tmp_path, monkeypatch):
@@ -254,6 +259,6 @@ def test_held_out_images_are_shared_out(tmp_path, monkeypatch, ranks):
         processes = SimpleNamespace(
             num_processes=ranks, process_index=rank, reduce=lambda value, how: value
         )
-        monkeypatch.setattr(made, "_processes", processes)
+        monkeypatch.setattr(made, "_accelerator", processes)
         shared.append(made._held_out())
     assert sum(shared) == pytest.approx(alone, rel=1e-6)
