@@ -249,7 +249,7 @@ def refused(case, error, message, make, *args, **kwargs):
         refused("max-beta", ValueError, "max_beta", NoiseSchedule.cosine, 9, 0, 2),
         refused("end-is-start", ValueError, "end must", NoiseSchedule.sigmoid_cumprod, 9, 1, 1),
         refused("tau-0", ValueError, "tau must", NoiseSchedule.sigmoid_cumprod, 9, tau=0),
-        refused("underflow", ValueError, "float64's range", NoiseSchedule.linear, 100_000),
+        refused("underflow", ValueError, "range of float64", NoiseSchedule.linear, 100_000),
         refused("betas-empty", ValueError, r"betas.*\[0\]", NoiseSchedule.from_betas, []),
         refused("betas-2d", ValueError, "betas.*shape", NoiseSchedule.from_betas, [[0.1]]),
         refused("betas-0d", ValueError, "betas.*shape", NoiseSchedule.from_betas, 0.1),
