@@ -1,4 +1,4 @@
-"""A small ThesisUNet, its inputs, and the thesis' listing written out over a state dict."""
+"""A small ThesisUNet, its inputs, and the listing in the thesis as a function of a state dict."""
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ def inputs(config, num=3, size=None):
 
 
 def listing(config, state, x, t, labels=None):
-    """Section 4.1 line by line, with the block that `ThesisUNet` describes, in the dtype of x."""
+    """Compute section 4.1 line by line, with the block of `ThesisUNet`, in the dtype of x."""
 
     def norm(name, h):
         if config.norm is None:

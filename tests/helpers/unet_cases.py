@@ -1,5 +1,6 @@
-"""Configurations and inputs that the tests of the U-Net share."""
+"""Configurations, inputs and checks that the tests of the U-Nets share."""
 
+import copy
 import math
 
 import pytest
@@ -97,7 +98,7 @@ CONFIGS = [
 
 
 def scramble(module, seed=0):
-    """Move every parameter, norms too, off its initial value."""
+    """Add noise to every parameter, so that none has its initial value."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -122,8 +123,54 @@ def relative_error(got, want):
     return ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
 
 
+def in_layout(x, layout):
+    """Return images contiguous, channels_last or as every second channel of others."""
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)
+    return torch.cat([x, x], dim=1)[:, ::2] if layout == "sliced" else x
+
+
 def assert_channels_last(tensor, where):
-    """By strides: a 1 x 1 map or a single channel counts as channels_last in every layout."""
+    """Check strides: a 1 x 1 map or a single channel counts as channels_last in every layout."""
     _, c, h, w = tensor.shape
     strides = zip(tensor.shape, tensor.stride(), (h * w * c, 1, w * c, c), strict=True)
     assert all(size == 1 or stride == want for size, stride, want in strides), where
+
+
+def assert_activations_channels_last(unet, arguments, first):
+    """Check inputs and outputs of all modules but the first; return their number."""
+    checked = []
+
+    def check(name):
+        def hook(module, args, output):
+            for tensor in (*args, *(output if isinstance(output, list) else [output])):
+                if isinstance(tensor, torch.Tensor) and tensor.dim() == 4:
+                    checked.append(name)
+                    assert_channels_last(tensor, name)
+
+        return hook
+
+    for name, module in unet.named_modules():
+        if name not in ("", first):
+            module.register_forward_hook(check(name))
+    with torch.no_grad():
+        assert_channels_last(unet(*arguments), "output")
+    return len(checked)
+
+
+def assert_weights_stay_channels_last(unet, state):
+    """Check weights after a contiguous state dict is loaded, a copy, and a change of dtype."""
+    unet.load_state_dict({k: v.contiguous() for k, v in state.items()})
+    for network in (unet, copy.deepcopy(unet), unet.half()):
+        for name, weight in network.named_parameters():
+            if weight.dim() == 4:
+                assert weight.is_contiguous(memory_format=torch.channels_last), name
+
+
+def assert_contiguous_weights_do_not_spread(unet, x, second):
+    """Check the input of the second layer, where the weights of the first are contiguous."""
+    state = {name: torch.ones(value.shape) for name, value in unet.state_dict().items()}
+    unet.load_state_dict(state, assign=True)
+    second.register_forward_pre_hook(lambda module, args: assert_channels_last(args[0], "second"))
+    with torch.no_grad():
+        unet(x, 1)

@@ -1,6 +1,4 @@
-"""The U-Net against diffusers' UNet2DModel: keys, numbers, layout."""
-
-import copy
+"""UNet against UNet2DModel of diffusers: state dicts, outputs, gradients, memory layout."""
 
 import pytest
 import torch
@@ -14,29 +12,29 @@ from unet_cases import (
     RESNET_TYPES,
     SIX_LEVELS,
     SMALL,
-    assert_channels_last,
+    assert_activations_channels_last,
+    assert_contiguous_weights_do_not_spread,
+    assert_weights_stay_channels_last,
+    in_layout,
     inputs,
     relative_error,
     scramble,
 )
 
 
-@pytest.fixture
-def peer_class():
-    return pytest.importorskip("diffusers", reason="parity needs diffusers").UNet2DModel
-
-
-def twins(peer_class, options):
-    theirs = scramble(peer_class(**options)).eval()
+def networks(diffusers, options):
+    """Return both implementations with equal weights."""
+    theirs = scramble(diffusers.UNet2DModel(**options)).eval()
     ours = UNet(**options).eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours, theirs
 
 
 class TestParity:
     @pytest.mark.parametrize("change", CONFIGS)
-    def test_equals_diffusers(self, peer_class, change):
-        ours, theirs = twins(peer_class, SMALL | change)
+    def test_equals_diffusers(self, diffusers, change):
+        ours, theirs = networks(diffusers, SMALL | change)
         x, t, labels = inputs(ours.config)
         with torch.no_grad():
             want = theirs(x, t, class_labels=labels).sample
@@ -44,49 +42,44 @@ class TestParity:
             want = theirs(x, 7, class_labels=labels).sample
             assert relative_error(ours(x, 7, labels), want) < 1e-5
 
-    @pytest.mark.parametrize("change", CONFIGS)
-    def test_diffusers_loads_our_state(self, peer_class, change):
-        ours, theirs = UNet(**SMALL | change), peer_class(**SMALL | change)
-        theirs.load_state_dict(ours.state_dict(), strict=True)
-        assert list(ours.state_dict()) == list(theirs.state_dict())
-
-    def test_defaults_are_those_of_diffusers(self, peer_class):
+    def test_defaults_are_those_of_diffusers(self, diffusers):
         with torch.device("meta"):
-            theirs = peer_class()
+            theirs = diffusers.UNet2DModel()
         ours = {k: v for k, v in theirs.config.items() if not k.startswith("_")}
         assert UNetConfig.from_dict(ours) == UNetConfig()
 
-    def test_cifar10_network(self, peer_class):
-        ours, theirs = twins(peer_class, CIFAR)
-        assert sum(p.numel() for p in ours.parameters()) == 35_746_307
+    @pytest.mark.slow
+    def test_cifar10_network(self, diffusers):
+        ours, theirs = networks(diffusers, CIFAR)
         x, t, _ = inputs(ours.config, num=1, size=(32, 32))
         with torch.no_grad():
             assert relative_error(ours(x, t), theirs(x, t).sample) < 1e-5
 
-    def test_256_network_has_its_parameters(self, peer_class):
+    @pytest.mark.parametrize(("options", "count"), [(CIFAR, 35_746_307), (LARGE, 113_673_219)])
+    def test_known_networks_have_their_parameters(self, diffusers, options, count):
         with torch.device("meta"):
-            ours, theirs = UNet(**LARGE), peer_class(**LARGE)
-        assert sum(p.numel() for p in ours.parameters()) == 113_673_219
+            ours, theirs = UNet(**options), diffusers.UNet2DModel(**options)
+        assert sum(p.numel() for p in ours.parameters()) == count
         shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, theirs)]
         assert shapes[0] == shapes[1]
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-    def test_half_error_within_twice_theirs(self, peer_class, dtype):
-        ours, theirs = twins(peer_class, SMALL | {"layers_per_block": 2})
+    def test_half_error_within_twice_that_of_diffusers(self, diffusers, dtype):
+        ours, theirs = networks(diffusers, SMALL | {"layers_per_block": 2})
         x, t, _ = inputs(ours.config, num=8)
         with torch.no_grad():
             exact = theirs.double()(x.double(), t).sample
             assert relative_error(ours.double()(x.double(), t), exact) < 1e-12
-            got, peer = ours.to(dtype)(x.to(dtype), t), theirs.to(dtype)(x.to(dtype), t).sample
+            got, baseline = ours.to(dtype)(x.to(dtype), t), theirs.to(dtype)(x.to(dtype), t).sample
         assert got.dtype == dtype
-        errors = [(y.double() - exact).square().mean().sqrt() for y in (got, peer)]
+        errors = [(y.double() - exact).square().mean().sqrt() for y in (got, baseline)]
         assert errors[0] <= 2 * errors[1]
 
     @pytest.mark.parametrize(
         "change", [{}, RESNET_TYPES, {"num_class_embeds": 5}], ids=["plain", "resnet", "classes"]
     )
-    def test_gradients_equal_diffusers(self, peer_class, change):
-        ours, theirs = twins(peer_class, SMALL | change)
+    def test_gradients_equal_diffusers(self, diffusers, change):
+        ours, theirs = networks(diffusers, SMALL | change)
         x, t, labels = inputs(ours.config)
         ours(x, t, labels).square().mean().backward()
         theirs(x, t, class_labels=labels).sample.square().mean().backward()
@@ -105,15 +98,17 @@ class TestForward:
             for t in (9, torch.tensor(9), torch.tensor([9] * 3)):
                 torch.testing.assert_close(unet(x, t), want, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-    @pytest.mark.parametrize("images", [torch.float32, torch.float16], ids=["x-f32", "x-f16"])
-    def test_answers_in_the_dtype_of_x(self, weights, images):
+    @pytest.mark.parametrize(
+        ("weights", "images"),
+        [(torch.float32, torch.float16), (torch.bfloat16, torch.float32)],
+    )
+    def test_output_has_the_dtype_of_x(self, weights, images):
         unet = UNet(**SMALL).to(weights).eval()
         x, t, _ = inputs(unet.config)
         with torch.no_grad():
             assert unet(x.to(images), t).dtype == images
 
-    def test_input_is_left_alone(self):
+    def test_input_is_not_changed(self):
         unet = UNet(**SMALL).eval()
         x = inputs(unet.config)[0].to(memory_format=torch.channels_last)
         before = x.clone()
@@ -126,7 +121,7 @@ class TestForward:
         x, t, _ = inputs(unet.config, num=0)
         assert unet(x, t).shape == x.shape
 
-    def test_dropout_acts_in_training_alone(self):
+    def test_dropout_acts_in_training_only(self):
         unet = UNet(**SMALL, dropout=0.5)
         x, t, _ = inputs(unet.config)
         with torch.no_grad():
@@ -153,8 +148,8 @@ class TestForward:
             assert relative_error(compiled(x, t[0], labels), unet(x, t[0], labels)) < 1e-5
 
     @pytest.mark.parametrize("t", [4, torch.tensor(4), torch.tensor([1, 2, 3])], ids=type)
-    def test_reads_no_value_and_copies_none_from_the_host(self, t):
-        """What a CUDA graph cannot capture: synchronisation, and tensors made from literals."""
+    def test_does_not_synchronise(self, t):
+        """A CUDA graph can capture neither synchronisation nor tensors made from literals."""
         unet = UNet(**SMALL, class_embed_type="timestep").eval()
         x, _, labels = inputs(unet.config)
         seen = set()
@@ -179,60 +174,32 @@ class TestForward:
 
 
 class TestChannelsLast:
-    @pytest.mark.parametrize("smallest", [1, 2], ids=["one-pixel", "four-pixels"])
-    @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
     @pytest.mark.parametrize(
-        "change",
+        ("change", "layout", "smallest"),
         [
-            pytest.param({}, id="plain"),
-            pytest.param({"in_channels": 1, "out_channels": 1}, id="one-channel"),
-            pytest.param(RESNET_TYPES | {"downsample_padding": 0}, id="resnet"),
-            pytest.param({"resnet_time_scale_shift": "scale_shift"}, id="scale-shift"),
-            pytest.param(SIX_LEVELS, id="six-levels"),
+            ({}, "contiguous", 1),
+            ({}, "contiguous", 2),
+            ({}, "channels_last", 1),
+            ({}, "sliced", 2),
+            ({"in_channels": 1, "out_channels": 1}, "sliced", 1),
+            ({"in_channels": 1, "out_channels": 1}, "contiguous", 2),
+            (RESNET_TYPES | {"downsample_padding": 0}, "contiguous", 1),
+            ({"resnet_time_scale_shift": "scale_shift"}, "contiguous", 1),
+            (SIX_LEVELS, "contiguous", 1),
         ],
     )
     def test_every_activation(self, change, layout, smallest):
         unet = UNet(**SMALL | change).eval()
         side = unet.config.size_multiple * smallest
         x, t, _ = inputs(unet.config, size=(side, side))
-        if layout == "channels_last":
-            x = x.to(memory_format=torch.channels_last)
-        elif layout == "sliced":
-            x = torch.cat([x, x], dim=1)[:, ::2]
-        checked = []
-
-        def look(name):
-            def hook(module, args, output):
-                for tensor in (*args, *(output if isinstance(output, list) else [output])):
-                    if isinstance(tensor, torch.Tensor) and tensor.dim() == 4:
-                        checked.append(name)
-                        assert_channels_last(tensor, name)
-
-            return hook
-
-        for name, module in unet.named_modules():
-            if name not in ("", "conv_in"):
-                module.register_forward_hook(look(name))
-        with torch.no_grad():
-            assert_channels_last(unet(x, t), "output")
-        assert len(checked) > 40
+        count = assert_activations_channels_last(unet, (in_layout(x, layout), t), "conv_in")
+        assert count > 40
 
     def test_weights_are_and_stay(self):
-        unet = UNet(**SMALL)
-        state = {k: v.contiguous() for k, v in UNet(**SMALL).state_dict().items()}
-        unet.load_state_dict(state)
-        for network in (unet, copy.deepcopy(unet), unet.half()):
-            for name, weight in network.named_parameters():
-                if weight.dim() == 4:
-                    assert weight.is_contiguous(memory_format=torch.channels_last), name
+        assert_weights_stay_channels_last(UNet(**SMALL), UNet(**SMALL).state_dict())
 
     @pytest.mark.parametrize("channels", [1, 2])
     def test_contiguous_weights_do_not_spread(self, channels):
         unet = UNet(**SMALL | {"in_channels": channels}).eval()
-        state = {name: torch.ones(value.shape) for name, value in unet.state_dict().items()}
-        unet.load_state_dict(state, assign=True)
-        unet.down_blocks[0].register_forward_pre_hook(
-            lambda module, args: assert_channels_last(args[0], "down_blocks.0")
-        )
-        with torch.no_grad():
-            unet(inputs(unet.config)[0], 1)
+        x, _, _ = inputs(unet.config)
+        assert_contiguous_weights_do_not_spread(unet, x, unet.down_blocks[0])
