@@ -93,8 +93,7 @@ class Batch {
     const bool fits = make_view(
         &view, tensor.data_ptr(), dtype_of(tensor, name), static_cast<int>(first_tensor_.dim()),
         tensor.sizes().data() + skipped, tensor.strides().data() + skipped, order_);
-    STD_TORCH_CHECK(fits, name, " has more than ", kMaxDims,
-                    " dimensions that cannot be walked as one");
+    STD_TORCH_CHECK(fits, name, " must have at most ", kMaxDims, " dimensions after merging");
     return view;
   }
 
@@ -141,7 +140,8 @@ inline void check_threshold(const Tensor& threshold, const Tensor& state) {
 // A tensor must be passed if and only if its flag is set.
 inline void check_flagged(const std::optional<Tensor>& tensor, int64_t flag, const char* name) {
   STD_TORCH_CHECK(tensor.has_value() == (flag != 0), name,
-                  flag ? " is needed by the flags" : " is no term of the flags");
+                  flag ? " must be a tensor with these flags; got None"
+                       : " must be None with these flags; got a tensor");
 }
 
 template <class Launch>

@@ -60,7 +60,8 @@ struct NetworkOps {
                           bool silu) {
     STD_TORCH_CHECK(out.dim() == 4 && x.dim() == 4 && (!x2 || x2->dim() == 4),
                     "out, x and x2 must be [N, C, H, W]");
-    STD_TORCH_CHECK(!x2 || (!residual && !total), "residual and total go with one source only");
+    STD_TORCH_CHECK(!x2 || (!residual && !total),
+                    "residual and total must be None with two sources; got a tensor");
     GroupNormArgs a{};
     a.samples = out.size(0);
     a.height = out.size(2);
@@ -69,7 +70,7 @@ struct NetworkOps {
     a.second = x2 ? x2->size(1) : 0;
     a.groups = groups;
     STD_TORCH_CHECK(groups > 0 && a.channels() % groups == 0, "groups must divide the ",
-                    a.channels(), " channels of the sources, got ", groups);
+                    a.channels(), " channels of the sources; got ", groups);
     a.dtype = dtype_of(out, "out");
     a.parameters = dtype_of(weight, "weight");
     a.out = map_of(out, out, a.channels(), "out");

@@ -23,7 +23,7 @@ void over_blocks(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, i
 void check_timesteps(const int64_t* t, int64_t stride, int64_t samples, int64_t num_timesteps) {
   for (int64_t n = 0; n < samples; ++n) {
     STD_TORCH_CHECK(t[n * stride] >= 0 && t[n * stride] < num_timesteps, "t must lie in [0, ",
-                    num_timesteps, "), got ", t[n * stride]);
+                    num_timesteps, "); got ", t[n * stride]);
   }
 }
 
@@ -61,8 +61,8 @@ struct CpuLaunch {
 // Selects the instruction set ("baseline", "avx2", "avx512" or "auto"; "" keeps the current one)
 // and returns the name of the one in use.
 std::string use_cpu_kernels(std::string name) {
-  STD_TORCH_CHECK(name.empty() || select_cpu_kernels(name.c_str()), "CPU kernels '", name,
-                  "' cannot run here; these can: ", runnable_instruction_sets());
+  STD_TORCH_CHECK(name.empty() || select_cpu_kernels(name.c_str()), "name must be auto or one of ",
+                  runnable_instruction_sets(), "; got '", name, "'");
   return cpu_kernels().name;
 }
 

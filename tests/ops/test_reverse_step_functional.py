@@ -280,15 +280,15 @@ BAD: list[tuple[str, Callable[[Any], Any], str]] = [
     ("model_output", lambda v: v[:1], "model_output must have the shape"),
     ("noise", lambda v: v[..., :1], "noise must have the shape"),
     ("log_variance", lambda v: v[:, :1], "log_variance must have the shape"),
-    ("log_variance", lambda v: None, "log_variance is needed"),
-    ("threshold", lambda v: None, "threshold is needed"),
+    ("log_variance", lambda v: None, "log_variance must be a tensor with these flags"),
+    ("threshold", lambda v: None, "threshold must be a tensor with these flags"),
     ("threshold", lambda v: v.double(), "threshold must be float32 with one value"),
     ("threshold", lambda v: v[:1], "threshold must be float32 with one value"),
     ("rows", lambda v: v[:, :31], r"rows must be a contiguous \[rows, 32\]"),
     ("rows", lambda v: v.double(), "rows must be float32"),
     ("step", lambda v: v.int(), "step must be int64"),
     ("step", lambda v: v[:1], "step must be int64 with one value for each sample"),
-    ("flags", lambda v: 0, "is no term of the flags"),
+    ("flags", lambda v: 0, "must be None with these flags"),
 ]
 
 

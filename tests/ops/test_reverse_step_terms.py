@@ -255,11 +255,11 @@ def test_opcheck(on, flags, source):
 
 
 BAD = [
-    ("model_output2", lambda v: None, "model_output2 is needed"),
-    ("log_variance", lambda v: None, "log_variance is needed"),
-    ("threshold", lambda v: None, "threshold is needed"),
-    ("second", lambda v: None, "second is needed"),
-    ("history", lambda v: None, "history is needed"),
+    ("model_output2", lambda v: None, "model_output2 must be a tensor with these flags"),
+    ("log_variance", lambda v: None, "log_variance must be a tensor with these flags"),
+    ("threshold", lambda v: None, "threshold must be a tensor with these flags"),
+    ("second", lambda v: None, "second must be a tensor with these flags"),
+    ("history", lambda v: None, "history must be a tensor with these flags"),
     ("model_output2", lambda v: v[:1], "model_output2 must have the shape"),
     ("log_variance", lambda v: v[:, :1], "log_variance must have the shape"),
     ("second", lambda v: v[..., :1], "second must have the shape"),
@@ -292,5 +292,5 @@ def test_the_compiled_operator_refuses_a_term_without_its_flag(name):
     for other in ("model_output2", "log_variance", "threshold", "second", "history"):
         if other != name:
             setattr(step, other, None)
-    with pytest.raises(RuntimeError, match=f"{name} is no term of the flags"):
+    with pytest.raises(RuntimeError, match=f"{name} must be None with these flags; got a tensor"):
         torch.ops.ddpm_fast.reverse_step_(*step.arguments())
