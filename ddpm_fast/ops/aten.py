@@ -1,4 +1,4 @@
-"""Convolution and attention of the U-Net by ATen's kernels: cuDNN and cuBLAS, or oneDNN and MKL."""
+"""Convolution and attention of the U-Net with ATen: cuDNN and cuBLAS, or oneDNN and MKL."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ SDPA = {
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Operators compute in the dtype that they are given, inside of autocast as well."""
+    """Return a context without autocast: operators compute in the dtype of their inputs."""
     if not torch.is_autocast_enabled(device.type):
-        return nullcontext()  # a tenth of the cost
+        return nullcontext()  # a tenth of the overhead
     return torch.autocast(device.type, enabled=False)
 
 
 def sdpa(name: str) -> Callable[[Tensor, Tensor, int, float], None]:
-    """`attention_` by one of torch's kernels, of `SDPA`; it raises where that cannot run."""
+    """Return `attention_` with one of the kernels of `SDPA`; it raises if the kernel cannot run."""
 
     def run(out: Tensor, qkv: Tensor, heads: int, scale: float) -> None:
-        # One that cannot run warns of the reasons before it raises.
+        # A kernel that cannot run warns of the reasons before it raises.
         with sdpa_kernel(SDPA[name]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             attention_(out, qkv, heads, scale)
@@ -40,7 +40,7 @@ def sdpa(name: str) -> Callable[[Tensor, Tensor, int, float], None]:
 
 
 def attention_(out: Tensor, qkv: Tensor, heads: int, scale: float) -> None:
-    """`reference.attention_` by scaled_dot_product_attention."""
+    """Run `reference.attention_` by scaled_dot_product_attention."""
     q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2))
     with no_autocast(qkv.device):
         got = F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -57,7 +57,7 @@ def conv_(
     stride: int,
     padding: list[int],
 ) -> None:
-    """`reference.conv_`; two sources are two accumulated products, never joined."""
+    """Run `reference.conv_`; two sources are two convolutions, without a concatenation."""
     if weight.dim() == 5:
         for phase in range(4):
             a, b = divmod(phase, 2)
@@ -77,11 +77,18 @@ def conv_(
 def even_padding(
     padding: tuple[int, int, int, int] | list[int], stride: int
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Zeros (vertical, horizontal) on both sides alike, and the first output row and column wanted.
+    """Return symmetric padding for a convolution with asymmetric padding.
 
-    A convolution that is padded by p >= top rows, with p - top a multiple of the stride, gives the
-    rows of one padded by (top, bottom) from row (p - top) / stride on: uneven padding costs a few
-    rows of output, and no padded copy of the input.
+    A convolution padded by p >= top rows, where p - top is a multiple of the stride, contains the
+    rows of a convolution padded by (top, bottom) from row (p - top) / stride on. Asymmetric padding
+    thus costs a few rows of output, but no padded copy of the input.
+
+    Args:
+        padding: Zeros at the left, right, top and bottom.
+        stride: Stride of the convolution.
+
+    Returns:
+        The padding (vertical, horizontal), and the first row and column of the output to keep.
     """
     left, right, top, bottom = padding
     sizes, skips = [], []
@@ -95,7 +102,7 @@ def even_padding(
 
 
 def window(y: Tensor, skips: tuple[int, int], size: torch.Size) -> Tensor:
-    """The pixels of an evenly padded convolution that belong to an output of this size."""
+    """Crop the output of an evenly padded convolution to a size."""
     row, column = skips
     return y[:, :, row : row + size[2], column : column + size[3]]
 
@@ -121,7 +128,7 @@ def _windows(
 def _is_product(
     out: Tensor, weight: Tensor, stride: int, padding: tuple[int, int, int, int] | list[int]
 ) -> bool:
-    """Whether a convolution is a matrix product whose result `out` holds as a matrix."""
+    """Return True if a convolution is a matrix product, and `out` a matrix in memory."""
     alone = weight.shape[2] == 1 and stride == 1 and not any(padding)
     return alone and out.is_contiguous(memory_format=torch.channels_last)
 
@@ -129,7 +136,7 @@ def _is_product(
 def _pixelwise(
     out: Tensor, x: Tensor, x2: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> None:
-    """A 1x1 convolution as matrix products over the pixels; `out` is a matrix in memory."""
+    """Compute a 1x1 convolution as matrix products over the pixels."""
     first = weight[:, : x.shape[1]]
     rows = pixels(out)
     if bias is None:
@@ -141,5 +148,5 @@ def _pixelwise(
 
 
 def pixels(x: Tensor) -> Tensor:
-    """[N, C, H, W] in channels_last memory as a view [N H W, C]."""
+    """Return [N, C, H, W] in channels-last memory as a view [N H W, C]."""
     return x.permute(0, 2, 3, 1).flatten(0, 2) if x.dim() == 4 else x.flatten(0, 1)

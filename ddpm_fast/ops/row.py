@@ -1,30 +1,30 @@
-"""The row of a step table: what one reverse step reads.
+"""The row of a step table: the coefficients of one reverse step.
 
 A solver is a table of rows, one per step, and one fused update evaluates any row::
 
     o   = G0*out + G1*out2                  # out2: second output of classifier-free guidance
     x0  = clip(P*x + Q*o)                   # from epsilon, v, x0 or score
-    h0  = Hx*x + Hv*x0 + Ho*o               # if push: joins a ring of past values
+    h0  = Hx*x + Hv*x0 + Ho*o               # if push: appended to a ring of past values
     y'  = [x, y, x0, o, h1, h2, h3] . [Yx, Yy, Yx0, Yo, Yh1, Yh2, Yh3]
     x'  = [x, y, x0, o, h1, h2, h3] . [Xx, Xy, Xx0, Xo, Xh1, Xh2, Xh3] + M*aux + S*e*z
     in' = half(Cin * x')                    # the network's next input
     e   = 1, or exp((Lmin + v*(Lmax - Lmin)) / 2) for a learned variance
 
 x is the state, out the network's output, z standard normal noise. x0 is clipped to [-clip, clip];
-a row that does not clip holds +inf there. With a threshold s for each sample (dynamic thresholding)
-x0 is clipped to [-s, s] and divided by s instead. y is a second state, and v the second half of the
-channels of a network that returns its variance too. Where P is not 0, P*x + Q*o is evaluated as
-P*(x + ratio*o), ratio = Q/P: where alphas_cumprod is small the two terms are large and cancel.
+clip is +inf in a row that does not clip. With dynamic thresholding, x0 is instead clipped to
+[-s, s] and divided by s, the threshold of the sample. y is a second state, and v the second half of
+the channels of a network that returns its variance. If P is not 0, P*x + Q*o is evaluated as
+P*(x + ratio*o), ratio = Q/P: for small alphas_cumprod the two terms are large and cancel.
 
-h1 is the value pushed last, h3 the third last. They lie in a ring of ``history_depth`` slots: with
-``slot`` the number of earlier pushes modulo the depth, h_k is in slot (slot - k) mod depth, and h0
-goes to ``slot``, over the oldest value, which the same step may still read.
+h1 is the last pushed value, h3 the third last. They are in a ring of `history_depth` slots: with
+`slot` the number of earlier pushes modulo the depth, h_k is in slot (slot - k) mod depth, and h0 is
+written to `slot`, over the oldest value, which the same step may still read.
 
-A row is ROW_WIDTH numbers: the fields in the order of ROW_FIELDS, then zeros, so that a float32 row
-is one 128-byte line. An update is specialised on what a table uses (RowFlag): a coefficient that is
-zero throughout is never multiplied, so a NaN or infinity behind it stays out of the state; only x
-and x0 are always terms of h0, y' and x'. Columns for which no specialisation exists yet must be
-zero; `flags_for` says so by name.
+A row has ROW_WIDTH numbers: the fields in the order of ROW_FIELDS, then zeros, so that a float32
+row is one 128-byte line. An update is specialized for the terms of a table (RowFlag): a coefficient
+that is zero in all rows is not multiplied, so that a NaN or infinity there does not reach the
+state. Only x and x0 are always terms of h0, y' and x'. Columns that are not implemented must be
+zero; `flags_for` names them.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ ROW_WIDTH = 32
 
 DEEPEST = 3  # slots of the longest ring
 
-_UNSPECIALISED = ("Yo", "M")
+_NOT_IMPLEMENTED = ("Yo", "M")
 _COLUMNS = {name: index for index, name in enumerate(ROW_FIELDS)}
 
 
 class RowFlag(IntFlag):
-    """What the rows of a table use beyond ``x' = Xx*x + Xx0*x0 + S*z``.
+    """Terms that the rows of a table use beside `x' = Xx*x + Xx0*x0 + S*z`.
 
-    CLIP: some row clips x0. RAW_OUT: some row has Xo != 0 (DDIM with the raw epsilon).
+    CLIP: some row clips x0. RAW_OUT: some row has Xo != 0 (DDIM with the unclipped epsilon).
     SCALE_IN: some row has Cin != 1. GUIDE: some row has G0 != 1 or G1 != 0, a second output.
-    LEARNED: some row has Lmin or Lmax != 0, a learned variance. THRESHOLD: x0 is thresholded by
-    the sample, and clip is not read. H1, H2, H3: some row has a coefficient of that past value.
+    LEARNED: some row has Lmin or Lmax != 0, a learned variance. THRESHOLD: each sample has a
+    threshold, and clip is not read. H1, H2, H3: some row has a coefficient of that past value.
     PUSH: pushed values are read; PUSH_OUT: and some row has Ho != 0. SECOND: there is a second
     state y.
     """
@@ -74,12 +74,12 @@ class RowFlag(IntFlag):
     SECOND = 2048
 
 
-# Of a step that changes none of its arguments: it keeps nothing, and makes no input for a network.
+# The terms of reverse_step, which returns new tensors and has no state.
 FUNCTIONAL_FLAGS = RowFlag.CLIP | RowFlag.RAW_OUT | RowFlag.LEARNED | RowFlag.THRESHOLD
 
 
 def check_functional(flags: int) -> None:
-    """Raise ValueError where a flag is none of FUNCTIONAL_FLAGS."""
+    """Raise ValueError for a flag that is not in FUNCTIONAL_FLAGS."""
     if flags & ~int(FUNCTIONAL_FLAGS):
         raise ValueError(
             f"flags {flags} has a term that only reverse_step_ has; reverse_step has"
@@ -88,14 +88,15 @@ def check_functional(flags: int) -> None:
 
 
 def history_depth(flags: RowFlag | int) -> int:
-    """Slots of the ring of past values: the largest k of an h_k that some row reads; 0 to 3."""
+    """Return the slots of the ring of past values: the largest k of an h_k that is read, 0 to 3."""
     return max((k for k in range(1, DEEPEST + 1) if flags & RowFlag[f"H{k}"]), default=0)
 
 
 def column(name: str) -> int:
-    """Index of a field in a row.
+    """Return the index of a field in a row.
 
-    Raises ValueError for a name that is not in ROW_FIELDS.
+    Raises:
+        ValueError: the name is not in ROW_FIELDS.
     """
     if name not in _COLUMNS:
         raise ValueError(f"name must be one of {', '.join(ROW_FIELDS)}; got {name!r}")
@@ -103,16 +104,18 @@ def column(name: str) -> int:
 
 
 def flags_for(rows: Tensor, thresholds: bool = False) -> RowFlag:
-    """Flags of the specialisation that evaluates every row of a table.
+    """Return the flags of the specialization that evaluates every row of a table.
 
-    rows: floating-point [steps, ROW_WIDTH]. Finite but for clip, which is above 0, +inf where a
-    row does not clip, or 0 throughout for a table that does not clip. thresholds: x0 is thresholded
-    by the sample.
+    Args:
+        rows: Floating-point [steps, ROW_WIDTH], finite but for clip. clip is positive, +inf in a
+            row that does not clip, or 0 in all rows of a table that does not clip.
+        thresholds: Each sample has a threshold.
 
-    Raises TypeError if rows is not a floating-point tensor; ValueError for another shape, a NaN or
-    an infinity, a clip that is not as above, a push that is neither 0 nor 1, past values that
-    nothing pushes, a non-zero value in the padding or in a column that has no specialisation yet
-    (named in the message).
+    Raises:
+        TypeError: rows is no floating-point tensor.
+        ValueError: rows has another shape, a NaN or an infinity; clip is not as above; push is
+            neither 0 nor 1; past values are read but never pushed; a value in the padding or in a
+            column that is not implemented is not 0. The message names the column.
     """
     if not isinstance(rows, Tensor) or not rows.is_floating_point():
         got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
@@ -122,8 +125,8 @@ def flags_for(rows: Tensor, thresholds: bool = False) -> RowFlag:
     for name, index in _COLUMNS.items():
         if name != "clip" and not rows[:, index].isfinite().all():
             raise ValueError(f"rows: column {name} must be finite")
-        if name in _UNSPECIALISED and rows[:, index].any():
-            raise ValueError(f"rows: column {name} has no specialisation yet and must be 0")
+        if name in _NOT_IMPLEMENTED and rows[:, index].any():
+            raise ValueError(f"rows: column {name} must be 0: it is not implemented")
     if rows[:, len(ROW_FIELDS) :].any():
         raise ValueError(f"rows: the padding from column {len(ROW_FIELDS)} on must be 0")
 
@@ -157,11 +160,11 @@ def _clips(clip: Tensor) -> bool:
 
 
 def complete(rows: Tensor, depth: int) -> Tensor:
-    """The rows with the columns that follow from others: slot, for that depth, and ratio."""
+    """Return the rows with the derived columns: slot, for a depth of the ring, and ratio."""
     rows = rows.clone()
     push, P, Q = (rows[:, _COLUMNS[name]] for name in ("push", "P", "Q"))
     rows[:, _COLUMNS["slot"]] = (push.cumsum(0) - push) % max(depth, 1)
-    # A P below the rounding of Q takes no part, and its ratio would be beyond float32.
+    # P below the rounding of Q has no effect, and its ratio would overflow float32.
     P[P.abs() < 1e-30 * Q.abs()] = 0
     rows[:, _COLUMNS["ratio"]] = torch.where(P != 0, Q / P, 0)
     return rows

@@ -86,6 +86,6 @@ def test_a_table_fills_in_the_ratio_of_x0s_factors():
 
 
 @pytest.mark.parametrize("name", ["Yo", "M"])
-def test_flags_refuse_a_column_without_a_specialisation(name):
-    with pytest.raises(ValueError, match=f"column {name} has no specialisation"):
+def test_a_column_that_is_not_implemented_must_be_zero(name):
+    with pytest.raises(ValueError, match=f"column {name} must be 0"):
         flags_for(rows_with(**{name: 1e-9}))

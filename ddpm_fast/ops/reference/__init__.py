@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: what every other backend is checked against."""
+"""Operators in plain PyTorch; the other backends are checked against them."""
 
 from ddpm_fast.ops.reference.diffusion import (
     normals,

@@ -1,7 +1,7 @@
-"""The reference backend: every operator in plain PyTorch, written from the equations.
+"""Reference backend of the updates, in plain PyTorch, written from the equations.
 
-Runs on any device and in float64, where it is the oracle that the kernels are judged against. It
-allocates freely and is not fast. Signatures are those of ``torch.ops.ddpm_fast.*``.
+It runs on any device, and in float64, in which the kernels are checked against it. It allocates
+memory and is slow. Signatures are those of `torch.ops.ddpm_fast.*`.
 """
 
 from __future__ import annotations
@@ -18,32 +18,52 @@ _WORD = 0xFFFFFFFF
 
 
 def _gather(coefs: Tensor, t: Tensor, like: Tensor) -> list[Tensor]:
-    """The columns of the coefficients of each sample, shaped to broadcast over ``like``."""
+    """Return the columns of the coefficients of each sample, to broadcast over `like`."""
     chosen = coefs.index_select(0, t.clamp(0, coefs.shape[0] - 1))
     return [per_sample(chosen[:, i], like) for i in range(coefs.shape[1])]
 
 
 def _like(value: Tensor, like: Tensor) -> Tensor:
-    """The value in the dtype and with the strides of ``like``."""
+    """Return the value in the dtype and with the strides of `like`."""
     return torch.empty_like(like).copy_(value)
 
 
 def q_sample(x0: Tensor, t: Tensor, noise: Tensor, coefs: Tensor) -> Tensor:
-    """Eq. 4, Ho et al. 2020: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
+    """Return x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, Eq. 4).
+
+    Args:
+        x0: [N, ...].
+        t: Timesteps, int64 [N], clamped to the table.
+        noise: Standard normals, shape of x0.
+        coefs: [T, 2]: sqrt(abar) and sqrt(1 - abar), in the dtype of the arithmetic.
+    """
     signal_scale, noise_scale = _gather(coefs, t, x0)
     x_t = signal_scale * x0.to(coefs.dtype) + noise_scale * noise.to(coefs.dtype)
     return _like(x_t, x0)
 
 
 def q_sample_philox(x0: Tensor, t: Tensor, coefs: Tensor, rng: Tensor) -> tuple[Tensor, Tensor]:
-    """``q_sample`` with its noise made from (seed, stream, first_sample)."""
+    """Return `q_sample` with noise generated from rng, and the noise in the dtype of x0.
+
+    rng: int64 [3]: seed, stream, first sample.
+    """
     noise = torch.empty_like(x0, requires_grad=False)
     philox_normal_(noise, rng)
     return q_sample(x0, t, noise, coefs), noise
 
 
 def q_posterior(x0: Tensor, x_t: Tensor, t: Tensor, coefs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 6 and 7, Ho et al. 2020: mean, variance and log-variance of q(x_{t-1} | x_t, x_0)."""
+    """Return mean, variance and log-variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, Eq. 7).
+
+    Args:
+        x0: [N, ...].
+        x_t: Shape of x0.
+        t: Timesteps, int64 [N], clamped to the table.
+        coefs: [T, 4]: factors of x0 and x_t, variance, log-variance.
+
+    Returns:
+        The mean like x_t, and two tensors [N, 1, ...] with its number of dimensions.
+    """
     coef_x0, coef_x_t, variance, log_variance = _gather(coefs, t, x_t)
     mean = coef_x0 * x0.to(coefs.dtype) + coef_x_t * x_t.to(coefs.dtype)
     return _like(mean, x_t), variance, log_variance
@@ -65,9 +85,23 @@ def reverse_step_(
     second: Tensor | None = None,
     history: Tensor | None = None,
 ) -> None:
-    """One row of a step table on the state; the equation is in ``ddpm_fast.ops.row``.
+    """Apply a row of a step table to the state in place; `ddpm_fast.ops.row` has the equation.
 
-    Beside the shape [N, ...] of x: threshold [N], history [depth, N, ...].
+    Args:
+        x: State [N, ...], in the dtype of the arithmetic; overwritten.
+        model_output: Output of the network, shape of x.
+        rows: Step table [steps, ROW_WIDTH].
+        step: Row of each sample, int64 [N]. Samples with a row outside the table are not written.
+        noise: Standard normals, shape of x. None: generated from rng, or absent.
+        rng: int64 [3]: seed, stream, first sample; row i uses stream + i.
+        model_input: Next input of the network, shape of x; written.
+        pred_x0: The predicted x0, shape of x; written.
+        flags: RowFlag.
+        model_output2: Second output of classifier-free guidance, shape of x.
+        log_variance: Learned variance, shape of x.
+        threshold: Threshold of each sample, [N].
+        second: Second state, shape of x; overwritten.
+        history: Ring of past values [depth, N, ...]; one slot may be overwritten.
     """
     active, index, row = _chosen(rows, step, x)
 
@@ -119,13 +153,22 @@ def reverse_step(
     log_variance: Tensor | None = None,
     threshold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One row of a step table on the state: x' and x0, new tensors with dtype and strides of x.
+    """Apply a row of a step table; return x' and x0 with the dtype and strides of x.
 
-    x, model_output, noise, log_variance: [N, ...]. rows: [steps, ROW_WIDTH], in the dtype of the
-    arithmetic. step: int64 [N]. threshold: [N], as rows. A sample whose row lies outside the table
-    is NaN in both. Differentiable by autograd, which the other backends are not.
+    The only backend that is differentiable by autograd.
 
-    Raises ValueError for a flag that is none of FUNCTIONAL_FLAGS.
+    Args:
+        x: State [N, ...].
+        model_output: Output of the network, shape of x.
+        rows: Step table [steps, ROW_WIDTH], in the dtype of the arithmetic.
+        step: Row of each sample, int64 [N]. A sample whose row is outside the table is NaN.
+        noise: Standard normals, shape of x, or None.
+        flags: RowFlag, among FUNCTIONAL_FLAGS.
+        log_variance: Learned variance, shape of x, or None.
+        threshold: Threshold of each sample, [N] in the dtype of rows, or None.
+
+    Raises:
+        ValueError: a flag is not in FUNCTIONAL_FLAGS.
     """
     check_functional(flags)
     active, _, row = _chosen(rows, step, x)
@@ -139,7 +182,7 @@ def reverse_step(
 
 
 def _chosen(rows: Tensor, step: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which samples have a row, to broadcast over ``like``; the nearest index; that row of each."""
+    """Return a mask of the samples in the table, the nearest index, and the row of each sample."""
     active = per_sample((step >= 0) & (step < rows.shape[0]), like)
     index = step.clamp(0, rows.shape[0] - 1)
     return active, index, rows.index_select(0, index)
@@ -156,7 +199,7 @@ def _bounded(x0: Tensor, row: Tensor, flags: int, threshold: Tensor | None) -> T
 
 
 def _mean(row: Tensor, x: Tensor, x0: Tensor, out: Tensor, flags: int) -> Tensor:
-    """The terms of x' that every solver has, and that of the raw output."""
+    """Return the terms of x' that every solver has, and that of the network's output."""
 
     def coef(name: str) -> Tensor:
         return per_sample(row[:, column(name)], x)
@@ -166,7 +209,7 @@ def _mean(row: Tensor, x: Tensor, x0: Tensor, out: Tensor, flags: int) -> Tensor
 
 
 def _scaled_noise(row: Tensor, noise: Tensor, log_variance: Tensor | None) -> Tensor:
-    """S e z; e is 1 where the variance is not learned."""
+    """Return S e z; e is 1 if the variance is not learned."""
 
     def coef(name: str) -> Tensor:
         return per_sample(row[:, column(name)], noise)
@@ -180,7 +223,7 @@ def _scaled_noise(row: Tensor, noise: Tensor, log_variance: Tensor | None) -> Te
 def predicted_x0(
     row: Tensor, x: Tensor, model_output: Tensor, model_output2: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The (guided) output in the dtype of x, and x0 before a clip. row: one of each sample."""
+    """Return the guided output in the dtype of x, and x0 before clipping; `row` of each sample."""
 
     def coef(name: str) -> Tensor:
         return per_sample(row[:, column(name)], x)
@@ -195,7 +238,7 @@ def predicted_x0(
 def _past_values(
     history: Tensor | None, row: Tensor, like: Tensor, flags: int
 ) -> dict[int, Tensor]:
-    """Each h_k that a table reads, from the slot that it has for the row of each sample."""
+    """Return each past value h_k that a table uses, from its slot for the row of each sample."""
     if history is None:
         return {}
     depth, samples = history.shape[0], torch.arange(like.shape[0], device=like.device)
@@ -208,17 +251,17 @@ def _past_values(
 
 
 def philox_normal_(out: Tensor, rng: Tensor) -> None:
-    """Fill ``out`` [N, ...] with the normals of (seed, stream, first_sample)."""
+    """Fill `out` [N, ...] with the normals of (seed, stream, first_sample)."""
     seed, stream, first = rng.unbind()
     out.copy_(normals(out, seed, stream.expand(out.shape[0]), first))
 
 
 def normals(like: Tensor, seed: Tensor, stream: Tensor, first_sample: Tensor) -> Tensor:
-    """float32 normals of the shape of ``like`` [N, C, ...]; ``stream`` int64 [N].
+    """Return float32 normals of the shape of `like` [N, C, ...]; `stream` is int64 [N].
 
-    Word r, rounded to float32, becomes u = r 2^-32 + 2^-33, rounded again; the rest (Box and Muller
-    1958) is evaluated in float64 and rounded once. Element (c, s) of a sample, s its position in
-    space, is number s C + c, and lane number % 4 of block number // 4.
+    Word r, rounded to float32, becomes u = r 2^-32 + 2^-33, rounded again. The transform of Box and
+    Muller (1958) is evaluated in float64 and rounded once. Element (c, s) of a sample, s its
+    position in space, has number s C + c, and is lane number % 4 of block number // 4.
     """
     samples, device = like.shape[0], like.device
     channels = like.shape[1] if like.ndim > 1 else 1
@@ -245,11 +288,11 @@ def normals(like: Tensor, seed: Tensor, stream: Tensor, first_sample: Tensor) ->
 def philox4x32_10(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al. 2011) on int64 tensors; only the low 32 bits of each count."""
+    """Return Philox4x32-10 (Salmon et al. 2011) of int64 tensors, whose low 32 bits are used."""
     c0, c1, c2, c3 = (c & _WORD for c in counter)
     k0, k1 = (k & _WORD for k in key)
     for _ in range(10):
-        # The product of two words may wrap int64; its 64 bits are right all the same.
+        # The product may overflow int64; its low 64 bits are correct.
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD
         c2, c3 = ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD

@@ -1,7 +1,7 @@
-"""The operators of the U-Net in plain PyTorch, in float64 where they are given it.
+"""Reference backend of the U-Net's operators, in plain PyTorch.
 
-The oracle that the kernels are judged against: float16 and bfloat16 are computed in float32.
-Signatures are those of ``torch.ops.ddpm_fast.*``; everything is written to ``out``.
+The kernels are checked against it in float64; float16 and bfloat16 are computed in float32.
+Signatures are those of `torch.ops.ddpm_fast.*`; results are written to `out`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ddpm_fast.utils import checks
 
 
 def _rows(table: Tensor, row: Tensor | None, batch: int) -> Tensor:
-    """[N, C] of a table [R, C]; NaN where a row lies outside it."""
+    """Return the rows [N, C] of a table [R, C]; NaN for a row outside the table."""
     if row is None:
         return table[:1].expand(batch, -1)
     chosen = table[row.clamp(0, table.shape[0] - 1)]
@@ -37,15 +37,26 @@ def group_norm_(
     eps: float,
     silu: bool,
 ) -> None:
-    """GroupNorm (Wu and He 2018) of a sum, over one or two sources, with SiLU or without.
+    """Apply GroupNorm (Wu and He 2018) to a sum of one or two sources, with SiLU or without.
 
     h = cat(x, x2) + vector[row] + residual; total = h; out = silu(modulated(norm(h))), where norm
     has the affine weight and bias, and modulated(y) = y (1 + scale) + shift with (scale, shift) =
-    modulation[row] (Dhariwal and Nichol 2021). Every term only where it is given.
+    modulation[row] (Dhariwal and Nichol 2021). Terms that are None are left out.
 
-    x [N, C1, H, W], x2 [N, C2, H, W], C = C1 + C2. vector [R, C] and modulation [R, 2C] float32 (or
-    float64), row int64 [N] (None: row 0); a sample whose row lies outside is NaN. residual and
-    total have x's shape and go with one source. out [N, C, H, W]. weight, bias [C].
+    Args:
+        out: [N, C, H, W], C = C1 + C2; written.
+        x: [N, C1, H, W].
+        x2: [N, C2, H, W].
+        vector: Table [R, C], float32 or float64.
+        row: int64 [N]; None: row 0. A sample whose row is outside the table is NaN.
+        residual: Shape of x; with one source only.
+        total: Shape of x, written; with one source only.
+        weight: [C].
+        bias: [C].
+        modulation: Table [R, 2C] of scales and shifts, float32 or float64.
+        groups: Number of groups.
+        eps: Added to the variance.
+        silu: Apply SiLU.
     """
     wide = checks.compute_dtype(x.dtype)
     h = (x if x2 is None else torch.cat([x, x2], 1)).to(wide)
@@ -70,10 +81,13 @@ def group_norm_(
 
 
 def attention_(out: Tensor, qkv: Tensor, heads: int, scale: float) -> None:
-    """Self-attention (Vaswani et al. 2017): softmax(scale q k^T) v in each head.
+    """Apply self-attention (Vaswani et al. 2017): softmax(scale q k^T) v in each head.
 
-    qkv [N, T, 3 * heads * D]: the queries of all heads, then the keys, then the values.
-    out [N, T, heads * D].
+    Args:
+        out: [N, T, heads * D]; written.
+        qkv: [N, T, 3 * heads * D]: the queries of all heads, then the keys, then the values.
+        heads: Number of heads.
+        scale: Factor of the scores.
     """
     q, k, v = (
         part.unflatten(2, (heads, -1)).transpose(1, 2)
@@ -93,14 +107,21 @@ def conv_(
     stride: int,
     padding: list[int],
 ) -> None:
-    """Convolution of one or two sources, with bias and residual.
+    """Convolve one or two sources, and add bias and residual.
 
-    x [N, C1, H, W], x2 [N, C2, H, W]; weight [O, C1 + C2, K, K]; bias [O]; residual like out;
-    padding (left, right, top, bottom) zeros.
+    A weight [4, O, C, 2, 2] is a nearest-neighbour upsampling by 2 followed by a 3x3 convolution
+    with padding 1, as four convolutions with summed weights (`doubling_weight`), one for each
+    parity 2a + b of the row and column of the output: out [N, O, 2H, 2W].
 
-    A weight [4, O, C, 2, 2] is a nearest doubling followed by a 3x3 convolution with padding 1, as
-    four convolutions of summed weights (`doubling_weight`), one for each parity 2a + b of the
-    output's row and column: out [N, O, 2H, 2W].
+    Args:
+        out: [N, O, H', W']; written.
+        x: [N, C1, H, W].
+        x2: [N, C2, H, W], or None.
+        weight: [O, C1 + C2, K, K].
+        bias: [O], or None.
+        residual: Shape of out, or None.
+        stride: Stride in both dimensions.
+        padding: Zeros at the left, right, top and bottom.
     """
     wide = checks.compute_dtype(x.dtype)
     h = (x if x2 is None else torch.cat([x, x2], 1)).to(wide)
@@ -119,10 +140,16 @@ def conv_(
 
 
 def doubling_weight(weight: Tensor) -> Tensor:
-    """[O, C, 3, 3] of a convolution after nearest doubling -> [4, O, C, 2, 2], one per phase.
+    """Return the weights of 3x3 convolution after nearest upsampling by 2: one kernel per phase.
 
-    Output pixel (2i + a, 2j + b) sees the input's rows i - 1 + a and i + a, and its columns
-    j - 1 + b and j + b. Weights of taps that fall on the same pixel of the input add.
+    Output pixel (2i + a, 2j + b) depends on rows i - 1 + a and i + a and columns j - 1 + b and j +
+    b of the input. Weights of taps that fall on the same pixel of the input are added.
+
+    Args:
+        weight: [O, C, 3, 3].
+
+    Returns:
+        [4, O, C, 2, 2].
     """
     # For each parity, the taps on the first of the two pixels and those on the second.
     taps = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))

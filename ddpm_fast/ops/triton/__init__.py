@@ -1,1 +1,1 @@
-"""The operators as Triton kernels."""
+"""Operators as Triton kernels."""

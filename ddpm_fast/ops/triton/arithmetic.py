@@ -1,11 +1,11 @@
-"""The arithmetic of the fused updates and of their noise, for Triton kernels.
+"""Arithmetic of the updates and of their noise, for Triton kernels.
 
-The twin of csrc/core/{philox,normal,updates}.h: the same names, constants and order of operations,
-so that the float32 bits are the same. That holds only where kernels are compiled with
-enable_fp_fusion=False: each fma is written, and nothing else becomes one.
+The counterpart of csrc/core/{philox,normal,diffusion}.h, with the same names, constants and order
+of operations, so that the float32 bits are the same. This requires enable_fp_fusion=False: every
+fma is explicit.
 
-Constants stand where they are used: Triton compares every global that a kernel has read with what
-it was, at each launch.
+Constants are written where they are used: at each launch, Triton compares every global that a
+kernel has read with its former value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 def philox4x32_10(
     c0: tl.tensor, c1: tl.tensor, c2: tl.tensor, c3: tl.tensor, k0: tl.tensor, k1: tl.tensor
 ) -> tl.tuple:
-    """Four words from a counter and a key (k0 low, k1 high); all uint32, shapes broadcast.
+    """Return four uint32 words of a counter and a key (k0 low, k1 high); shapes broadcast.
 
     Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011.
     """
@@ -38,13 +38,13 @@ def philox4x32_10(
 
 @triton.jit
 def uniform_of(word: tl.tensor) -> tl.tensor:
-    """A uint32 word as a uniform in (0, 1]: word * 2^-32 + 2^-33, rounded to float32."""
+    """Return a uint32 as a uniform in (0, 1]: word * 2^-32 + 2^-33, rounded to float32."""
     return tl.fma(word.to(tl.float32), 2.0**-32, 2.0**-33)
 
 
 @triton.jit
 def log_unit(u: tl.tensor) -> tl.tensor:
-    """ln(u) for float32 u in [2^-33, 1], within one unit in the last place.
+    """Return ln(u) for float32 u in [2^-33, 1], within one unit in the last place.
 
     u = m * 2^e with m in [2/3, 4/3); log1p(f) = f - f^2/2 + f^3 q(f), q a minimax polynomial.
     """
@@ -69,7 +69,7 @@ def log_unit(u: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def sincos_turns(u: tl.tensor) -> tl.tuple:
-    """Sine and cosine of 2 pi u for float32 u in [0, 1], within 1e-7.
+    """Return sine and cosine of 2 pi u for float32 u in [0, 1], within 1e-7.
 
     u = quadrant / 4 + r with abs(r) <= 1/8, exactly.
     """
@@ -95,7 +95,7 @@ def sincos_turns(u: tl.tensor) -> tl.tuple:
 
 @triton.jit
 def box_muller(word0: tl.tensor, word1: tl.tensor) -> tl.tuple:
-    """Two independent N(0, 1) from two uint32 words; Box and Muller, 1958."""
+    """Return two independent N(0, 1) from two uint32 words (Box and Muller 1958)."""
     radius = tl.sqrt_rn(-2.0 * log_unit(uniform_of(word0)))
     sin, cos = sincos_turns(uniform_of(word1))
     return radius * cos, radius * sin
@@ -103,7 +103,7 @@ def box_muller(word0: tl.tensor, word1: tl.tensor) -> tl.tuple:
 
 @triton.jit
 def normal4(block: tl.tensor, stream: tl.tensor, sample: tl.tensor, seed: tl.tensor) -> tl.tensor:
-    """The normals of Philox blocks: float32 [..., 4 * B] from blocks [..., B].
+    """Return the normals of Philox blocks: float32 [..., 4 * B] of blocks [..., B].
 
     block: uint32, the elements 4 * block .. 4 * block + 3 of a sample in channels-last order.
     stream: uint32; sample and seed: uint64; each broadcasts against block.
@@ -120,16 +120,16 @@ def normal4(block: tl.tensor, stream: tl.tensor, sample: tl.tensor, seed: tl.ten
 
 @triton.jit
 def _pow2(n: tl.tensor) -> tl.tensor:
-    """2^n for int32 n from -126 to 127."""
+    """Return 2^n for int32 n from -126 to 127."""
     return ((n + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def exponential(x: tl.tensor) -> tl.tensor:
-    """e^x for any float32 x, within 1.1 units in the last place; NaN passes.
+    """Return e^x for any float32 x, within 1.1 units in the last place; NaN passes.
 
     x = k ln 2 + r with abs(r) <= ln(2) / 2; e^r = 1 + r + r^2 q(r), q a minimax polynomial. Beyond
-    the two bounds of x the result is 0 or infinity anyway.
+    the two bounds of x the result is 0 or infinity.
     """
     x = tl.where(x < -104.0, -104.0, x)
     x = tl.where(x > 89.0, 89.0, x)
@@ -154,7 +154,7 @@ def exponential(x: tl.tensor) -> tl.tensor:
 def q_sample(
     x0: tl.tensor, noise: tl.tensor, signal_scale: tl.tensor, noise_scale: tl.tensor
 ) -> tl.tensor:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise. Eq. 4, Ho et al. 2020."""
+    """Return x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, Eq. 4)."""
     return tl.fma(signal_scale, x0, noise_scale * noise)
 
 
@@ -162,13 +162,13 @@ def q_sample(
 def q_posterior_mean(
     x0: tl.tensor, x_t: tl.tensor, coef_x0: tl.tensor, coef_x_t: tl.tensor
 ) -> tl.tensor:
-    """The mean of q(x_{t-1} | x_t, x_0). Eq. 7, Ho et al. 2020."""
+    """Return the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, Eq. 7)."""
     return tl.fma(coef_x0, x0, coef_x_t * x_t)
 
 
 @triton.jit
 def guide(out: tl.tensor, out2: tl.tensor, G0: tl.tensor, G1: tl.tensor) -> tl.tensor:
-    """The model's output from the two that classifier-free guidance mixes."""
+    """Combine the two outputs of classifier-free guidance."""
     return tl.fma(G1, out2, G0 * out)
 
 
@@ -176,7 +176,7 @@ def guide(out: tl.tensor, out2: tl.tensor, G0: tl.tensor, G1: tl.tensor) -> tl.t
 def predict_x0(
     x: tl.tensor, out: tl.tensor, P: tl.tensor, Q: tl.tensor, ratio: tl.tensor
 ) -> tl.tensor:
-    """x0 from the model's output, P x + Q out, by the ratio Q / P where there is one."""
+    """Return x0 = P x + Q out of the model's output, by the ratio Q / P if P is not 0."""
     direct = P == 0
     sum = tl.where(direct, out, tl.fma(ratio, out, x))
     return tl.where(direct, Q, P) * sum
@@ -184,14 +184,14 @@ def predict_x0(
 
 @triton.jit
 def clip(value: tl.tensor, bound: tl.tensor) -> tl.tensor:
-    """Value within [-bound, bound]. NaN passes: both comparisons are false for it."""
+    """Clip to [-bound, bound]. NaN passes: both comparisons are false for it."""
     value = tl.where(value < -bound, -bound, value)
     return tl.where(value > bound, bound, value)
 
 
 @triton.jit
 def threshold(value: tl.tensor, bound: tl.tensor) -> tl.tensor:
-    """Value within [-bound, bound], divided by it: dynamic thresholding."""
+    """Clip to [-bound, bound] and divide by bound: dynamic thresholding."""
     return tl.div_rn(clip(value, bound), bound)
 
 
@@ -204,9 +204,9 @@ def step_mean(
     Xx0: tl.tensor,
     Xo: tl.tensor | None,
 ) -> tl.tensor:
-    """The first terms of the next x; with other coefficients, of the next y and of what is pushed.
+    """Return the first terms of the next x or, with other coefficients, of the next y or of h0.
 
-    Xo: None where no row uses it.
+    Xo: None if no row uses it.
     """
     next = tl.fma(Xx0, x0, Xx * x)
     if Xo is not None:
@@ -216,17 +216,17 @@ def step_mean(
 
 @triton.jit
 def add_term(sum: tl.tensor, value: tl.tensor, coef: tl.tensor) -> tl.tensor:
-    """One more term of the next x or y."""
+    """Add a term to the next x or y."""
     return tl.fma(coef, value, sum)
 
 
 @triton.jit
 def add_noise(mean: tl.tensor, noise: tl.tensor, S: tl.tensor) -> tl.tensor:
-    """The next x from its mean."""
+    """Add the noise to the mean of the next x."""
     return tl.fma(S, noise, mean)
 
 
 @triton.jit
 def learned_noise(noise: tl.tensor, v: tl.tensor, Lmin: tl.tensor, Lmax: tl.tensor) -> tl.tensor:
-    """Noise of the variance that a network returns as v: its logarithm is Lmin at 0, Lmax at 1."""
+    """Scale noise by a learned variance v, whose logarithm is Lmin at v = 0 and Lmax at v = 1."""
     return exponential(tl.fma(v, 0.5 * (Lmax - Lmin), 0.5 * Lmin)) * noise

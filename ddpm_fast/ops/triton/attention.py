@@ -1,10 +1,10 @@
-"""The Triton backend of `attention_`: q, k and v are read from the fused buffer where they lie.
+"""Triton backend of `attention_`, which reads q, k and v from the fused buffer.
 
-Up to SHORT keys a program holds the scores of its queries with all keys in registers, sums them
-over chunks of the head's dimensions, and then makes the output chunk by chunk: any number of
-dimensions fits, nothing is computed twice. More keys are taken block by block (online softmax,
-Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022) with one chunk of the output in
-registers; where the head has several chunks, each is a program's that makes the scores again.
+Up to SHORT keys, a program keeps the scores of its queries with all keys in registers, summed over
+chunks of the head's dimensions, and then computes the output chunk by chunk: any number of
+dimensions fits, and nothing is computed twice. More keys are processed block by block (online
+softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022) with one chunk of the output
+in registers. If a head has several chunks, each has a program, which computes the scores again.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from ddpm_fast.ops.triton.launch import after_previous, launch, wide
 
-# Guesses until they are tuned on a GPU.
+# Not tuned on a GPU yet.
 SHORT = 256  # keys
 LOG2_E = 1.4426950408889634
-_LEAST = 16  # rows, columns and depth of a product on tensor cores
+_LEAST = 16  # smallest rows, columns and depth of a product on tensor cores
 
 
 class Heads(NamedTuple):
-    """qkv [N, T, 3 * heads * D] and out [N, T, heads * D] by their strides."""
+    """Sizes and strides of qkv [N, T, 3 * heads * D] and out [N, T, heads * D]."""
 
     qkv: Any
     sample: int
@@ -40,18 +40,18 @@ class Heads(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """What a kernel is specialised on: powers of two."""
+    """Compile-time sizes of a kernel, powers of two."""
 
     queries: int
     keys: int
     dims: int  # a chunk of the sum over the head's dimensions
     part: int  # a chunk of the output's
     chunks: int  # of dims
-    wide: bool  # elements of a sample are counted in 64 bits
+    wide: bool  # offsets in a sample need 64 bits
 
 
 class AttentionPlan(NamedTuple):
-    """How an operation runs; online is False where all keys are one block."""
+    """Launch of an operation; `online` is False if all keys are one block."""
 
     tiles: Tiles
     online: bool
@@ -70,7 +70,7 @@ def _block(
     dim: tl.tensor,
     TILES: tl.constexpr,
 ) -> tl.tensor:
-    """qkv[sample, token, column + dim] as [tokens, dims]; zeros beyond either end."""
+    """Load qkv[sample, token, column + dim] as [tokens, dims]; zeros beyond either end."""
     pointers = of.qkv + sample * of.sample + column
     if TILES.wide:
         token = token.to(tl.int64)
@@ -89,11 +89,11 @@ def _scores(
     key: tl.tensor,
     TILES: tl.constexpr,
 ) -> tl.tensor:
-    """float32 [queries, keys], in units of ln 2; keys beyond the last are -inf.
+    """Compute float32 scores [queries, keys], in units of ln 2; keys beyond the last are -inf.
 
-    q [queries, dims] where the head's dimensions are one chunk, else None and read here.
+    q: [queries, dims] if the head's dimensions are one chunk, else None: loaded here.
     """
-    QUERIES: tl.constexpr = TILES.queries  # Triton 3.6 takes no shape from a tuple
+    QUERIES: tl.constexpr = TILES.queries  # Triton 3.6 accepts no shape from a tuple
     KEYS: tl.constexpr = TILES.keys
     scores = tl.zeros((QUERIES, KEYS), tl.float32)
     if q is not None:
@@ -181,13 +181,13 @@ def _online_kernel(
 
 
 def _power(size: int, most: int) -> int:
-    """The power of two that covers `size`, at least what a product takes and at most `most`."""
+    """Return the next power of two of `size`, between _LEAST and `most`."""
     return min(most, max(_LEAST, triton.next_power_of_2(size)))
 
 
 @lru_cache(maxsize=4096)
 def _plan(tokens: int, dims: int, itemsize: int, needs_wide: bool) -> AttentionPlan:
-    """Tiles for heads of one shape."""
+    """Return the tiles for heads of one shape."""
     single = itemsize == 4  # without tensor cores: operands pass through registers
     online = tokens > SHORT
     queries = _power(tokens, _LEAST if single else 64)
@@ -206,11 +206,10 @@ def _plan(tokens: int, dims: int, itemsize: int, needs_wide: bool) -> AttentionP
 
 
 def attention_(out: Tensor, qkv: Tensor, heads: int, scale: float) -> None:
-    """Self-attention of each head; `reference.attention_` has the equation.
+    """Apply self-attention in each head; `reference.attention_` has the equation and the arguments.
 
-    qkv [N, T, 3 * heads * D]: the queries of all heads, then their keys, then their values.
-    out [N, T, heads * D]. One dtype, float32, float16 or bfloat16, and last strides of 1. Scores
-    and softmax are float32; what they multiply the values with is rounded to the dtype.
+    The tensors have one dtype, float32, float16 or bfloat16, and last strides of 1. Scores and
+    softmax are float32; the weights of the values are rounded to the dtype.
     """
     if out.numel() == 0:
         return

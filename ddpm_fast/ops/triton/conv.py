@@ -1,12 +1,12 @@
-"""The Triton backend of `conv_`: a matrix product that gathers its rows (implicit GEMM).
+"""Triton backend of `conv_`: an implicit GEMM, whose rows are gathered.
 
-A row is an output pixel, a column an output channel, and the sum runs over blocks of input channels
+A row is an output pixel, a column an output channel. The sum runs over blocks of input channels
 and, within each, over the taps: first of one source, then of the other. A weight of four phases is
-four products over the same input that write every other pixel of the output, in one launch.
+four products over the same input, each writing every other pixel of the output, in one launch.
 
-Where there are few tiles the sum is split among programs: each writes its part to a workspace and
-takes a ticket, and the last one of a tile adds the parts in the order of the sum, so that the bits
-do not depend on who came last.
+If there are few tiles, the sum is split among programs (split-K). Each writes its part to a
+workspace and increments the lock of the tile. The last one adds the parts in the order of the sum,
+so that the bits do not depend on the order of the programs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ddpm_fast.ops.triton.launch import Map, after_previous, launch, map_of, wide
 
-MULTIPROCESSORS = 132  # of an H100; plans are made for it wherever they run
-_LEAST = 16  # rows, columns and depth of a product on tensor cores
-_GROUP = 8  # tiles of rows that share their columns' weights in the L2 cache
+MULTIPROCESSORS = 132  # of an H100, for which launches are planned on every device
+_LEAST = 16  # smallest rows, columns and depth of a product on tensor cores
+_GROUP = 8  # tiles of rows that share weights in the L2 cache
 
 
 class Config(NamedTuple):
-    """How a convolution runs. The tile's sizes are powers of two, at least 16."""
+    """Configuration of the kernel. The sizes of a tile are powers of two, at least 16."""
 
     rows: int
     columns: int
@@ -37,7 +37,7 @@ class Config(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What a configuration is chosen by."""
+    """Sizes by which a configuration is selected."""
 
     pixels: int  # of the output, of one phase: N * H * W
     outputs: int
@@ -49,7 +49,7 @@ class Spec(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """[phases, O, C, K, K] by its strides."""
+    """Weight [phases, O, C, K, K] with its strides."""
 
     data: Any
     phase: int
@@ -60,7 +60,7 @@ class Weight(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Sizes: of the input, of one phase of the output, and where that begins."""
+    """Sizes of the input and of one phase of the output, and its first row and column."""
 
     channels: int
     channels2: int
@@ -77,17 +77,17 @@ class Problem(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What the kernel is specialised on besides its configuration."""
+    """Compile-time properties of a convolution besides its configuration."""
 
     kernel: int  # taps in a row
     stride: int
     doubling: bool
-    whole: bool  # channels of both sources fill blocks of the depth
+    whole: bool  # the channels of both sources are multiples of the depth
     wide: bool
 
 
 class Rows(NamedTuple):
-    """The output pixels of a tile; y and x are those of their first tap on the input."""
+    """Output pixels of a tile; y and x are the position of their first tap on the input."""
 
     sample: tl.tensor
     out_y: tl.tensor
@@ -112,7 +112,7 @@ def _accumulate(
     KIND: tl.constexpr,
     CONFIG: tl.constexpr,
 ) -> tl.tensor:
-    """Adds the steps from `begin` to `end` of one source's sum; weights are those of its tap 0."""
+    """Add steps `begin` to `end` of the sum over one source; weights: of its tap 0."""
     start = rows.sample * source.sample + rows.y * source.row + rows.x * source.pixel
     for step in range(begin, end):
         tap = step % (KIND.kernel * KIND.kernel)
@@ -173,7 +173,7 @@ def _conv_kernel(
     OVERLAP: tl.constexpr,
 ) -> None:
     tile = tl.program_id(0)
-    # Tiles in groups of rows: those that run at one time share inputs and weights in L2.
+    # Tiles in groups of rows: those that run concurrently share inputs and weights in L2.
     group = tile // (GROUP * of.column_tiles)
     size = tl.minimum(of.row_tiles - group * GROUP, GROUP)
     within = tile % (GROUP * of.column_tiles)
@@ -203,7 +203,7 @@ def _conv_kernel(
     if KIND.wide:
         column = column.to(tl.int64)
 
-    ROWS: tl.constexpr = CONFIG.rows  # Triton 3.6 takes no shape from a tuple
+    ROWS: tl.constexpr = CONFIG.rows  # Triton 3.6 accepts no shape from a tuple
     COLUMNS: tl.constexpr = CONFIG.columns
     TAPS: tl.constexpr = KIND.kernel * KIND.kernel
     steps = tl.cdiv(of.channels, CONFIG.depth) * TAPS
@@ -235,11 +235,11 @@ def _conv_kernel(
         at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :] + parts
         size_of_part: tl.constexpr = ROWS * COLUMNS
         tl.store(at + (part * tiles + tile).to(tl.int64) * size_of_part, total)
-        tl.debug_barrier()  # every thread's part is written before the ticket is taken
+        tl.debug_barrier()  # all threads have written their part before the lock is incremented
         if tl.atomic_add(split_k_locks + tile, 1, sem="acq_rel") == CONFIG.split - 1:
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
             for i in range(CONFIG.split):
-                # Past the L1 cache, which other multiprocessors do not write.
+                # Bypass the L1 cache, which other multiprocessors do not write.
                 there = at + (i * tiles + tile).to(tl.int64) * size_of_part
                 total += tl.load(there, cache_modifier=".cg")
             _store(out, bias, residual, total, rows, column, column_mask)
@@ -247,7 +247,7 @@ def _conv_kernel(
 
 
 def spec_of(out: Tensor, x: Tensor, x2: Tensor | None, weight: Tensor) -> Spec:
-    """The Spec of a convolution's arguments."""
+    """Return the Spec of the arguments of a convolution."""
     phases = 4 if weight.dim() == 5 else 1
     pixels = out.shape[0] * out.shape[2] * out.shape[3] // phases
     channels2 = 0 if x2 is None else x2.shape[1]
@@ -261,7 +261,7 @@ def _power(size: int, most: int) -> int:
 
 
 def _depth(spec: Spec, most: int) -> int:
-    """The largest power of two up to `most` that divides both sources' channels, or covers them."""
+    """Return the largest power of two <= `most` that divides the channels, or covers them."""
     least = min(c for c in (spec.channels, spec.channels2) if c)
     depth = _power(least, most)
     while depth > _LEAST and (spec.channels % depth or spec.channels2 % depth):
@@ -271,18 +271,18 @@ def _depth(spec: Spec, most: int) -> int:
 
 
 def _split(spec: Spec, rows: int, columns: int, depth: int) -> int:
-    """Parts of the sum, so that every multiprocessor has a program and a program four steps."""
+    """Return the parts of the sum: a program a multiprocessor, at least four steps a program."""
     tiles = triton.cdiv(spec.pixels, rows) * triton.cdiv(spec.outputs, columns) * spec.phases
     blocks = triton.cdiv(spec.channels, depth) + triton.cdiv(spec.channels2, depth)
     return max(1, min(MULTIPROCESSORS // tiles, blocks * spec.taps // 4, 16))
 
 
 def configurations(spec: Spec) -> list[Config]:
-    """What is worth timing for a shape, the guess that `conv_` makes first.
+    """Return the configurations to time for a shape; `conv_` uses the first.
 
-    Guesses, made without a GPU, until a tuner has timed them.
+    They are not tuned on a GPU yet.
     """
-    if spec.itemsize == 4:  # without tensor cores: operands pass through registers
+    if spec.itemsize == 4:  # without tensor cores: operands are in registers
         rows, columns = _power(spec.pixels, 64), _power(spec.outputs, 32)
         depth = _depth(spec, 16)
         return [Config(rows, columns, depth, 4, 2, _split(spec, rows, columns, depth))]
@@ -315,10 +315,20 @@ def conv(
     config: Config | None = None,
     split_k_locks: Tensor | None = None,
 ) -> None:
-    """`conv_` as `config` says, which is by default the first of `configurations`.
+    """Run `conv_` with a configuration, by default the first of `configurations`.
 
-    split_k_locks: int32 zeros, one for each tile, left at zero; used if config.split > 1, allocated
-    if None. Concurrent calls must not share them.
+    Args:
+        out: As in `conv_`, like all arguments but the last two.
+        x: See `conv_`.
+        x2: See `conv_`.
+        weight: See `conv_`.
+        bias: See `conv_`.
+        residual: See `conv_`.
+        stride: See `conv_`.
+        padding: See `conv_`.
+        config: Configuration of the kernel.
+        split_k_locks: int32 zeros, one for each tile, zero again at the end. Used if
+            config.split > 1; allocated if None. Concurrent calls must not share them.
     """
     if out.numel() == 0:
         return
@@ -362,11 +372,9 @@ def conv_(
     stride: int,
     padding: list[int],
 ) -> None:
-    """Convolution of one or two sources; `reference.conv_` has the equation.
+    """Convolve one or two sources; `reference.conv_` has the equation and the arguments.
 
-    x [N, C1, H, W], x2 [N, C2, H, W], weight [O, C1 + C2, K, K], bias [O], residual and out
-    [N, O, H', W']; padding (left, right, top, bottom). Or weight [4, O, C, 2, 2] of a nearest
-    doubling. One dtype, float32, float16 or bfloat16; any strides, but channels_last is the fast
-    one. Accumulated in float32 (float32 factors are not rounded to TF32), rounded once.
+    The tensors have one dtype, float32, float16 or bfloat16, and any strides; channels-last is
+    fastest. Sums are float32 (float32 factors are not rounded to TF32), rounded once.
     """
     conv(out, x, x2, weight, bias, residual, stride, padding)

@@ -1,7 +1,7 @@
-"""The Triton backend: the kernels of the fused updates and of the noise, and their launchers.
+"""Triton backend of the updates and of the noise: kernels and launchers.
 
-The launchers take checked arguments; ddpm_fast.ops registers them as torch.ops.ddpm_fast.triton_*.
-How their tensors are walked is in triton_tiles.
+The launchers expect checked arguments; `ddpm_fast.ops.registry` registers them as
+`torch.ops.ddpm_fast.triton_*`. `tiles` has the order in which they access tensors.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _PAST = RowFlag.H1 | RowFlag.H2 | RowFlag.H3 | RowFlag.PUSH
 
 
 class Coefs(NamedTuple):
-    """The row of a step table that each sample uses, and whether it has one."""
+    """Row of the step table of each sample, and the mask of samples in the table."""
 
     row: tl.tensor
     runs: tl.tensor
 
 
 class Ring(NamedTuple):
-    """Past values: those of slot 0, the way from a slot to the next, each sample's next slot."""
+    """Ring of past values: slot 0, the stride between slots, the next slot of each sample."""
 
     first: View
     stride: tl.tensor
@@ -41,7 +41,7 @@ class Ring(NamedTuple):
 
 
 class StepTensors(NamedTuple):
-    """What a reverse step reads and writes, in the order of its kernel."""
+    """Tensors of a reverse step, in the order of the kernel."""
 
     x: Tensor
     model_output: Tensor
@@ -71,7 +71,7 @@ def _q_sample_kernel(
     if rng is None:
         z = tiles.load(noise, tile)
     else:
-        # x_t is made from the noise as it is returned: rounded to its type.
+        # x_t uses the noise as it is returned: rounded to its dtype.
         rounded = tiles.normals(rng, 0, tile, SHAPE).to(noise.data.type.element_ty)
         tiles.store(noise, tile, tile.mask, rounded)
         z = rounded.to(tl.float32)
@@ -112,7 +112,7 @@ def _coef(coefs: Coefs, COLUMN: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _past(ring: Ring, K: tl.constexpr, DEPTH: tl.constexpr) -> View:
-    """Where h_k is, and h0 goes. Never outside the ring, whatever slot a row has."""
+    """Return the address of h_k, and of h0 for k = 0; inside the ring for every slot of a row."""
     slot = (ring.slot + (DEPTH - K)) % DEPTH
     data = ring.first.data + slot.to(tl.int64) * ring.stride
     return View(data, ring.first.sample_stride, ring.first.strides)
@@ -127,7 +127,7 @@ def _add_past(
     coefs: Coefs,
     FIRST: tl.constexpr,
 ) -> tl.tensor:
-    """A sum with the terms of those past values that are there; FIRST: the column for h1."""
+    """Add the terms of the past values that are not None; FIRST: the column of h1."""
     if h1 is not None:
         sum = core.add_term(sum, h1, _coef(coefs, FIRST))
     if h2 is not None:
@@ -161,7 +161,7 @@ def _reverse_step_kernel(
     ROW: tl.constexpr = _ROW,
 ) -> None:
     tile = tiles.tile_of(walk, samples, SHAPE)
-    # What the step does not depend on is asked for first.
+    # Loads that do not depend on the step are issued first.
     state = tiles.load(x if source is None else source, tile)
     out = tiles.load(model_output, tile)
     if noise is not None:
@@ -196,7 +196,7 @@ def _reverse_step_kernel(
     elif FLAGS & ROW.CLIP:
         x0 = core.clip(x0, _coef(coefs, ROW.clip))
     if source is not None:
-        # A sample without a row has no state of its own to be left at.
+        # A sample outside the table has no state to keep: its result is NaN.
         mask = tile.mask
         x0 = tl.where(runs, x0, float("nan"))
     if pred_x0 is not None:
@@ -252,10 +252,9 @@ def _q_sample(
 
 
 def q_sample(x0: Tensor, t: Tensor, noise: Tensor, coefs: Tensor) -> Tensor:
-    """x_t = coefs[t, 0] * x0 + coefs[t, 1] * noise, computed in float32. Eq. 4, Ho et al. 2020.
+    """Run `reference.q_sample` in float32.
 
-    x0, noise: [N, ...], both float32, float16 or bfloat16. t: int64 [N], clamped to the table.
-    coefs: float32 [T, 2], contiguous. Returns x_t like x0.
+    x0 and noise have one dtype, float32, float16 or bfloat16; coefs is contiguous.
     """
     x_t = torch.empty_like(x0)
     _q_sample(x_t, x0, noise, None, t, coefs)
@@ -263,21 +262,14 @@ def q_sample(x0: Tensor, t: Tensor, noise: Tensor, coefs: Tensor) -> Tensor:
 
 
 def q_sample_philox(x0: Tensor, t: Tensor, coefs: Tensor, rng: Tensor) -> tuple[Tensor, Tensor]:
-    """As q_sample, with noise made in the kernel: (x_t, noise), noise rounded to x0's dtype.
-
-    rng: int64 [3] on the device: seed, stream, first sample.
-    """
+    """Run `q_sample` with generated noise; return x_t and the noise, both like x0."""
     x_t, noise = torch.empty_like(x0), torch.empty_like(x0)
     _q_sample(x_t, x0, noise, rng, t, coefs)
     return x_t, noise
 
 
 def q_posterior(x0: Tensor, x_t: Tensor, t: Tensor, coefs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and log-variance of q(x_{t-1} | x_t, x_0). Eq. 7, Ho et al. 2020.
-
-    x0, x_t and t as for q_sample. coefs: float32 [T, 4], contiguous: the factors of x0 and x_t,
-    variance, log-variance. Returns the mean like x_t and two float32 [N, 1, ...] of its ndim.
-    """
+    """Run `reference.q_posterior`; return the mean like x_t and two float32 [N, 1, ...]."""
     mean = torch.empty_like(x_t)
     per_sample = (x_t.shape[0],) + (1,) * (x_t.ndim - 1)
     variance, log_variance = coefs.new_empty(per_sample), coefs.new_empty(per_sample)
@@ -305,16 +297,10 @@ def reverse_step_(
     second: Tensor | None = None,
     history: Tensor | None = None,
 ) -> None:
-    """One step of any solver, in place on x; ddpm_fast/ops/row.py has the equation.
+    """Run `reference.reverse_step_`; only the tensors of the terms in `flags` are read.
 
-    x, noise, pred_x0: float32 [N, ...]. model_output, model_input: of that shape, float32, float16
-    or bfloat16. rows: float32 [steps, ROW_WIDTH], contiguous. step: int64 [N], the row of each
-    sample; where it lies outside the table nothing is written. Noise is given, or made from rng, as
-    for q_sample_philox (row i uses stream rng[1] + i), or absent. model_input receives the model's
-    next input, pred_x0 the x0. flags: RowFlag; only the tensors of their terms are read.
-
-    model_output2, log_variance: as model_output. threshold: float32 [N]. second: as x, overwritten.
-    history: float32 [depth, N, ...], the ring of past values, one of which may be overwritten.
+    x, noise, pred_x0, second and history are float32; model_output, model_input, model_output2 and
+    log_variance float32, float16 or bfloat16; rows is contiguous.
     """
     if x.numel() == 0:
         return
@@ -343,12 +329,10 @@ def reverse_step(
     log_variance: Tensor | None = None,
     threshold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of a solver that keeps nothing, in new tensors: x' and x0, both like x.
+    """Run `reference.reverse_step` for x of float32, float16 or bfloat16.
 
-    x, noise: [N, ...], float32, float16 or bfloat16; the rest as for reverse_step_. A sample whose
-    row lies outside the table is NaN in both.
-
-    Raises ValueError for a flag that is none of FUNCTIONAL_FLAGS.
+    Raises:
+        ValueError: a flag is not in FUNCTIONAL_FLAGS.
     """
     check_functional(flags)
     next, pred_x0 = torch.empty_like(x), torch.empty_like(x)
@@ -369,10 +353,10 @@ def _reverse_step(
     threshold: Tensor | None,
 ) -> None:
     shape, history = tensors.x.shape, tensors.history
-    given = [tensor for tensor in tensors if tensor is not None]
-    # Those of a slot, for the history.
-    strides = tuple(tensor.stride()[-len(shape) :] for tensor in given)
-    itemsize = max(tensor.element_size() for tensor in given)
+    present = [tensor for tensor in tensors if tensor is not None]
+    # Strides of a slot of the history.
+    strides = tuple(tensor.stride()[-len(shape) :] for tensor in present)
+    itemsize = max(tensor.element_size() for tensor in present)
     plan = tiles.plan_of(shape, strides, rng is not None, itemsize)
     depth, slot_stride = (0, None) if history is None else (history.shape[0], history.stride(0))
     bounds = None if threshold is None else View(threshold, threshold.stride(0), ())
@@ -382,11 +366,7 @@ def _reverse_step(
 
 
 def philox_normal_(out: Tensor, rng: Tensor) -> None:
-    """Fill out with standard normals, made in float32.
-
-    out: [N, ...], float32, float16 or bfloat16, numbered channels-last whatever the strides. rng:
-    as for q_sample_philox.
-    """
+    """Run `reference.philox_normal_` for out of float32, float16 or bfloat16."""
     if out.numel() > 0:
         plan = tiles.plan_of(out.shape, (out.stride(),), True, out.element_size())
         tiles.launch(_philox_normal_kernel, plan, (out,), rng)

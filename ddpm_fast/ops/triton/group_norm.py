@@ -1,11 +1,11 @@
-"""The Triton backend of `group_norm_`.
+"""Triton backend of `group_norm_`.
 
-A program works on whole groups of one sample: a slab of channels. Sums are taken by channel and
-then over the channels of a group by a matrix of membership, so that a group may have any size and
-may straddle the two sources.
+A program processes a slab of channels of one sample, which consists of whole groups. Sums are taken
+over each channel, and then over the channels of a group by a membership matrix: a group may have
+any size and channels of both sources.
 
-A map whose slab fits into registers is read once, by one kernel. For a larger one, a first kernel
-writes mean and squared deviation of each group over shares of the pixels, and a second one combines
+A map whose slab fits into registers is read once, by one kernel. For a larger map, a first kernel
+writes mean and squared deviation of each group over shares of the pixels. A second kernel combines
 them (Chan et al. 1979) and reads the map again.
 """
 
@@ -23,7 +23,7 @@ from ddpm_fast.ops.triton.launch import Map, after_previous, is_linear, launch, 
 
 
 class Table(NamedTuple):
-    """float32 [rows, ...] with a distance between its rows."""
+    """Table float32 [rows, ...] with the stride of its rows."""
 
     data: Any
     stride: int
@@ -31,7 +31,7 @@ class Table(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """h = cat(x, x2) + vector[row] + residual; channels and those of x; pixels and a row's."""
+    """Inputs of h = cat(x, x2) + vector[row] + residual, and their sizes."""
 
     x: Map
     x2: Map | None
@@ -46,17 +46,17 @@ class Terms(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """What follows the normalisation."""
+    """Operations after the normalization."""
 
     weight: Any
     bias: Any
     modulation: Table | None
     eps: float
-    silu: int | None  # None where there is none
+    silu: int | None  # None: no SiLU
 
 
 class Tile(NamedTuple):
-    """What a program works on: pixels and channels of a sample, which of them there are."""
+    """Pixels and channels of a sample that a program processes, with their masks."""
 
     sample: tl.tensor
     pixel: tl.tensor
@@ -74,7 +74,7 @@ def _tile(
     terms: Terms,
     SLAB: tl.constexpr,
 ) -> Tile:
-    """The pixels from `first` on, up to `end`, of a slab of channels."""
+    """Return the pixels from `first` to `end` of a slab of channels."""
     local = tl.arange(0, SLAB.channels)
     channel = slab * SLAB.valid + local
     known = (local < SLAB.valid) & (channel < terms.channels)
@@ -118,7 +118,7 @@ def _store(view: Map, tile: Tile, value: tl.tensor, terms: Terms, SLAB: tl.const
 
 @triton.jit
 def _from_row(table: Table, terms: Terms, tile: Tile, first: tl.tensor) -> tl.tensor:
-    """table[row[sample], first + channel]; NaN where the row lies outside."""
+    """Load table[row[sample], first + channel]; NaN for a row outside the table."""
     pointers = table.data + first + tile.channel
     inside = tile.known
     if terms.row is not None:
@@ -130,7 +130,7 @@ def _from_row(table: Table, terms: Terms, tile: Tile, first: tl.tensor) -> tl.te
 
 @triton.jit
 def _sum(terms: Terms, tile: Tile, SLAB: tl.constexpr) -> tl.tensor:
-    """h of a tile in float32; what the mask leaves out is arbitrary."""
+    """Return h of a tile in float32; values outside the mask are arbitrary."""
     if terms.x2 is None:
         h = _load(terms.x, tile, tile.channel, tile.mask, terms, SLAB)
     else:
@@ -149,26 +149,26 @@ def _store_total(
     total: Map | None, tile: Tile, h: tl.tensor, terms: Terms, SLAB: tl.constexpr
 ) -> None:
     if total is not None:
-        tl.debug_barrier()  # total may be what other threads still read
+        tl.debug_barrier()  # total may be a tensor that other threads still read
         _store(total, tile, h, terms, SLAB)
 
 
 @triton.jit
 def _member(tile: Tile, SLAB: tl.constexpr) -> tl.tensor:
-    """[channels, groups]: which group of the slab a channel is in."""
+    """Return the membership matrix [channels, groups] of the slab."""
     group = tl.arange(0, SLAB.channels) // SLAB.group_size
     return (group[:, None] == tl.arange(0, SLAB.groups)[None, :]) & tile.known[:, None]
 
 
 @triton.jit
 def _gathered(values: tl.tensor, member: tl.tensor) -> tl.tensor:
-    """[channels] -> sums [groups]; a NaN stays in its group."""
+    """Sum [channels] over groups; a NaN stays in its group."""
     return tl.sum(tl.where(member, values[:, None], 0.0), 0)
 
 
 @triton.jit
 def _spread(values: tl.tensor, member: tl.tensor) -> tl.tensor:
-    """[groups] -> [channels]."""
+    """Broadcast [groups] to [channels]."""
     return tl.sum(tl.where(member, values[None, :], 0.0), 1)
 
 
@@ -214,7 +214,7 @@ def _held_kernel(
     count = 1.0 * terms.pixels * SLAB.group_size
     mean = _gathered(tl.sum(tl.where(tile.mask, h, 0.0), 0), member) / count
     centred = tl.where(tile.mask, h - _spread(mean, member)[None, :], 0.0)
-    # What rounding left in the mean; it counts where the mean is far from 0.
+    # The rounding error of the mean, which matters if the mean is far from 0.
     rest = _gathered(tl.sum(centred, 0), member) / count
     variance = _gathered(tl.sum(centred * centred, 0), member) / count - rest * rest
     centred -= _spread(rest, member)[None, :]
@@ -231,9 +231,10 @@ def _share_kernel(
     SLAB: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """partial [N, slabs, shares, 2, groups]: mean and squared deviation over a share of pixels.
+    """Write mean and squared deviation over a share of pixels to partial.
 
-    Deviations are summed from the mean of the first tile, which keeps them of the data's size.
+    partial: [N, slabs, shares, 2, groups]. Deviations are taken from the mean of the first tile, so
+    that they are of the size of the data.
     """
     program = tl.program_id(0)
     slab = program // shares % slabs
@@ -333,12 +334,11 @@ def group_norm_(
     eps: float,
     silu: bool,
 ) -> None:
-    """GroupNorm of a sum of one or two sources; `reference.group_norm_` has the equation.
+    """Apply GroupNorm to a sum; `reference.group_norm_` has the equation and the arguments.
 
-    out [N, C, H, W], x [N, C1, H, W], x2 [N, C - C1, H, W], residual and total like x, of one dtype
-    (float32, float16 or bfloat16) and any strides; channels_last is the fast one. weight, bias [C],
-    contiguous. vector [R, C], modulation [R, 2C]: float32, stride(1) == 1. row: int64 [N]; a sample
-    whose row lies outside of a table is NaN. total may be x or residual. Statistics are float32.
+    out, x, x2, residual and total have one dtype (float32, float16 or bfloat16) and any strides;
+    channels-last is fastest. weight and bias are contiguous. vector and modulation are float32 with
+    stride(1) == 1. total may be x or residual. Statistics are float32.
     """
     if out.numel() == 0:
         return

@@ -1,4 +1,4 @@
-"""How the Triton kernels of `group_norm_` cut a sample into slabs and shares."""
+"""Division of a sample into slabs and shares for the Triton kernels of `group_norm_`."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from typing import Any, NamedTuple
 
 import triton
 
-# Guesses until they are tuned on a GPU.
-HELD_ELEMENTS = 32768  # of a slab in registers
-TILE_ELEMENTS = 8192  # of a slab's tile where it does not fit
-MAX_CHANNELS = 128  # of a slab: 256 bytes of a half
-MIN_BYTES = 32  # that a slab takes of a pixel, where there are as many
+# Not tuned on a GPU yet.
+HELD_ELEMENTS = 32768  # largest slab in registers
+TILE_ELEMENTS = 8192  # tile of a slab that does not fit
+MAX_CHANNELS = 128  # of a slab: 256 bytes of float16
+MIN_BYTES = 32  # smallest width of a slab in a pixel, if the pixel has as many
 WANTED_PROGRAMS = 128  # about one on each multiprocessor of an H100
 MAX_SHARES = 128  # of a sample's pixels
 
 
 class Slab(NamedTuple):
-    """What a kernel is specialised on: a tile's sizes, powers of two, and what is valid of it."""
+    """Compile-time sizes of a tile, powers of two, and its valid channels."""
 
     pixels: int
     channels: int
     groups: int
-    valid: int  # channels: whole groups
+    valid: int  # channels, in whole groups
     group_size: int
     linear: bool  # the pixels of each tensor are one dimension
-    wide: bool  # elements of a sample are counted in 64 bits
+    wide: bool  # offsets in a sample need 64 bits
 
 
 class GroupNormPlan(NamedTuple):
-    """How an operation runs; shares is 0 where one kernel does it."""
+    """Launch of an operation; `shares` is 0 if one kernel suffices."""
 
     slab: Slab
     slabs: int
     num_warps: int
     shares: int
-    share: int  # pixels of one, whole tiles
+    share: int  # pixels of a share, in whole tiles
 
 
 @lru_cache(maxsize=4096)
@@ -48,7 +48,7 @@ def plan_of(
     linear: bool,
     needs_wide: bool,
 ) -> GroupNormPlan:
-    """Slabs as wide as the registers allow and as narrow as the multiprocessors want."""
+    """Return slabs that fit into registers and occupy all multiprocessors."""
     size = channels // groups
     rows = max(1, triton.next_power_of_2(pixels))
 
@@ -63,11 +63,11 @@ def plan_of(
 
     def cost(of: int) -> tuple[Any, ...]:
         slabs = triton.cdiv(groups, of)
-        padded = slabs * columns(of)  # what is computed for the channels that there are
+        padded = slabs * columns(of)  # computed channels, padding included
         short = columns(of) < min(narrow, columns(groups))
         idle = bool(held) and samples * slabs < WANTED_PROGRAMS
         unaligned = slabs > 1 and of * size * itemsize % 16 != 0
-        # Narrow only as far as every multiprocessor needs.
+        # No narrower than needed to occupy every multiprocessor.
         return (short, unaligned, padded > 1.5 * channels, idle, -of if not idle else of)
 
     of = min(held or allowed, key=cost)

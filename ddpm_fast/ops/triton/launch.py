@@ -1,4 +1,4 @@
-"""What the launchers of the U-Net's Triton kernels share: maps, and how a kernel is started."""
+"""Maps and launches of the U-Net's Triton kernels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-# Programmatic dependent launch: a kernel starts while the one before it in the stream ends, and
-# waits for that one's results itself. Off until it has been timed; needs compute capability 9.0.
+# Programmatic dependent launch: a kernel starts while the previous kernel of the stream ends, and
+# waits for its results. Off until it has been timed; needs compute capability 9.0.
 OVERLAP = False
-_MAX_NARROW = 2**31 - 2**16  # elements that 32-bit indices reach, with room for a tile
+_MAX_NARROW = 2**31 - 2**16  # largest extent for 32-bit offsets, with room for a tile
 
 
 class Map(NamedTuple):
-    """A tensor [N, C, H, W] by its strides."""
+    """Address and strides of a tensor [N, C, H, W]."""
 
     data: Any
     sample: int
@@ -27,7 +27,7 @@ class Map(NamedTuple):
 
 
 def map_of(tensor: Tensor) -> Map:
-    """A tensor's Map. Strides of dimensions of size 1, which say nothing, are such as help."""
+    """Return the Map of a tensor. Strides of dimensions of size 1 are chosen freely."""
     sample, channel, row, pixel = tensor.stride()
     _, channels, height, width = tensor.shape
     if channels == 1:
@@ -40,28 +40,28 @@ def map_of(tensor: Tensor) -> Map:
 
 
 def is_linear(view: Map) -> bool:
-    """Whether pixel p of a sample lies at p * view.pixel."""
+    """Return True if pixel p of a sample is at offset p * view.pixel."""
     return view.row == view.data.shape[3] * view.pixel
 
 
 def extent(tensor: Tensor, first: int = 0) -> int:
-    """How many elements lie between the ends of a tensor's dimensions from `first` on."""
+    """Return the extent in memory of the dimensions from `first` on, in elements."""
     dims = list(zip(tensor.shape, tensor.stride(), strict=True))[first:]
     return 1 + sum((size - 1) * abs(stride) for size, stride in dims if size > 0)
 
 
 def wide(*tensors: Tensor | None, first: int = 0) -> bool:
-    """Whether an index into one of these, within the dimensions from `first` on, needs 64 bits."""
+    """Return True if an offset within the dimensions from `first` on needs 64 bits."""
     return any(t is not None and extent(t, first) > _MAX_NARROW for t in tensors)
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether kernels on the tensor's device are started by programmatic dependent launch."""
+    """Return True if kernels on the device are started by programmatic dependent launch."""
     return OVERLAP and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: object, **options: Any) -> None:
-    """Start a kernel that has the constexpr OVERLAP on the device and current stream of `on`."""
+    """Launch a kernel with the constexpr OVERLAP on the device and current stream of `on`."""
     overlap = overlaps(on)
     if overlap:
         options["launch_pdl"] = True
@@ -71,7 +71,7 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: object, **opti
 
 @triton.jit
 def after_previous(OVERLAP: tl.constexpr) -> None:
-    """What comes first in a kernel: what the one before wrote is there, and the next may start."""
+    """Wait for the previous kernel's results, and let the next kernel start; first in a kernel."""
     if OVERLAP:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()

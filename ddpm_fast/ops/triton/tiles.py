@@ -1,10 +1,11 @@
-"""What the Triton kernels of the fused updates share: tiles, walks, and how one is started.
+"""Tiles of the Triton kernels of the updates, memory access and launch.
 
-An operation walks the elements of a sample in one order for all its tensors: channels-last where it
-makes noise (that is how noise is numbered), else as the tensor that is written lies in memory. A
-tensor that is a straight line in that order needs no index arithmetic; the others share one walk.
+An operation visits the elements of a sample in one order for all its tensors: channels-last if it
+generates noise (the order in which noise is numbered), else the memory order of the tensor that is
+written. A tensor that is contiguous in that order needs no index arithmetic; the others share one
+computation of indices.
 
-A program works on a tile: consecutive elements of one sample or, where samples are shorter than a
+A program processes a tile: consecutive elements of one sample or, if samples are shorter than a
 tile, several samples (rows) with all their elements (columns).
 """
 
@@ -28,12 +29,12 @@ TILE_ELEMENTS = 1024
 NUM_WARPS = 4
 VECTOR_BYTES = 16
 
-_QUAD = 4  # the normals of a Philox block
-_MAX_NARROW = 2**31 - TILE_ELEMENTS  # elements of a sample that 32-bit indices reach
+_QUAD = 4  # normals of a Philox block
+_MAX_NARROW = 2**31 - TILE_ELEMENTS  # largest sample for 32-bit offsets
 
 
 class View(NamedTuple):
-    """One tensor [samples, ...]; strides are empty where element e of a sample lies at e."""
+    """A tensor [samples, ...]; strides are empty if element e of a sample is at offset e."""
 
     data: Any
     sample_stride: int
@@ -41,7 +42,7 @@ class View(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """A sample: the dimensions, outermost first, that tensors with strides share; its extent."""
+    """Dimensions of a sample, outermost first, that tensors with strides share; its extent."""
 
     sizes: Ints
     elements: int
@@ -49,7 +50,7 @@ class Walk(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """The row of a table that each sample n uses: row[n * stride], of rows."""
+    """Row of the table of each sample n: row[n * stride], of `rows`."""
 
     row: Any
     stride: int
@@ -58,16 +59,16 @@ class Lookup(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The shape of a tile, and what its kernel is specialised on besides."""
+    """Shape of a tile, and other compile-time properties of its kernel."""
 
     rows: int
     columns: int
-    vector: int  # neighbouring elements that one thread moves at once
-    wide: bool  # elements of a sample are counted in 64 bits
+    vector: int  # adjacent elements that one thread loads at once
+    wide: bool  # offsets in a sample need 64 bits
 
 
 class Tile(NamedTuple):
-    """What a program works on; sample and its mask are scalars where it is one, else [rows, 1]."""
+    """Elements of a program; sample and its mask are scalars for one sample, else [rows, 1]."""
 
     sample: tl.tensor
     first: tl.tensor  # the first element, a scalar
@@ -79,14 +80,14 @@ class Tile(NamedTuple):
 
 @triton.jit
 def tile_of(walk: Walk, samples: tl.tensor, SHAPE: tl.constexpr) -> Tile:
-    """The tile of this program."""
+    """Return the tile of this program."""
     program = tl.program_id(0)
     sample = (program // walk.tiles).to(tl.int64)
     first = program % walk.tiles
     if SHAPE.wide:
         first = first.to(tl.int64)
     first = first * SHAPE.columns
-    # One vector width for tensors of every dtype: nothing is exchanged between threads.
+    # One vector width for tensors of every dtype: no exchange between threads.
     VECTOR: tl.constexpr = SHAPE.vector
     element = first + tl.max_contiguous(tl.arange(0, SHAPE.columns), VECTOR)
     if SHAPE.rows > 1:
@@ -99,7 +100,7 @@ def tile_of(walk: Walk, samples: tl.tensor, SHAPE: tl.constexpr) -> Tile:
 
 @triton.jit
 def pointers(view: View, tile: Tile) -> tl.tensor:
-    """Where the elements of a tile lie in a tensor."""
+    """Return the offsets of the elements of a tile in a tensor."""
     pointers = view.data + tile.sample * view.sample_stride
     rest = tile.element
     for i in tl.static_range(1, len(view.strides)):
@@ -113,32 +114,32 @@ def pointers(view: View, tile: Tile) -> tl.tensor:
 
 @triton.jit
 def load(view: View, tile: Tile) -> tl.tensor:
-    """A tensor's elements in a tile, as float32."""
+    """Load the elements of a tile as float32."""
     return tl.load(pointers(view, tile), mask=tile.mask).to(tl.float32)
 
 
 @triton.jit
 def store(view: View, tile: Tile, mask: tl.tensor, value: tl.tensor) -> None:
-    """Write the elements of a tile that a mask has, in the dtype of the tensor."""
+    """Store the elements of a tile that a mask selects, in the dtype of the tensor."""
     tl.store(pointers(view, tile), value.to(view.data.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def index_of(lookup: Lookup, tile: Tile) -> tl.tensor:
-    """The row that each sample uses, -1 beyond the last sample."""
+    """Return the row of each sample, -1 beyond the last sample."""
     return tl.load(lookup.row + tile.sample * lookup.stride, mask=tile.sample_mask, other=-1)
 
 
 @triton.jit
 def clamped_row(lookup: Lookup, tile: Tile, WIDTH: tl.constexpr) -> tl.tensor:
-    """Where the row of each sample begins, the nearest row for one outside the table."""
+    """Return the offset of the row of each sample, clamped to the table."""
     index = tl.minimum(tl.maximum(index_of(lookup, tile), 0), lookup.rows - 1)
     return lookup.table + index * WIDTH
 
 
 @triton.jit
 def normals(rng: tl.tensor, row: tl.tensor, tile: Tile, SHAPE: tl.constexpr) -> tl.tensor:
-    """The noise of a tile, of stream rng[1] + row."""
+    """Generate the noise of a tile, of stream rng[1] + row."""
     block = (tile.first // 4).to(tl.uint32) + tl.arange(0, SHAPE.columns // 4).to(tl.uint32)
     if SHAPE.rows > 1:
         block = block[None, :]
@@ -148,7 +149,7 @@ def normals(rng: tl.tensor, row: tl.tensor, tile: Tile, SHAPE: tl.constexpr) -> 
 
 
 class LaunchPlan(NamedTuple):
-    """How an operation runs; layouts are the (sample_stride, strides) of its tensors."""
+    """Launch of an operation; `layouts` are the (sample_stride, strides) of its tensors."""
 
     layouts: tuple[tuple[int, Ints], ...]
     grid: tuple[int]
@@ -158,7 +159,7 @@ class LaunchPlan(NamedTuple):
 
 
 def _merged(sizes: Ints, *strides: Ints) -> list[Ints]:
-    """(size, stride of each tensor) by dimension, two merged where one stride of each serves."""
+    """Return (size, stride of each tensor) by dimension, adjacent dimensions merged if possible."""
     merged: list[Ints] = []
     for size, *steps in zip(sizes, *strides, strict=True):
         if size == 1:
@@ -170,14 +171,22 @@ def _merged(sizes: Ints, *strides: Ints) -> list[Ints]:
 
 
 @lru_cache(maxsize=4096)
-def plan_of(shape: Ints, strides: tuple[Ints, ...], made_noise: bool, itemsize: int) -> LaunchPlan:
-    """The plan for tensors of one shape, the widest of them of `itemsize` bytes.
+def plan_of(
+    shape: Ints, strides: tuple[Ints, ...], generated_noise: bool, itemsize: int
+) -> LaunchPlan:
+    """Return the launch for tensors of one shape.
 
-    Where noise is made the order is channels-last, else that of the first tensor.
+    Args:
+        shape: Shape of the tensors.
+        strides: Strides of each tensor; the first is written.
+        generated_noise: Visit elements channels-last, as noise is numbered.
+        itemsize: Bytes of an element of the widest tensor.
     """
     samples, elements = shape[0], prod(shape[1:])
     dims = range(1, len(shape)) if elements else range(0)
-    order = [*dims[1:], *dims[:1]] if made_noise else sorted(dims, key=lambda d: -strides[0][d])
+    order = (
+        [*dims[1:], *dims[:1]] if generated_noise else sorted(dims, key=lambda d: -strides[0][d])
+    )
     sizes = tuple(shape[d] for d in order)
     steps = [tuple(s[d] for d in order) for s in strides]
     strided = [s for s in dict.fromkeys(steps) if _merged(sizes, s) not in ([], [(elements, 1)])]
@@ -189,7 +198,7 @@ def plan_of(shape: Ints, strides: tuple[Ints, ...], made_noise: bool, itemsize: 
     rows = min(TILE_ELEMENTS // columns, triton.next_power_of_2(samples))
     tiles = max(1, triton.cdiv(elements, columns))
     grid = (triton.cdiv(samples, rows) * tiles,)
-    vector = _QUAD if made_noise else min(columns, VECTOR_BYTES // itemsize)
+    vector = _QUAD if generated_noise else min(columns, VECTOR_BYTES // itemsize)
     tile = Shape(rows, columns, vector, elements > _MAX_NARROW)
     return LaunchPlan(layouts, grid, Walk(shared, elements, tiles), samples, tile)
 
@@ -197,7 +206,7 @@ def plan_of(shape: Ints, strides: tuple[Ints, ...], made_noise: bool, itemsize: 
 def launch(
     kernel: Any, plan: LaunchPlan, tensors: tuple[Tensor | None, ...], *args: object
 ) -> None:
-    """Start a kernel on the device and current stream of its first tensor."""
+    """Launch a kernel on the device and current stream of its first tensor."""
     layouts = iter(plan.layouts)
     views = [None if tensor is None else View(tensor, *next(layouts)) for tensor in tensors]
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}

@@ -250,8 +250,8 @@ def test_tiles_of_every_shape(shape):
 
 def test_dense_tensors_are_walked_in_a_straight_line():
     shape, dense, last = (2, 3, 8, 8), (192, 64, 8, 1), (192, 1, 24, 3)
-    for strides, made_noise in ((dense, False), (last, False), (last, True)):
-        plan = tiles.plan_of(shape, (strides, strides), made_noise, 4)
+    for strides, generated_noise in ((dense, False), (last, False), (last, True)):
+        plan = tiles.plan_of(shape, (strides, strides), generated_noise, 4)
         assert plan.layouts == ((192, ()),) * 2
         assert plan.walk == ((), 192, 1)
     one_channel = tiles.plan_of((2, 1, 8, 8), ((64, 7, 8, 1),), True, 4)  # the stride of 1 is any
