@@ -67,7 +67,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def bench(what: str, out: Path, *options: object) -> tuple[list[dict[str, str]], str]:
-    """Rows and output of a command on tiny settings."""
+    """Run a command on tiny settings; return its rows and output."""
     command = ["bench", what, "--network", "triangles", "--device", "cpu", "--out", out]
     result = run(*command, "--rounds", 1, *options)
     rows = read(out)
@@ -103,7 +103,7 @@ def test_kernels_time_every_operation_of_the_plan(tmp_path, tiny) -> None:
         assert f"{count} x {operation.spec}" in text
 
 
-def test_operations_are_counted_and_the_largest_come_first(tiny) -> None:
+def test_operations_are_counted_and_sorted_by_work(tiny) -> None:
     pairs = kernels.operations(tiny, 1, torch.float32)
     counts = Counter({operation.spec: count for operation, count in pairs})
     assert len(counts) == len(pairs)
@@ -311,7 +311,7 @@ def test_a_batch_below_one_and_a_missing_gpu_raise(monkeypatch) -> None:
     assert "torch finds no NVIDIA GPU" in error_of(result)
 
 
-def test_without_matplotlib_the_package_is_named_before_the_work(tmp_path, monkeypatch) -> None:
+def test_missing_matplotlib_is_reported_before_any_work(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out, png = tmp_path / "n.csv", tmp_path / "n.png"
     for command in (["network", "--out", out, "--plot", png], ["plot", out, png]):
@@ -330,7 +330,7 @@ def test_without_matplotlib_the_package_is_named_before_the_work(tmp_path, monke
         ),
     ],
 )
-def test_a_csv_that_cannot_be_drawn_is_named(tmp_path, text, message) -> None:
+def test_a_csv_that_cannot_be_drawn_raises(tmp_path, text, message) -> None:
     path = tmp_path / "a.csv"
     path.write_text(text)
     assert message in error_of(run("bench", "plot", path, tmp_path / "a.png", status=2))
@@ -339,11 +339,11 @@ def test_a_csv_that_cannot_be_drawn_is_named(tmp_path, text, message) -> None:
 
 def test_a_run_counts_by_its_fastest_compiled_baseline(tiny, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
-    asked = []
-    monkeypatch.setattr(network_bench, "counts", lambda *args: asked.append(args) or "yes")
+    calls = []
+    monkeypatch.setattr(network_bench, "counts", lambda *args: calls.append(args) or "yes")
     benchmark = network_bench.NetworkBench("cifar32", tiny, 1, torch.float32)
     benchmark.gpu = "some card"
     *_, rows = benchmark.measure(1, math.inf, LIMITS)
     assert {row["counts"] for row in rows} == {"yes"}
-    assert asked[0] == ("some card", "cifar32", 1, torch.float32, None)
-    assert asked[1][4] == pytest.approx(float(rows[-1]["p50_us"]) / 1e3, rel=1e-3)
+    assert calls[0] == ("some card", "cifar32", 1, torch.float32, None)
+    assert calls[1][4] == pytest.approx(float(rows[-1]["p50_us"]) / 1e3, rel=1e-3)

@@ -23,7 +23,7 @@ def test_only_the_best_variants_of_a_provider_are_timed_further(monkeypatch) -> 
     assert list(kernels._promising(cases, CPU)) == ["aten", "cudnn.2", "cudnn.3", "torch, a"]
 
 
-def test_a_point_is_the_fastest_implementation_of_ours() -> None:
+def test_a_point_is_the_fastest_implementation_of_this_package() -> None:
     def row(name: str, role: str, us: float) -> dict[str, object]:
         work = {"operation": "a", "kind": "attention", "arithmetic": 4e6, "nbytes": 2e6}
         return work | {"implementation": name, "role": role, "p50_us": us, "count": 3}
@@ -33,7 +33,7 @@ def test_a_point_is_the_fastest_implementation_of_ours() -> None:
     assert point == (2.0, 2e12, "attention", 1.0)
 
 
-def test_large_pictures_lose_colours_rather_than_size(tmp_path) -> None:
+def test_large_figures_lose_colours_rather_than_size(tmp_path) -> None:
     path = tmp_path / "noise.png"
     noise = torch.randint(0, 256, (400, 400, 3), dtype=torch.uint8).numpy()
     Image.fromarray(noise).save(path)
@@ -53,7 +53,7 @@ def test_large_pictures_lose_colours_rather_than_size(tmp_path) -> None:
         pytest.param("NVIDIA H100 80GB HBM3", 64, torch.float16, 3.08, "no", id="faster-by-15.2"),
         pytest.param("NVIDIA H100 80GB HBM3", 64, torch.bfloat16, 3.63, "unknown", id="dtype"),
         pytest.param("NVIDIA H100 80GB HBM3", 2, torch.float16, 3.63, "unknown", id="batch"),
-        pytest.param("NVIDIA H100 80GB HBM3", 64, torch.float16, None, "unknown", id="no-peer"),
+        pytest.param("NVIDIA H100 80GB HBM3", 64, torch.float16, None, "unknown", id="no-baseline"),
         pytest.param("NVIDIA H200", 64, torch.float16, 3.63, "unknown", id="other-card"),
     ],
 )
@@ -62,12 +62,12 @@ def test_a_run_counts_near_the_published_baseline(gpu, batch, dtype, ms, verdict
 
 
 @pytest.mark.parametrize(("name", "options"), [("cifar32", CIFAR), ("ddpm256", LARGE)])
-def test_the_architectures_are_the_known_ones(name, options) -> None:
+def test_architectures_have_the_published_options(name, options) -> None:
     ours = UNetConfig(**networks.ARCHITECTURES[name])
     assert ours == UNetConfig(**options)
 
 
-def test_even_weights_keep_activations_even() -> None:
+def test_scaled_weights_keep_the_size_of_activations() -> None:
     unet, sizes = networks.even(small()), []
     for module in unet.modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -85,7 +85,7 @@ def test_roofline_limits_are_those_of_the_given_sizes(monkeypatch) -> None:
     assert found == roofline.RooflineLimits(2 * (1 << 10) / 2.0, 2 * 16**3 / 2.0, torch.float32)
 
 
-def test_rounds_take_turns_and_stop_at_the_limit() -> None:
+def test_rounds_are_interleaved_and_stop_at_the_limit() -> None:
     calls: list[str] = []
     cases = {name: (lambda name=name: calls.append(name)) for name in "ab"}
     times = interleaved(cases, CPU, rounds=50, least=0, limit=0)
@@ -94,10 +94,10 @@ def test_rounds_take_turns_and_stop_at_the_limit() -> None:
     assert quantiles([2e-6]) == {"p20_us": 2.0, "p50_us": 2.0, "p80_us": 2.0}
 
 
-def test_metadata_has_the_versions_that_were_asked_for(tmp_path, monkeypatch) -> None:
+def test_metadata_has_the_versions_of_given_packages(tmp_path, monkeypatch) -> None:
     facts = results.metadata("typer", "no-such-package")
     assert facts["typer"]
     assert facts["no-such-package"] == ""
-    # Installed without its checkout: another repository around it is not its own.
+    # Installed without its checkout: the revision of a surrounding repository does not count.
     monkeypatch.setattr(results, "RESULTS", tmp_path / "benchmarks" / "results")
     assert results.metadata()["revision"] == ""

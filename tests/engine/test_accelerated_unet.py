@@ -24,14 +24,14 @@ class Prefers(Tuner):
     def __init__(self, name):
         super().__init__(CPU, mode="off")
         self.wanted = name
-        self.asked = []
+        self.requests = []
 
     def fastest(self, key, candidates):
         if not key.startswith("network"):
             return super().fastest(key, candidates)
         for call in candidates.values():
             call()
-        self.asked.append(list(candidates))
+        self.requests.append(list(candidates))
         self._choices[key] = ddpm_fast.engine.autotune.tuner.TunerChoice(
             self.wanted, dict.fromkeys(candidates, 0.5)
         )
@@ -59,7 +59,7 @@ def test_the_choice_runs_and_is_reported(wanted, caplog):
     assert f"accelerate: {wanted} for [3, 2, 4, 8]" in caplog.text
     assert relative_error(got, unet(x, t)) < 1e-5
     assert not got.requires_grad
-    assert model._tuner.asked == [["module", "engine float32"]]
+    assert model._tuner.requests == [["module", "engine float32"]]
     line = model.report().splitlines()[1]
     assert line.startswith(f"3x2x4x8: {wanted} (module 500 ms, engine float32 500 ms); differs by")
     assert model.chosen[3, 2, 4, 8].drift < 1e-5
@@ -99,7 +99,7 @@ def test_the_drift_of_another_dtype_is_reported():
     x, t = arguments(unet.config)
     model = accelerate(unet, dtype=BF16, tuner=Prefers("engine bfloat16"))
     got = model(x, t)
-    assert model._tuner.asked == [["module", "engine float32", "engine bfloat16"]]
+    assert model._tuner.requests == [["module", "engine float32", "engine bfloat16"]]
     assert got.dtype == F32
     assert 1e-4 < model.chosen[tuple(x.shape)].drift < 0.1
     assert relative_error(got, unet(x, t)) < 0.1
@@ -276,7 +276,7 @@ def test_networks_and_dtypes_have_separate_choices(clone):
     for network in (ours, theirs, small().bfloat16()):
         accelerate(network, tuner=tuner)(x, t)
     accelerate(ours, dtype=BF16, tuner=tuner)(x, t)
-    assert len(tuner.asked) == 4
+    assert len(tuner.requests) == 4
     assert len({key for key in tuner.choices if key.startswith("network")}) == 4
 
 

@@ -17,13 +17,13 @@ def small(**options) -> UNet:
 
 
 def engine(unet: UNet, x: Tensor, dtype=torch.float32, mode="off", **options) -> UNetEngine:
-    """An engine for images like x; by default with the first implementation of everything."""
+    """Create an engine for images like x; by default without tuning."""
     tuner = Tuner(unet.device, mode=mode)
     return UNetEngine(unet, x.shape[0], tuple(x.shape[2:]), dtype, tuner=tuner, **options)
 
 
 def arguments(config: UNetConfig, **options) -> tuple:
-    """x, t and, where the network takes them, labels."""
+    """Return x, t and, for a class-conditional network, labels."""
     x, t, labels = inputs(config, **options)
     return (x, t) if labels is None else (x, t, labels)
 

@@ -248,11 +248,11 @@ class Activated(Tensor):
         assert self._source is not None
         norm, x, version = self._source
         if version is None or x._version != version:
-            what = "cannot be told to be unchanged" if version is None else "has been changed"
+            what = "may have been changed" if version is None else "has been changed"
             raise RuntimeError(
-                f"the output of {norm} is used other than by SiLU, which example_inputs did not"
-                f" show to ddpm_fast.optimize_module, and its input {what} since; undo the"
-                " optimisation with report.restore(), or give example_inputs that take this path"
+                f"the output of {norm} is used other than by SiLU, unlike in the example_inputs of"
+                f" ddpm_fast.optimize_module, and its input {what} since; call report.restore(), or"
+                " pass example_inputs that take this path"
             )
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             plain: Any = FusedGroupNorm.forward(norm, x)

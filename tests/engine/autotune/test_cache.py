@@ -37,7 +37,7 @@ def test_round_trip(tmp_path):
     assert left <= {".json", ".lock"}
 
 
-def test_in_memory_alone():
+def test_without_a_folder_choices_stay_in_memory():
     memory = cache(None)
     memory.record("op", TunerChoice("a"), ["a"])
     assert memory.get("op") == TunerChoice("a")
@@ -71,7 +71,7 @@ def test_writers_keep_what_others_have_written(tmp_path):
     assert (third.get("x"), third.get("y")) == (TunerChoice("a"), TunerChoice("b"))
 
 
-def test_of_two_choices_the_one_recorded_first_stands(tmp_path):
+def test_of_two_choices_the_first_recorded_is_valid(tmp_path):
     first, second = cache(tmp_path), cache(tmp_path)
     second.get("x")
     first.record("x", TunerChoice("a", {"a": 1.0}), ["a", "b"])

@@ -1,4 +1,4 @@
-"""The tuner: what it times, what it chooses, what it leaves alone."""
+"""Tuner: timing, choices, failing candidates, records."""
 
 import gc
 import logging
@@ -25,7 +25,7 @@ def tuner(folder=None, **options):
 
 
 class CountedTimer:
-    """Takes the seconds of each name from a table; counts what is measured."""
+    """Timer that returns seconds from a table and records the measurements."""
 
     def __init__(self, table):
         self.table = {name: list(values) for name, values in table.items()}
@@ -53,7 +53,7 @@ def never():
     raise AssertionError("was run")
 
 
-def test_takes_the_faster_one_and_says_what_it_took():
+def test_chooses_the_fastest_and_logs_the_choice():
     slept = tuner()
     calls = {"slow": lambda: time.sleep(4e-3), "fast": lambda: None}
     assert slept.fastest("op", calls) == "fast"
@@ -63,7 +63,7 @@ def test_takes_the_faster_one_and_says_what_it_took():
     assert slept.seconds("other") == {}
 
 
-def test_a_candidate_that_memory_was_missing_for_has_another_chance(tmp_path):
+def test_a_choice_without_memory_for_all_candidates_is_not_recorded(tmp_path):
     def full():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -109,7 +109,7 @@ def test_a_failed_candidate_is_freed_at_once():
         gc.enable()
 
 
-def test_a_failed_capture_leaves_the_stream_and_the_next_one_alone(monkeypatch):
+def test_a_failed_capture_restores_the_current_stream(monkeypatch):
     """torch's own context manager stays on its stream when ending a capture fails."""
 
     class Stream:
@@ -152,19 +152,19 @@ def test_a_failed_capture_leaves_the_stream_and_the_next_one_alone(monkeypatch):
     assert now == [outside]
 
 
-def test_leaves_out_what_raises(caplog):
+def test_a_failing_candidate_is_left_out(caplog):
     with caplog.at_level(logging.INFO, "ddpm_fast"):
         assert tuner(rounds=1).fastest("op", {"bad": failing, "good": lambda: None}) == "good"
     assert "without bad, which failed: RuntimeError: no such kernel" in caplog.text
     assert "long story" not in caplog.text
 
 
-def test_raises_where_all_do():
+def test_raises_if_all_candidates_fail():
     with pytest.raises(RuntimeError, match="no candidate for 'op' runs: RuntimeError: no such"):
         tuner().fastest("op", {"bad": failing, "worse": failing})
 
 
-def test_a_recorded_choice_is_kept_without_running_anything(tmp_path):
+def test_a_recorded_choice_runs_nothing(tmp_path):
     timer = CountedTimer({"a": [2.0], "b": [1.0]})
     first = tuner(tmp_path, timer=timer)
     assert first.fastest("op", named("a", "b")) == "b"
@@ -173,7 +173,7 @@ def test_a_recorded_choice_is_kept_without_running_anything(tmp_path):
     assert later.choices == first.choices
 
 
-def test_a_recorded_choice_that_is_gone_is_made_again(tmp_path):
+def test_a_recorded_choice_that_is_no_candidate_is_replaced(tmp_path):
     tuner(tmp_path, rounds=1).fastest("op", {"old": lambda: None})
     later = tuner(tmp_path, rounds=1)
     assert later.fastest("op", {"new": lambda: None}) == "new"
@@ -182,7 +182,7 @@ def test_a_recorded_choice_that_is_gone_is_made_again(tmp_path):
     assert later.fastest("op", {"newer": lambda: None}) == "newer"
 
 
-def test_off_takes_the_first_and_keeps_nothing(tmp_path):
+def test_mode_off_takes_the_first_and_records_nothing(tmp_path):
     off = tuner(tmp_path, mode="off")
     assert off.fastest("op", {"first": never, "second": never}) == "first"
     assert off.choices == {"op": TunerChoice("first")}
@@ -202,12 +202,12 @@ def test_options_are_checked(options, message):
         tuner(**options)
 
 
-def test_no_candidates():
+def test_no_candidates_raise():
     with pytest.raises(ValueError, match="candidates must not be empty for 'op'"):
         tuner().fastest("op", {})
 
 
-def test_not_while_a_graph_is_being_captured(monkeypatch, tmp_path):
+def test_timing_during_a_capture_raises(monkeypatch, tmp_path):
     tuner(tmp_path, rounds=1).fastest("known", {"a": lambda: None})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     on_gpu = Tuner(torch.device("cuda"), cache(tmp_path), timer=CpuTimer())

@@ -1,4 +1,4 @@
-"""cuDNN's graphs: plans for an H100 that is only described, and their arithmetic played by torch.
+"""cuDNN graphs: plans for a described H100, and their arithmetic computed by torch.
 
 cuDNN builds plans from a description of a GPU (its "deviceless" compilation). What is built here is
 run only by the tests marked cuda.
@@ -66,7 +66,7 @@ def h100():
 
 
 def network_specs(options, batch, dtype=HALF):
-    """Every convolution of a network, once."""
+    """Return the distinct convolutions of a network."""
     config = UNetConfig(**options)
     with torch.device("meta"):
         unet = UNet(config)
@@ -115,7 +115,7 @@ def test_every_plan_of_a_small_convolution_is_built(h100, spec, dtype):
     assert any("phases" in variant.name for variant in found) == spec.upsample
 
 
-def test_the_variants_of_a_network_layer_are_many_and_lazy(h100):
+def test_variants_build_their_plans_lazily(h100):
     case = spec(128, 128, size=32, batch=64, dtype=HALF, residual=True)
     found = conv_cudnn.variants(case, *conv_cases.weights(case), h100)
     assert len(found) > 5
@@ -125,7 +125,7 @@ def test_the_variants_of_a_network_layer_are_many_and_lazy(h100):
     assert graph._built == set(found[1].plans)
 
 
-def test_a_described_gpu_runs_nothing(h100):
+def test_a_described_gpu_cannot_run(h100):
     case = spec(8, 8, dtype=HALF)
     variant = conv_cudnn.variants(case, *conv_cases.weights(case), h100)[0]
     with pytest.raises(KeyError, match="handle"):
@@ -135,7 +135,7 @@ def test_a_described_gpu_runs_nothing(h100):
 @needs_cudnn
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_the_tensors_of_a_call_reach_cudnn(h100, monkeypatch):
-    """Up to the handle, which only a GPU has."""
+    """Except for the handle, which needs a GPU."""
     import cudnn
 
     monkeypatch.setattr(cudnn, "set_stream", lambda handle, stream: None)
@@ -149,7 +149,7 @@ def test_the_tensors_of_a_call_reach_cudnn(h100, monkeypatch):
 
 
 class TorchGraph:
-    """Plays a Graph with torch: like cuDNN it sees where a tensor begins, and nothing else."""
+    """Graph in torch, which like cuDNN reads only a tensor's address."""
 
     plans = ("best", "second")
 
@@ -187,7 +187,7 @@ class TorchGraph:
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT16], ids=str)
 @pytest.mark.parametrize("spec", SPECS)
-def test_the_graphs_together_are_the_convolution(monkeypatch, spec, dtype):
+def test_the_graphs_compute_the_convolution(monkeypatch, spec, dtype):
     monkeypatch.setattr(conv_cudnn, "Graph", _Named)
     spec = replace(spec, dtype=dtype)
     weight, bias = conv_cases.weights(spec)
@@ -201,7 +201,7 @@ class _Named(TorchGraph):
 
 
 def check(spec, weight, bias, variants):
-    """Errors against float64, at most twice torch's own."""
+    """Compare the errors against float64 with twice those of torch."""
     images = conv_cases.inputs(spec)
     want = conv_cases.expected(spec, weight, bias, *images)
     torch_error = conv_cases.error(
@@ -214,7 +214,7 @@ def check(spec, weight, bias, variants):
         assert conv_cases.error(out, want) <= limit, variant.name
 
 
-def test_what_it_cannot_run_it_says(monkeypatch):
+def test_the_provider_gives_the_reason_why_it_cannot_run(monkeypatch):
     provider = CudnnProvider()
     on_gpu = spec(8, 8, dtype=HALF, device=torch.device("cuda"))
     assert "cpu" in provider.unavailable_reason(spec(8, 8, dtype=HALF))

@@ -1,4 +1,4 @@
-"""When FusedGroupNorm runs the operator: layouts, dtypes, dimensions, and what goes torch's way."""
+"""FusedGroupNorm: layouts, dtypes and dimensions that run the operator, and fallbacks."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ FALLBACKS = {
 
 
 def outcome(module, x):
-    """What it returns, or the error that it raises."""
+    """Return the result, or the error that is raised."""
     try:
         return module(x)
     except Exception as error:
@@ -73,7 +73,7 @@ def outcome(module, x):
 
 
 @pytest.mark.parametrize("x", FALLBACKS.values(), ids=FALLBACKS)
-def test_what_the_operator_does_not_take_goes_torchs_way(x, ran):
+def test_unsupported_inputs_run_torchs_operator(x, ran):
     channels = 4 if isinstance(x, torch.Tensor) and x.shape[0] == 1 else 8
     norm = nn.GroupNorm(4, channels)
     fused = copy.deepcopy(norm)
@@ -104,7 +104,7 @@ WORTH = ((4, 48, 16, 16), 8, torch.channels_last, F32)
         pytest.param(((4, 48, 4, 8, 8), 8, torch.channels_last_3d, F32), [True], id="five-dim"),
     ],
 )
-def test_auto_on_a_cpu_runs_where_it_was_measured_to_pay(case, runs, ran):
+def test_auto_on_a_cpu_runs_where_it_is_faster(case, runs, ran):
     shape, groups, memory, dtype = case
     model = nn.Sequential(nn.GroupNorm(groups, shape[1]), nn.SiLU()).to(dtype)
     x = torch.randn(shape, dtype=dtype).contiguous(memory_format=memory)
@@ -115,7 +115,7 @@ def test_auto_on_a_cpu_runs_where_it_was_measured_to_pay(case, runs, ran):
     assert ran == runs
 
 
-def test_auto_takes_torchs_way_where_there_is_no_kernel(monkeypatch):
+def test_auto_without_a_kernel_runs_torchs_operator(monkeypatch):
     def only_the_reference(backend, device, dtype):
         return get_backend("reference", device, dtype)
 

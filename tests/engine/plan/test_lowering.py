@@ -1,4 +1,4 @@
-"""The plan itself: what it prints, what it leaves out, what it says of a run."""
+"""Lowered plans: report, fused sums, identity."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_plan_prints_every_operation():
     assert f"{plan.arena_bytes / 1e6:.1f} MB a call" in repr(run)
 
 
-def test_sums_wait_for_a_normalisation_only_where_one_comes_next():
+def test_sums_are_fused_into_the_next_normalisation():
     unet = small()
     program, _ = lower(unet, 1, 8, 8, F32, norms_add=True)
     norms = [op for op in program.operations if isinstance(op, Normalization)]
@@ -48,7 +48,7 @@ def test_sums_wait_for_a_normalisation_only_where_one_comes_next():
     assert not any(isinstance(op, Combine) for op in program.operations)
 
 
-def test_no_concatenation_is_written():
+def test_no_concatenation_is_stored():
     program, _ = lower(small(), 1, 8, 8, F32, norms_add=False)
     joined = [op for op in program.operations if getattr(op, "x2", None) is not None]
     # In every decoder block: the first norm and the shortcut read two tensors.

@@ -1,4 +1,4 @@
-"""The placement of values in one block of memory."""
+"""plan_offsets: placement of values in one block of memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIFETIMES = st.lists(
 
 
 @given(LIFETIMES)
-def test_what_is_needed_at_once_does_not_overlap(lives):
+def test_simultaneous_blocks_do_not_overlap(lives):
     offsets, total = plan_offsets(dict(enumerate(lives)))
     assert set(offsets) == set(range(len(lives)))
     for a, b in combinations(range(len(lives)), 2):
@@ -36,7 +36,7 @@ def test_what_is_needed_at_once_does_not_overlap(lives):
 
 
 @given(LIFETIMES)
-def test_the_total_lies_between_the_busiest_moment_and_no_reuse(lives):
+def test_the_total_is_between_the_peak_and_no_reuse(lives):
     _, total = plan_offsets(dict(enumerate(lives)))
     alone = sum(-(-life.nbytes // ALIGNMENT) * ALIGNMENT for life in lives)
     assert busiest(lives) <= total <= alone
@@ -44,11 +44,11 @@ def test_the_total_lies_between_the_busiest_moment_and_no_reuse(lives):
 
 @pytest.mark.parametrize("chain", [2, 7])
 def test_a_chain_of_values_needs_two_blocks(chain):
-    """Each value is read by the next operation alone, as in a network without skips."""
+    """Each value is read by the next operation only, as in a network without skips."""
     lives = {i: Lifetime(1 << 20, i, i + 1) for i in range(chain)}
     assert plan_offsets(lives)[1] == 2 << 20
 
 
-def test_nothing_takes_no_memory():
+def test_no_blocks_need_no_memory():
     assert plan_offsets({}) == ({}, 0)
     assert busiest([]) == 0
