@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "check.h"
-#include "cuda/diffusion/kernels.cuh"
+#include "cuda/diffusion/dispatch.cuh"
 #include "nan_problem.h"
 #include "run_cpu.h"
 #include "sparse.h"

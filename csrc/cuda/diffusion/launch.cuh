@@ -1,9 +1,9 @@
-// Launches the kernels of kernels.cuh.
+// Launches the kernels of dispatch.cuh.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "cuda/diffusion/kernels.cuh"
+#include "cuda/diffusion/dispatch.cuh"
 
 namespace ddpm {
 
