@@ -1,4 +1,4 @@
-"""Images as pictures and arrays on disk, and what a disk that refuses leaves behind."""
+"""Images, sheets and arrays on disk, and what a full disk leaves behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ddpm_fast.utils.files import prepare_folder
 from ddpm_fast.utils.images import (
     BACKGROUND,
     decode_image,
@@ -312,24 +311,3 @@ def test_the_files_before_an_error_stay_whole(
     with pytest.raises(OSError, match=r"No space left.*00002\.png"):
         save_images(noise(4, 1, 4, 4), tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["00000.png", "00001.png"]
-
-
-def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
-    prepare_folder(tmp_path / "a" / "b")
-    prepare_folder(tmp_path / "a" / "b")
-    assert not os.listdir(tmp_path / "a" / "b")
-
-
-def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match="folder cannot be written to") as caught:
-            prepare_folder(folder)
-        assert caught.value.filename == str(folder)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="needs a user other than root, who may write all")
-def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(PermissionError, match="folder cannot be written to"):
-        prepare_folder(tmp_path)

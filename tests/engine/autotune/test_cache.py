@@ -3,14 +3,12 @@
 import json
 import multiprocessing
 import os
-from pathlib import Path
 
 import pytest
 import torch
 
 from ddpm_fast.engine.autotune.cache import PlanCache, TunerChoice, environment
 from ddpm_fast.engine.autotune.tuner import Tuner
-from ddpm_fast.utils.files import cache_dir
 
 CPU = torch.device("cpu")
 HERE = {"device": "a processor", "torch": "1"}
@@ -163,25 +161,6 @@ def test_a_folder_that_is_a_file(tmp_path, caplog):
     assert stored.get("x") is None
     assert stored.record("x", TunerChoice("a"), ["a"]) == TunerChoice("a")
     assert "choices are" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("variables", "folder"),
-    [
-        ({"DDPM_FAST_CACHE": "/a/b", "XDG_CACHE_HOME": "/c"}, "/a/b"),
-        ({"DDPM_FAST_CACHE": "~/plans", "HOME": "/h"}, "/h/plans"),
-        ({"XDG_CACHE_HOME": "/c", "HOME": "/h"}, "/c/ddpm_fast"),
-        ({"HOME": "/h"}, "/h/.cache/ddpm_fast"),
-        ({"DDPM_FAST_CACHE": "off"}, None),
-        ({"DDPM_FAST_CACHE": "OFF"}, None),
-    ],
-)
-def test_default_folder(monkeypatch, variables, folder):
-    for name in ("DDPM_FAST_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert cache_dir() == (None if folder is None else Path(folder))
 
 
 def test_the_environment_names_what_a_choice_depends_on(two_threads):
