@@ -1,7 +1,7 @@
-"""ddpm_fast: exact, fast sampling of denoising diffusion models.
+"""Exact, fast sampling of denoising diffusion models.
 
-A sampler is a table of coefficients (`StepTable`), and one fused kernel runs them all, in four
-backends that can be checked against plain PyTorch.
+A sampler is a table of coefficients (`StepTable`). One fused kernel runs all samplers, in four
+backends that are checked against plain PyTorch.
 """
 
 from importlib import import_module
@@ -95,7 +95,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`ddpm_fast.diffusers`, which needs diffusers, is imported where it is asked for."""
+    """Import `ddpm_fast.diffusers`, which needs diffusers, on first access."""
     if name == "diffusers":
         return import_module("ddpm_fast.diffusers")
     raise AttributeError(f"module 'ddpm_fast' has no attribute {name!r}")

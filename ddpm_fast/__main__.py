@@ -1,4 +1,4 @@
-"""``python -m ddpm_fast``: the command line."""
+"""Command line: `python -m ddpm_fast`."""
 
 from ddpm_fast.cli import main
 

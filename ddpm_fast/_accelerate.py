@@ -1,4 +1,4 @@
-"""`accelerate`: the fast form of a network, or of a pipeline of diffusers."""
+"""The function `accelerate`, for a network or a pipeline of diffusers."""
 
 from __future__ import annotations
 
@@ -52,26 +52,39 @@ def accelerate(
 
 
 def accelerate(target: Any, scheduler: Any = None, **options: Any) -> Any:
-    """The fastest thing that can run a network, or a pipeline of diffusers, called in its place.
+    """Return an accelerated network or an accelerated pipeline of diffusers.
 
-    **A pipeline** (DDPMPipeline, DDIMPipeline, or a UNet2DModel and a scheduler: DDPMScheduler,
-    DDIMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler of order 1 and 2): a
-    pipeline of the same call, output types, progress bar and generators, that draws the same images
-    up to rounding. ``target`` is left as it is, and its network and scheduler are shared.
+    An accelerated pipeline has the call, output types, progress bar and generators of the original,
+    and samples the same images up to rounding. The original is not changed; network and scheduler
+    are shared.
 
-    dtype: what the network computes in; None is its own. Another one is an approximation.
-    compat: "diffusers" follows the library, its slips included; "corrected" the papers (see
-        docs/diffusers.md). None takes the scheduler's, if it has one, else "diffusers".
-    noise: "generator" draws from torch generators in the library's order; "philox" makes it in the
-        kernel, so that image k of a call depends on the seed and k alone.
-    micro_batch: with "philox", how many images go through the network together, so that any number
-        of images fits and an image has the same bits whatever the batch_size; None: all of a call.
-    tuner: what times and keeps the choices of the engine; None makes one that keeps them on disk.
+    Args:
+        target: A `UNet` or UNet2DModel, or a DDPMPipeline or DDIMPipeline.
+        scheduler: A scheduler for the network `target`: DDPMScheduler, DDIMScheduler,
+            DPMSolverMultistepScheduler or UniPCMultistepScheduler, the last two of order 1 and 2.
+            The result is then a pipeline. None: the result is an `AcceleratedUNet`, or for a
+            pipeline a pipeline.
+        **options: For a network, those of `AcceleratedUNet`. For a pipeline:
 
-    **A network** (a `UNet` or UNet2DModel) alone: see `AcceleratedUNet`, whose options
-    are dtype, num_timesteps and tuner, and whose dtype is float16 on a GPU unless given.
+            dtype: float16, bfloat16 or float32, in which the network computes. None: its own
+                dtype; another one is an approximation.
+            compat: "diffusers": follow diffusers, including its known bugs. "corrected": follow the
+                papers (see docs/diffusers.md). None: the option of a drop-in scheduler, else
+                "diffusers".
+            noise: "generator": draw noise from torch generators in the order of diffusers.
+                "philox": generate it in the kernel, so that image k of a call depends on the seed
+                and k only.
+            micro_batch: With "philox", number of images that the network processes at once. It
+                bounds memory, and the bits of an image do not depend on batch_size. None: all
+                images of a call.
+            tuner: `Tuner` of the engine. None: one with its cache on disk.
 
-    Raises TypeError, ValueError naming the argument, or the option that is not supported.
+    Returns:
+        An `AcceleratedUNet`, a `FastDDPMPipeline` or a `FastDDIMPipeline`.
+
+    Raises:
+        TypeError: `target`, `scheduler` or an option is of another type.
+        ValueError: An option of the network, the scheduler or this function is not supported.
     """
     if scheduler is None and (isinstance(target, nn.Module) or not hasattr(target, "scheduler")):
         return AcceleratedUNet(target, **options)
@@ -79,7 +92,7 @@ def accelerate(target: Any, scheduler: Any = None, **options: Any) -> Any:
 
     if scheduler is not None and not isinstance(target, nn.Module):
         raise TypeError(
-            f"target must be a UNet2DModel where a scheduler is given; got {type(target).__name__}"
+            f"target must be a UNet2DModel with a scheduler; got {type(target).__name__}"
         )
     pipe = target if scheduler is None else pipeline_of(target, scheduler)
     return accelerate_pipeline(pipe, **options)

@@ -1,4 +1,4 @@
-"""add_noise and get_velocity of diffusers' schedulers, by the fused q_sample."""
+"""Methods add_noise and get_velocity of diffusers' schedulers, by the fused q_sample."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from ddpm_fast.utils.immutable import ImmutableTables
 
 
 class ForwardScales(ImmutableTables):
-    """Factors of the image and of the noise at each timestep [T, 2].
+    """Factors of image and noise at each timestep [T, 2].
 
-    alphas_cumprod: [T], in the dtype of the images where the library's are to be met: it casts them
-    before it takes the roots, so that float16 images get no noise at all at the first timesteps.
+    Args:
+        alphas_cumprod: [T]. To equal diffusers, they have the dtype of the images: diffusers casts
+            them before the square root, so that the first timesteps add no noise to float16 images.
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         signal, noise = alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5
         scales = torch.stack([signal, noise], dim=1).double()
-        turned = torch.stack([scales[:, 0], -scales[:, 1]], dim=1)
-        self._freeze({"noisy": scales, "velocity": turned}, ("noisy",))
+        velocity = torch.stack([scales[:, 0], -scales[:, 1]], dim=1)
+        self._freeze({"noisy": scales, "velocity": velocity}, ("noisy",))
 
     def prepare(self, device: torch.device | str | None) -> None:
-        """Have the factors on a device (None: the CPU) before they are asked for."""
+        """Copy the factors to a device (None: the CPU) before their first use."""
         for table in ("noisy", "velocity"):
             self._on(table, device or "cpu", torch.float32)
 
     def noisy(self, images: Any, noise: Any, timesteps: Any) -> Tensor:
-        """sqrt(abar) images + sqrt(1 - abar) noise (Eq. 4, Ho et al. 2020)."""
+        """Return sqrt(abar) images + sqrt(1 - abar) noise (Eq. 4, Ho et al. 2020)."""
         return self._combined("noisy", "original_samples", images, "noise", noise, timesteps)
 
     def velocity(self, images: Any, noise: Any, timesteps: Any) -> Tensor:
-        """sqrt(abar) noise - sqrt(1 - abar) images (Salimans & Ho 2022)."""
+        """Return sqrt(abar) noise - sqrt(1 - abar) images (Salimans & Ho 2022)."""
         return self._combined("velocity", "noise", noise, "sample", images, timesteps)
 
     def _combined(
@@ -52,15 +53,17 @@ class ForwardScales(ImmutableTables):
             )
             raise TypeError(f"timesteps must be an integer tensor [N]; got {got}")
         t = timesteps.reshape(-1).to(a.device, torch.int64)
-        a, b = _alike(first, a, second, b, len(t))
+        a, b = _broadcast(first, a, second, b, len(t))
         t = checks.index("timesteps", t, a, len(self._tables[table]))
         coefs = self._on(table, a.device, checks.compute_dtype(a.dtype))
         backend = backend_for(a, b, backward=True)
         return get_backend(backend, a.device, a.dtype).q_sample(a, t, b, coefs)
 
 
-def _alike(first: str, a: Tensor, second: str, b: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Both in the shape that they and the timesteps broadcast to, in the dtype they promote to."""
+def _broadcast(
+    first: str, a: Tensor, second: str, b: Tensor, samples: int
+) -> tuple[Tensor, Tensor]:
+    """Broadcast two tensors to each other and to the timesteps, and promote their dtypes."""
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = a.to(dtype), b.to(dtype)
     try:

@@ -1,8 +1,8 @@
-"""The coefficients of diffusers' DDPMScheduler and DDIMScheduler, as rows.
+"""Coefficients of DDPMScheduler and DDIMScheduler of diffusers, as rows of a step table.
 
-They are computed in the dtype of the noise levels that come in, operation by operation in the
-library's order: in float32 to meet its results, where 1 - abar_t / abar_prev keeps three digits at
-the end of a long chain, and in float64 to be right.
+They are computed in the dtype of the noise levels, by the operations of diffusers in their order.
+In float32 they equal those of diffusers, where 1 - abar_t / abar_prev has only three correct digits
+at the end of a long chain. In float64 they are accurate.
 """
 
 from __future__ import annotations
@@ -35,11 +35,18 @@ def noise_levels(
 def ddpm_rows(
     levels: NoiseLevels, noisy: Tensor, clip: Clip, variance: str, corrected: bool
 ) -> Tensor:
-    """Rows of DDPMScheduler.step (Eq. 6, 7 and 15, Ho et al. 2020), float64 [n, ROW_WIDTH].
+    """Return the rows of DDPMScheduler.step (Eq. 6, 7 and 15, Ho et al. 2020).
 
-    noisy: which steps add noise, bool [n]. variance: the library's variance_type. corrected: as
-    its name says; otherwise "fixed_large_log" is the square root of a negative logarithm, NaN, and
-    "learned" leaves the noise to be scaled by the caller.
+    Args:
+        levels: Noise levels of n steps.
+        noisy: Steps that add noise, bool [n].
+        clip: Bound of x0, a `DynamicThreshold` or None.
+        variance: variance_type of the scheduler.
+        corrected: False: as in diffusers, where the deviation of "fixed_large_log" is the square
+            root of a negative logarithm, NaN, and the caller scales the noise of "learned".
+
+    Returns:
+        Rows, float64 [n, ROW_WIDTH].
     """
     columns = {
         "Xx0": levels.abar_prev.sqrt() * levels.beta / levels.one_minus_abar,
@@ -53,7 +60,7 @@ def ddpm_rows(
 
 
 def _noise(levels: NoiseLevels, variance: str, corrected: bool) -> dict[str, Tensor]:
-    """The columns S and Lmax."""
+    """Return the columns S and Lmax."""
     small, large = levels.posterior_variance.clamp(min=1e-20), levels.beta
     one = torch.ones_like(large)
     if variance == "learned":
@@ -65,14 +72,22 @@ def _noise(levels: NoiseLevels, variance: str, corrected: bool) -> dict[str, Ten
         return {"S": large.sqrt()}
     if variance == "fixed_large_log":
         return {"S": (large.log() if not corrected else large).sqrt()}
-    # The library takes any other name for fixed_small.
+    # diffusers treats any other name as fixed_small.
     return {"S": (0.5 * small.log()).exp() if variance == "fixed_small_log" else small.sqrt()}
 
 
 def ddim_rows(levels: NoiseLevels, clip: Clip, eta: float, rederive_epsilon: bool) -> Tensor:
-    """Rows of DDIMScheduler.step (Eq. 12 and 16, Song et al. 2020), float64 [n, ROW_WIDTH].
+    """Return the rows of DDIMScheduler.step (Eq. 12 and 16, Song et al. 2020).
 
-    rederive_epsilon: the library's use_clipped_model_output.
+    Args:
+        levels: Noise levels of n steps.
+        clip: Bound of x0, a `DynamicThreshold` or None.
+        eta: Factor of the noise; 0 is deterministic.
+        rederive_epsilon: use_clipped_model_output of diffusers: compute epsilon from the clipped
+            x0.
+
+    Returns:
+        Rows, float64 [n, ROW_WIDTH].
     """
     sigma = eta * levels.posterior_variance.sqrt()
     direction = (1 - levels.abar_prev - sigma.square()).sqrt().double()
@@ -95,10 +110,10 @@ def ddim_rows(levels: NoiseLevels, clip: Clip, eta: float, rederive_epsilon: boo
 
 
 def _rows(levels: NoiseLevels, clip: Clip, columns: dict[str, Tensor]) -> Tensor:
-    """Rows with these columns, and x0 of the prediction.
+    """Return rows with the given columns and those of x0.
 
-    Where abar is 0 the x0 of an epsilon is infinite, as the library's, with the sign of x - epsilon
-    that a clip leaves.
+    If abar is 0, the x0 of an epsilon is infinite as in diffusers, with the sign of x - epsilon,
+    which clipping preserves.
     """
     signal, noise = levels.abar.sqrt().double(), levels.one_minus_abar.sqrt().double()
     one, none = torch.ones_like(signal), torch.zeros_like(signal)
@@ -107,8 +122,8 @@ def _rows(levels: NoiseLevels, clip: Clip, columns: dict[str, Tensor]) -> Tensor
         "x0": (none, one, none),
         "v": (signal, -noise, torch.where(signal != 0, -noise / signal, 0)),
     }[levels.prediction]
-    known = {"G0": one, "Cin": one, "P": P, "Q": Q, "ratio": ratio, "clip": clip_bound(clip) * one}
+    common = {"G0": one, "Cin": one, "P": P, "Q": Q, "ratio": ratio, "clip": clip_bound(clip) * one}
     rows = one.new_zeros(len(one), ROW_WIDTH)
-    for name, values in (known | columns).items():
+    for name, values in (common | columns).items():
         rows[:, column(name)] = values.double()
     return rows

@@ -1,4 +1,4 @@
-"""What the parts of a pipeline must be for its chain to be known."""
+"""Checks that a pipeline of diffusers can be accelerated: its network and its scheduler."""
 
 from __future__ import annotations
 
@@ -18,12 +18,24 @@ from ddpm_fast.diffusers.scheduler_options import (
 )
 from ddpm_fast.utils import checks
 
-_PROCESSORS = (AttnProcessor, AttnProcessor2_0)  # the same attention, computed by other calls
+_PROCESSORS = (AttnProcessor, AttnProcessor2_0)  # two implementations of the same attention
 _LIBRARIES = ("torch.nn.", "diffusers.models.")
 
 
 def check_components(unet: Any, scheduler: Any, compat: Compat) -> None:
-    """That the parts of a pipeline are what its chain is known for."""
+    """Check network and scheduler of a pipeline.
+
+    Args:
+        unet: Must be a UNet2DModel without hooks or modified parts, with a sample_size, and with
+            the output channels that the scheduler expects. It may be compiled.
+        scheduler: Must be a supported scheduler.
+        compat: "diffusers" or "corrected".
+
+    Raises:
+        TypeError: `unet` or `scheduler` is of another class, or `unet` of another dtype.
+        ValueError: A part of the network was modified, an option is not supported, or the network
+            is in training mode with dropout.
+    """
     network = unwrap(unet)
     kind = type(network)
     if kind is not UNet2DModel:
@@ -34,9 +46,9 @@ def check_components(unet: Any, scheduler: Any, compat: Compat) -> None:
         )
     check_modules(network)
     if network.training and network.config.dropout:
-        raise ValueError("unet is in training mode, with dropout; call unet.eval() first")
+        raise ValueError("unet must be in eval mode, as it has dropout; call unet.eval() first")
     if network.config.sample_size is None:
-        raise ValueError("unet has no sample_size, the size of the images to draw")
+        raise ValueError("unet must have a sample_size, the size of the images; got None")
     reject_subclass(scheduler)
     base_class(scheduler)
     get_clip(scheduler)
@@ -55,32 +67,34 @@ def check_components(unet: Any, scheduler: Any, compat: Compat) -> None:
         and compat == "diffusers"
     ):
         raise ValueError(
-            f"variance_type: diffusers keeps three channels of a learned output whatever they are,"
-            f" and there are {channels}; take compat='corrected'"
+            "unet must have 3 channels for a learned variance with compat='diffusers', because"
+            f" diffusers keeps three channels of the output; got {channels}. Use"
+            " compat='corrected'"
         )
 
 
 def check_modules(network: nn.Module) -> None:
-    """That every part of a network does what its class does. Raises ValueError naming the part."""
+    """Check that no part of a network was modified.
+
+    Raises:
+        ValueError: A part has a hook, another forward, attention processor or class; the message
+            names it.
+    """
     for name, module in network.named_modules():
-        reason = _added_to(module)
-        if reason:
-            raise ValueError(
-                f"unet.{name}: {reason}, which the engine would not run; remove it".replace(
-                    "unet.:", "unet:"
-                )
-            )
+        if reason := _modification(module):
+            part = f"unet.{name}" if name else "unet"
+            raise ValueError(f"{part}: {reason}, which the engine would not run; remove it")
 
 
-def _added_to(module: nn.Module) -> str:
-    """What was put on a module that its class and weights do not say; empty for nothing."""
+def _modification(module: nn.Module) -> str:
+    """Describe a change of a module beyond its class and weights; empty for none."""
     own = vars(module)
     if any(own.get(hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks")):
         return "has a forward hook"
     if "_hf_hook" in own or own.get("_diffusers_hook") is not None:
         return "has a hook of accelerate or diffusers (offloading)"
     if "forward" in own:
-        return "has a forward of its own"
+        return "has its own forward"
     processor = getattr(module, "processor", None)
     if processor is not None and type(processor) not in _PROCESSORS:
         return f"has the attention processor {type(processor).__name__}"
@@ -90,14 +104,14 @@ def _added_to(module: nn.Module) -> str:
 
 
 def fingerprint(network: nn.Module) -> tuple[float, ...]:
-    """A number for each weight, which changes with it, however it was written to.
+    """Return the norm of each weight, which changes whenever the weight is written.
 
-    Some ways of writing (``.data``, as diffusers' EMAModel) leave no trace but the values.
+    Some writes (by `.data`, as in EMAModel of diffusers) do not increment the version counter.
     """
     weights = [parameter.detach() for parameter in network.parameters()]
     return tuple(torch.stack(torch._foreach_norm(weights, 2, torch.float64)).tolist())
 
 
 def unwrap(unet: Any) -> Any:
-    """The network itself, where torch.compile has wrapped it."""
+    """Return the network inside the wrapper of torch.compile."""
     return getattr(unet, "_orig_mod", unet)

@@ -1,4 +1,4 @@
-"""What one step of a scheduler runs: its rows by timestep, and the fused kernel over them."""
+"""One step of a scheduler: rows by timestep, and the fused kernel that reads them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,19 @@ from ddpm_fast.utils.immutable import ImmutableTables
 
 
 class TimestepRows(ImmutableTables):
-    """A row for each timestep of a schedule, [T, ROW_WIDTH]; NaN where a chain does not come.
+    """A row for each timestep of a schedule, [T, ROW_WIDTH]; NaN for those outside the chain.
 
-    rows: float64 [n, ROW_WIDTH] of these timesteps, which need not be finite. flags, learned and
-    threshold are as those of `StepTable`.
+    Args:
+        rows: Rows of the timesteps, float64 [n, ROW_WIDTH]; they may be infinite or NaN.
+        timesteps: Timesteps of the chain.
+        T: Number of timesteps of the schedule.
+        clip: Bound of x0, a `DynamicThreshold` or None.
+
+    Attributes:
+        flags: Flags of the rows, as in `StepTable`.
+        learned: The step reads a learned variance.
+        threshold: The dynamic threshold, or None.
+        in_chain: True for the timesteps of the chain [T].
     """
 
     flags: int
@@ -31,6 +40,8 @@ class TimestepRows(ImmutableTables):
     in_chain: tuple[bool, ...]
 
     def __init__(self, rows: Tensor, timesteps: list[int], T: int, clip: Clip) -> None:
+        chain = set(timesteps)
+        chain = set(timesteps)
         by_timestep = torch.full((T, rows.shape[1]), math.nan, dtype=torch.float64, device="cpu")
         by_timestep[timesteps] = rows
         threshold = threshold_from_clip(clip)
@@ -43,35 +54,39 @@ class TimestepRows(ImmutableTables):
             flags |= RowFlag.RAW_OUT
         if rows[:, column("Lmax")].any():
             flags |= RowFlag.LEARNED
-        places = set(timesteps)
         self._freeze(
             {"rows": by_timestep, "first": torch.zeros(1, dtype=torch.int64, device="cpu")},
             ("rows",),
             flags=int(flags),
             learned=bool(flags & RowFlag.LEARNED),
             threshold=threshold,
-            in_chain=tuple(t in places for t in range(T)),
+            in_chain=tuple(t in chain for t in range(T)),
         )
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The rows on a device, in float32 or float64; shared by all callers."""
+        """Return the rows on a device, in float32 or float64; the tensor is shared."""
         return self._on("rows", device, dtype)
 
     def prepare(self, device: torch.device | str | None) -> None:
-        """Have the rows on a device (None: the CPU) before they are asked for."""
+        """Copy the rows to a device (None: the CPU) before their first use."""
         device = torch.device(device or "cpu")
         self.on(device, torch.float32)
         self.first_row(device)
 
     def first_row(self, device: torch.device) -> Tensor:
-        """int64 [1], 0: the row of every sample where a single one is handed over."""
+        """Return int64 [1], 0: the row index of all samples if a single row is passed."""
         return self._on("first", device, torch.int64)
 
 
 class StepPosition(NamedTuple):
-    """Where in its chain a step is: the timestep, if the host knows it, else one on the device."""
+    """Timestep of a step: on the host if it can be read without synchronisation, else on a device.
 
-    known: int | None
+    Attributes:
+        timestep: The timestep, or None.
+        on_device: Timesteps, int64 [N], if `timestep` is None.
+    """
+
+    timestep: int | None
     on_device: Tensor | None
 
 
@@ -80,19 +95,30 @@ def fused_step(
     x: Tensor,
     out: Tensor,
     log_variance: Tensor | None,
-    where: StepPosition,
+    position: StepPosition,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """x' and x0 of a step, new tensors like x: one kernel, but for a threshold's quantile.
+    """Compute one step by one kernel, plus a quantile for a dynamic threshold.
 
-    Nothing waits for a GPU. Where a gradient is wanted the reference backend runs, which has one.
+    It does not synchronise. If a gradient is required, the reference backend computes the step.
+
+    Args:
+        table: Rows by timestep.
+        x: State [N, ...].
+        out: Prediction of the model, like `x`.
+        log_variance: Learned variance, like `x`, or None.
+        position: Timestep of the step.
+        noise: Standard normal noise, like `x`. None: no noise.
+
+    Returns:
+        The next state and x0, new tensors like `x`.
     """
     rows = table.on(x.device, checks.compute_dtype(x.dtype))
-    if where.known is not None:
+    if position.timestep is not None:
         step = table.first_row(x.device).expand(x.shape[0])
-        rows = rows[where.known : where.known + 1]
+        rows = rows[position.timestep : position.timestep + 1]
     else:
-        step = checks.instance("timestep", where.on_device, Tensor)
+        step = checks.instance("timestep", position.on_device, Tensor)
     run = get_backend(backend_for(x, out, log_variance, noise), x.device, x.dtype)
     bound = None
     if table.threshold is not None:
@@ -101,34 +127,45 @@ def fused_step(
 
 
 def backend_for(*tensors: Tensor | None, backward: bool = False) -> str:
-    """The backend that has the derivatives that are wanted: "reference", or "auto" for none.
+    """Return "reference" if derivatives are required that only this backend has, else "auto".
 
-    backward: the compiled operator has its gradient.
+    Args:
+        tensors: Inputs of the operator.
+        backward: The operator has a gradient in every backend.
     """
-    given = [t for t in tensors if t is not None]
-    if not backward and torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    present = [t for t in tensors if t is not None]
+    if not backward and torch.is_grad_enabled() and any(t.requires_grad for t in present):
         return "reference"
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return "auto"
-    tangents = any(forward_ad.unpack_dual(t).tangent is not None for t in given)
+    tangents = any(forward_ad.unpack_dual(t).tangent is not None for t in present)
     return "reference" if tangents else "auto"
 
 
 def step_tensors(
     sample: Any, model_output: Any, learned: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The state, the prediction, and the second half of the channels where it is a variance.
+    """Check the tensors of a step, and split a learned variance from the model output.
 
-    The state has the dtype that the two promote to, which is that of the results. Raises TypeError,
-    ValueError naming the argument.
+    Args:
+        sample: State [N, ...].
+        model_output: Model output, with twice the channels of `sample` for a learned variance.
+        learned: The model output contains a variance.
+
+    Returns:
+        The state, in the dtype to which the two promote; the prediction; and the variance or None.
+
+    Raises:
+        TypeError: An argument is no tensor or has another dtype.
+        ValueError: An argument has another shape or device.
     """
     x = checks.batch("sample", sample)
     out = checks.batch("model_output", model_output)
     checks.same_device("model_output", out, "sample", x)
     if not learned and out.shape != x.shape:
         raise ValueError(
-            f"model_output must have the shape of sample, {checks.shape_text(x)}, where no variance"
-            f" is learned; got {checks.shape_text(out)}"
+            f"model_output must have the shape of sample, {checks.shape_text(x)}, without a learned"
+            f" variance; got {checks.shape_text(out)}"
         )
     out, v = split_learned_variance("model_output", out, x, learned)
     return x.to(torch.promote_types(x.dtype, out.dtype)), out, v

@@ -1,4 +1,4 @@
-"""diffusers' pipelines for unconditional images, run by the `Sampler` and the engine."""
+"""Drop-in replacements for DDPMPipeline and DDIMPipeline of diffusers, run by a `Sampler`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OUTPUT_TYPES = ("pil", "np", "numpy", "pt", None)
 
 @dataclass(frozen=True)
 class Settings:
-    """How an accelerated pipeline runs; see `accelerate_pipeline`."""
+    """Settings of an accelerated pipeline; see `ddpm_fast.accelerate`."""
 
     dtype: torch.dtype | None = None
     compat: Compat | None = None
@@ -54,7 +54,7 @@ class Settings:
 
 
 class _Accelerated:
-    """What the pipelines share: a network made fast, and its chain run for a batch."""
+    """Base class of the pipelines: an accelerated network, and sampling of a batch."""
 
     unet: Any
     scheduler: Any
@@ -62,29 +62,38 @@ class _Accelerated:
     _compiled: _CompiledPipeline | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: engines and buffers are made anew."""
+        """Return the state of a copy, which builds its own engines and buffers."""
         return {name: value for name, value in self.__dict__.items() if name != "_compiled"}
 
     @property
     def chosen(self) -> dict[tuple[int, ...], Choice]:
-        """What runs the network for each shape [N, C, H, W] that was seen (`AcceleratedUNet`)."""
+        """Choices of `AcceleratedUNet` for each shape [N, C, H, W] so far."""
         return self._current().model.chosen
 
     def report(self) -> str:
-        """What runs the network for each shape that was seen, with the times that were measured."""
+        """Return a text with the choice for each shape so far, and the measured times."""
         return self._current().model.report()
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **options: Any) -> Any:
-        """As DiffusionPipeline.from_pipe, with what the pipeline was accelerated by."""
-        made = super().from_pipe(pipeline, **options)  # type: ignore[misc]
-        made.settings = getattr(pipeline, "settings", cls.settings)
-        return made
+        """Make a pipeline of the parts of another, as DiffusionPipeline.from_pipe.
+
+        Args:
+            pipeline: A pipeline; the settings of an accelerated one are copied.
+            **options: Options of DiffusionPipeline.from_pipe.
+        """
+        pipe = super().from_pipe(pipeline, **options)  # type: ignore[misc]
+        pipe.settings = getattr(pipeline, "settings", cls.settings)
+        return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """As the pipeline of diffusers that this one stands in for, which loads without us."""
-        plain = _plain(self)
-        plain.save_pretrained(save_directory, **options)
+        """Save as the pipeline of diffusers that this one replaces.
+
+        Args:
+            save_directory: The folder.
+            **options: Options of DiffusionPipeline.save_pretrained.
+        """
+        _as_diffusers(self).save_pretrained(save_directory, **options)
 
     def _images(
         self,
@@ -93,9 +102,9 @@ class _Accelerated:
         num_inference_steps: int,
         output_type: str | None,
         return_dict: bool,
-        **of_step: Any,
+        **step_options: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """The chain of the scheduler, and the images as they are asked for."""
+        """Sample images by the chain of the scheduler, and convert them to the output type."""
         batch = checks.integer("batch_size", batch_size, 1, 1 << 31)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
@@ -104,21 +113,21 @@ class _Accelerated:
             )
         check_components(self.unet, self.scheduler, self._compat)
         check_steps("num_inference_steps", num_inference_steps, self.scheduler)
-        made = self._current()
-        noise, seed = self._noise(generator, batch, made.model.device)
+        compiled = self._current()
+        noise, seed = self._noise(generator, batch, compiled.model.device)
         self.scheduler.set_timesteps(num_inference_steps)
-        table = step_table(self.scheduler, self._compat, **of_step)
-        sampler = made.sampler(table, self.settings.micro_batch or batch)
+        table = step_table(self.scheduler, self._compat, **step_options)
+        sampler = compiled.sampler(table, self.settings.micro_batch or batch)
         total = table.steps * -(-batch // sampler.micro_batch)
-        bar_of_pipe = cast(Any, self).progress_bar(total=total)
-        with bar_of_pipe as bar, no_autocast(made.model.device):
+        progress_bar = cast(Any, self).progress_bar(total=total)
+        with progress_bar as bar, no_autocast(compiled.model.device):
             x = sampler.with_noise(noise).sample(batch, seed=seed, progress=bar)
         if isinstance(noise, GeneratorNoise) and not table.uses_noise:
-            self._advance_generator(noise, table, x, **of_step)
-        images: Any = (x / 2 + 0.5).clamp_(0, 1).to(made.dtype).contiguous()
+            self._advance_generator(noise, table, x, **step_options)
+        images: Any = (x / 2 + 0.5).clamp_(0, 1).to(compiled.dtype).contiguous()
         if output_type != "pt":
-            wide = images.float() if images.dtype == torch.bfloat16 else images
-            images = wide.cpu().permute(0, 2, 3, 1).numpy()
+            images = images.float() if images.dtype == torch.bfloat16 else images
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":
                 images = cast(Any, self).numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -126,7 +135,7 @@ class _Accelerated:
     def _advance_generator(
         self, noise: GeneratorNoise, table: StepTable, x: Tensor, eta: float = 0.0, **_: Any
     ) -> None:
-        """Leave the generator where the library does, which draws what a factor of 0 meets too."""
+        """Draw unused noise: diffusers also draws noise that is multiplied by 0."""
         kind = base_class(self.scheduler)
         for t in table.timesteps.tolist():
             if (kind is DDPMScheduler and t > 0) or eta > 0 or self._sde:
@@ -138,13 +147,13 @@ class _Accelerated:
 
     @property
     def _compat(self) -> Compat:
-        """That of the settings, else of the scheduler, if it has one."""
+        """The option compat of the settings, else of the scheduler."""
         return self.settings.compat or get_compat(self.scheduler)
 
     def _noise(
         self, generator: Any, batch: int, device: torch.device
     ) -> tuple[Literal["philox"] | GeneratorNoise, int]:
-        """The source of noise of a call, and the seed where the kernel makes it."""
+        """Return the source of noise of a call, and the seed if the kernel generates it."""
         for one in generator if isinstance(generator, list | tuple) else [generator]:
             if one is not None:
                 checks.instance("generator", one, torch.Generator)
@@ -155,60 +164,59 @@ class _Accelerated:
         if self.settings.noise == "philox":
             if isinstance(generator, list | tuple):
                 raise ValueError(
-                    "generator must be one with noise='philox', where an image is its seed's and"
-                    " its place's alone; got a list"
+                    "generator must be a single one with noise='philox', where an image depends on"
+                    " seed and index only; got a list"
                 )
-            return "philox", int(
-                torch.randint(1 << 62, (), generator=generator, device=_of(generator))
-            )
+            source = torch.device("cpu") if generator is None else generator.device
+            seed = torch.randint(1 << 62, (), generator=generator, device=source)
+            return "philox", int(seed)
         if generator is None:
             generator = _global_generator(device)
         dtype = unwrap(self.unet).dtype
-        found = GeneratorNoise(generator, dtype, torch.float32 if self._sde else dtype)
+        noise = GeneratorNoise(generator, dtype, torch.float32 if self._sde else dtype)
         for one in generator if isinstance(generator, list | tuple) else [generator]:
             if one.device.type not in ("cpu", device.type):
                 raise ValueError(f"generator must be on the CPU or {device}; got {one.device}")
-        return found, 0
+        return noise, 0
 
     def _current(self) -> _CompiledPipeline:
-        """What was made for the network as it is: where it is, in its dtype."""
+        """Return the accelerated network, rebuilt if network, device or dtype have changed."""
         unet = unwrap(self.unet)
         steps = self.scheduler.config.num_train_timesteps
-        made, weights = self._compiled, fingerprint(unet)
-        if made is not None and made.weights != weights:
-            made.model.refresh()
-            made.weights = weights
-        if made is None or made.of != (unet, unet.device, unet.dtype, steps):
+        compiled, weights = self._compiled, fingerprint(unet)
+        if compiled is not None and compiled.weights != weights:
+            compiled.model.refresh()
+            compiled.weights = weights
+        source = unet, unet.device, unet.dtype, steps
+        if compiled is None or compiled.source != source:
             model = AcceleratedUNet(
                 unet,
                 dtype=self.settings.dtype or unet.dtype,
                 num_timesteps=steps,
                 tuner=self.settings.tuner,
             )
-            made = self._compiled = _CompiledPipeline(
-                (unet, unet.device, unet.dtype, steps), model, weights
-            )
-        return made
+            compiled = self._compiled = _CompiledPipeline(source, model, weights)
+        return compiled
 
 
 class _CompiledPipeline:
-    """A network made fast, and the sampler of the batch that was drawn last."""
+    """An accelerated network, and the sampler of the last micro-batch size."""
 
-    def __init__(self, of: tuple[Any, ...], model: AcceleratedUNet, weights: Any) -> None:
-        self.of, self.model, self.dtype, self.weights = of, model, of[2], weights
+    def __init__(self, source: tuple[Any, ...], model: AcceleratedUNet, weights: Any) -> None:
+        self.source, self.model, self.dtype, self.weights = source, model, source[2], weights
         self._sampler: Sampler | None = None
 
     def sampler(self, table: StepTable, micro_batch: int) -> Sampler:
-        """A sampler of micro-batches of that size for a table."""
-        kept = self._sampler
-        if kept is None or kept.micro_batch != micro_batch:
+        """Return a sampler for a step table and a micro-batch size."""
+        sampler = self._sampler
+        if sampler is None or sampler.micro_batch != micro_batch:
             shape = cast(tuple[int, int, int], self.model.config.sample_shape)
-            kept = self._sampler = Sampler(self.model, table, shape, micro_batch)
-        return kept.with_table(table)
+            sampler = self._sampler = Sampler(self.model, table, shape, micro_batch)
+        return sampler.with_table(table)
 
 
 class FastDDPMPipeline(_Accelerated, DDPMPipeline):
-    """diffusers' DDPMPipeline on the engine and the fused step; `accelerate` makes it."""
+    """DDPMPipeline of diffusers on the engine and the fused step, made by `accelerate`."""
 
     def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
         super().__init__(unet, scheduler)
@@ -221,22 +229,34 @@ class FastDDPMPipeline(_Accelerated, DDPMPipeline):
         output_type: str | None = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """As DDPMPipeline.__call__: images in [0, 1], drawn in the library's order.
+        """Sample images, with the noise of DDPMPipeline in the same order.
 
-        generator: None draws from torch's own; one, or a list of one for each image. With the noise
-        "philox" it only gives the seed, by one draw. output_type: "pil", "np" (float [N, H, W, C])
-        or "pt" ([N, C, H, W] in the network's dtype). Autocast around the call changes nothing: the
-        network computes in the dtype that `accelerate` was given. Raises TypeError, ValueError
-        naming the argument or the option.
+        Autocast has no effect: the network computes in the dtype passed to `accelerate`.
+
+        Args:
+            batch_size: Number of images.
+            generator: A generator, or a list of one for each image. None: torch's global
+                generator. With noise="philox" one draw gives the seed.
+            num_inference_steps: Number of steps.
+            output_type: "pil", "np" or "numpy" (float arrays [N, H, W, C]), or "pt" (tensors
+                [N, C, H, W] in the dtype of the network). Values are in [0, 1].
+            return_dict: Return an ImagePipelineOutput instead of a tuple.
+
+        Returns:
+            The images.
+
+        Raises:
+            TypeError: An argument is of another type, or a part of the pipeline not supported.
+            ValueError: An argument is out of range, or an option not supported.
         """
         return self._images(batch_size, generator, num_inference_steps, output_type, return_dict)
 
 
 class FastDDIMPipeline(_Accelerated, DDIMPipeline):
-    """diffusers' DDIMPipeline on the engine and the fused step; `accelerate` makes it."""
+    """DDIMPipeline of diffusers on the engine and the fused step, made by `accelerate`."""
 
     def __init__(self, unet: UNet2DModel, scheduler: Any) -> None:
-        # Not DDIMPipeline's, which puts another scheduler in the place of the one it is given.
+        # DDIMPipeline.__init__ would convert the scheduler.
         DiffusionPipeline.__init__(cast(Any, self))
         cast(Any, self).register_modules(unet=unet, scheduler=scheduler)
 
@@ -250,9 +270,23 @@ class FastDDIMPipeline(_Accelerated, DDIMPipeline):
         output_type: str | None = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """As DDIMPipeline.__call__, with `FastDDPMPipeline`'s arguments.
+        """Sample images, with the noise of DDIMPipeline in the same order.
 
-        eta: at least 0; above 1 as long as the variance of a step allows it.
+        Args:
+            batch_size: As for `FastDDPMPipeline`.
+            generator: As for `FastDDPMPipeline`.
+            eta: Factor of the noise, at least 0; above 1 if the variance of each step allows it.
+            num_inference_steps: Number of steps.
+            use_clipped_model_output: Compute epsilon from the clipped x0.
+            output_type: As for `FastDDPMPipeline`.
+            return_dict: As for `FastDDPMPipeline`.
+
+        Returns:
+            The images.
+
+        Raises:
+            TypeError: As `FastDDPMPipeline`, or the scheduler is no DDIMScheduler.
+            ValueError: As `FastDDPMPipeline`.
         """
         eta = checks.real("eta", eta, 0, math.inf, "[)")
         if base_class(self.scheduler) is not DDIMScheduler:
@@ -275,7 +309,7 @@ _FAST: dict[type, Any] = {DDPMPipeline: FastDDPMPipeline, DDIMPipeline: FastDDIM
 
 
 def pipeline_of(unet: Any, scheduler: Any) -> FastDDPMPipeline | FastDDIMPipeline:
-    """A pipeline of a network and a scheduler. Raises TypeError, ValueError as `accelerate`."""
+    """Return a pipeline of a network and a scheduler; raise as `ddpm_fast.accelerate`."""
     cls = FastDDIMPipeline if base_class(scheduler) is DDIMScheduler else FastDDPMPipeline
     return cls(unet=unet, scheduler=scheduler)
 
@@ -289,22 +323,23 @@ def accelerate_pipeline(
     micro_batch: int | None = None,
     tuner: Tuner | None = None,
 ) -> FastDDPMPipeline | FastDDIMPipeline:
-    """A pipeline to be called in the place of ``pipe``; see `ddpm_fast.accelerate`."""
+    """Return an accelerated pipeline of the same parts; see `ddpm_fast.accelerate`."""
     kind = type(pipe)
     cls: Any = kind if kind in _PLAIN else _FAST.get(kind)
     if cls is None:
         raise TypeError(
             "target must be a DDPMPipeline, a DDIMPipeline or a network; got"
-            f" {kind.__name__}, whose own loop is not known. Give its scheduler's place to"
+            f" {kind.__name__}, whose loop is not known. Replace its scheduler by"
             " ddpm_fast.diffusers.FastDDPMScheduler or FastDDIMScheduler"
         )
     if noise not in ("generator", "philox"):
-        raise ValueError(f"noise must be 'generator' or 'philox'; got {noise!r}")
+        raise ValueError(f"noise must be one of generator, philox; got {noise!r}")
     if micro_batch is not None:
         checks.integer("micro_batch", micro_batch, 1, 1 << 31)
         if noise != "philox":
             raise ValueError(
-                "micro_batch is for noise='philox': a generator draws for the whole batch at once"
+                "micro_batch must be None with noise='generator', which is drawn for the whole"
+                f" batch; got {micro_batch}"
             )
     if compat is not None:
         check_compat(compat)
@@ -321,21 +356,17 @@ def accelerate_pipeline(
     return fast
 
 
-def _plain(pipe: Any) -> Any:
-    """The pipeline of diffusers with the same parts, a scheduler of ours as the library's."""
+def _as_diffusers(pipe: Any) -> Any:
+    """Return the pipeline of diffusers with the same parts and a scheduler of diffusers."""
     scheduler = pipe.scheduler
-    own = getattr(type(scheduler), "replaces", None)
-    if own is not None:
-        scheduler = own.from_config(get_options(scheduler))
+    base = getattr(type(scheduler), "replaces", None)
+    if base is not None:
+        scheduler = base.from_config(get_options(scheduler))
     return _PLAIN[type(pipe)](unet=pipe.unet, scheduler=scheduler)
 
 
-def _of(generator: torch.Generator | None) -> torch.device:
-    return torch.device("cpu") if generator is None else generator.device
-
-
 def _global_generator(device: torch.device) -> torch.Generator:
-    """The generator that torch draws from on a device when it is given none."""
+    """Return torch's global generator of a device."""
     if device.type == "cuda":
         torch.cuda.init()
         return torch.cuda.default_generators[device.index or 0]

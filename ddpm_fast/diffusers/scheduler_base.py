@@ -1,4 +1,4 @@
-"""What the fast schedulers share: their tables, and where in its chain a step is."""
+"""Base class of the drop-in schedulers: cached tables, timesteps, add_noise and get_velocity."""
 
 from __future__ import annotations
 
@@ -25,32 +25,40 @@ from ddpm_fast.utils import checks
 
 Generators = torch.Generator | list[torch.Generator] | None
 
-_TABLES_KEPT = 8  # of different eta, clipping and dtype
+_MAX_TABLES = 8  # for different eta, clipping and dtype
 
 
 class _CachedTables(NamedTuple):
-    """What was made of a scheduler, and of what."""
+    """Tables of a scheduler, and the attributes from which they were computed.
 
-    of: tuple[Any, ...]  # the same objects
-    like: tuple[Any, ...]  # of equal value
-    chain: list[int]  # the timesteps on the host
+    Attributes:
+        objects: Attributes that must be identical.
+        values: Attributes that must be equal.
+        chain: The timesteps, on the host.
+        learned: The model output contains a variance.
+        tables: Tables by name and options.
+    """
+
+    objects: tuple[Any, ...]
+    values: tuple[Any, ...]
+    chain: list[int]
     learned: bool
     tables: dict[Any, Any]
 
 
-def _init_of(kind: Any) -> Callable[..., None]:
-    """An __init__ of the options of a scheduler of diffusers and compat."""
+def _make_init(base: Any) -> Callable[..., None]:
+    """Return an __init__ with the options of a scheduler of diffusers, and compat."""
 
     def __init__(self: Any, *args: Any, compat: str = "diffusers", **options: Any) -> None:
         check_compat(compat)
-        kind.__init__(self, *args, **options)
+        base.__init__(self, *args, **options)
         self.register_to_config(compat=compat)
         base_class(self)
-        self._cache = None
+        self._tables = None
         self._table("scales", "float32").prepare("cpu")
 
-    # What diffusers reads the names of the options from.
-    signature = inspect.signature(kind.__init__)
+    # diffusers reads the names of the options from the signature.
+    signature = inspect.signature(base.__init__)
     last = inspect.Parameter("compat", inspect.Parameter.KEYWORD_ONLY, default="diffusers")
     options = [*signature.parameters.values(), last]
     __init__.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
@@ -58,137 +66,138 @@ def _init_of(kind: Any) -> Callable[..., None]:
 
 
 class FusedScheduler(SchedulerMixin, ConfigMixin):
-    """Base of the fast schedulers. diffusers loads those of a module that has its SchedulerMixin.
+    """Base class of the drop-in schedulers.
 
-    replaces: the scheduler of diffusers that one stands in for.
+    Attributes:
+        replaces: The scheduler of diffusers that the class replaces.
     """
 
     replaces: ClassVar[type]
-    _default_how: ClassVar[
-        tuple[Any, ...]
-    ] = ()  # what rows are made of, where nothing else is asked for
+    _default_options: ClassVar[tuple[Any, ...]] = ()  # of `_make_rows`, for the defaults of `step`
     config: Any
     timesteps: Tensor
     num_inference_steps: int | None
     alphas_cumprod: Tensor
-    _cache: _CachedTables | None
+    _tables: _CachedTables | None
 
     def __init_subclass__(cls, replaces: type | None = None) -> None:
         if replaces is not None:
             cls.replaces = replaces
-            cls.__init__ = _init_of(replaces)  # type: ignore[method-assign]
+            cls.__init__ = _make_init(replaces)  # type: ignore[method-assign]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: tables are made anew."""
-        return self.__dict__ | {"_cache": None}
+        """Return the state of a copy, which computes its own tables."""
+        return self.__dict__ | {"_tables": None}
 
     @property
     def _corrected(self) -> bool:
         return self.config.compat == "corrected"
 
     def _cached(self) -> _CachedTables:
-        """What was made of the scheduler, anew where what it was made of has changed since."""
+        """Return the tables, without contents if the scheduler has changed since."""
         end = getattr(self, "final_alpha_cumprod", None)
-        of = (self.config, self.timesteps, self.alphas_cumprod, end)
-        like: tuple[Any, ...] = (
+        objects = (self.config, self.timesteps, self.alphas_cumprod, end)
+        values: tuple[Any, ...] = (
             self.num_inference_steps,
             getattr(self, "custom_timesteps", None),
         )
         if not torch.compiler.is_compiling():
-            like += tuple(_version(x) for x in (self.timesteps, self.alphas_cumprod))
-        kept = self._cache
+            values += tuple(_version(x) for x in (self.timesteps, self.alphas_cumprod))
+        cached = self._tables
         if (
-            kept is None
-            or kept.like[: len(like)] != like
-            or any(a is not b for a, b in zip(kept.of, of, strict=True))
+            cached is None
+            or cached.values[: len(values)] != values
+            or any(a is not b for a, b in zip(cached.objects, objects, strict=True))
         ):
             chain = [int(t) for t in self.timesteps.tolist()]
-            kept = self._cache = _CachedTables(of, like, chain, has_learned_variance(self), {})
-        return kept
+            cached = self._tables = _CachedTables(
+                objects, values, chain, has_learned_variance(self), {}
+            )
+        return cached
 
-    def _table(self, name: str, *how: Any) -> Any:
-        """What `_make` makes of the scheduler as it is, kept for as long as it stays so."""
-        tables, key = self._cached().tables, (name, *how)
+    def _table(self, name: str, *options: Any) -> Any:
+        """Return the result of `_make_<name>`, cached until the scheduler changes."""
+        tables, key = self._cached().tables, (name, *options)
         table = tables.get(key)
         if table is None:
-            table = self._make(name, *how)
-            # One operation each: other threads may be here too.
-            for old in list(tables)[: 1 - _TABLES_KEPT]:
+            table = self._make(name, *options)
+            # Each operation is atomic: other threads may change the dictionary.
+            for old in list(tables)[: 1 - _MAX_TABLES]:
                 tables.pop(old, None)
             tables[key] = table
         return table
 
     @partial(
         torch.compiler.disable,
-        reason="the scheduler makes a table here: call it once with these options outside of what"
-        " is compiled (set_timesteps makes those of the default options)",
+        reason="the scheduler computes a table here: call it once with these options outside of"
+        " compiled code (set_timesteps computes the tables of the default options)",
     )
-    def _make(self, name: str, *how: Any) -> Any:
-        return getattr(self, f"_make_{name}")(*how)
+    def _make(self, name: str, *options: Any) -> Any:
+        return getattr(self, f"_make_{name}")(*options)
 
     def _set(self, set_timesteps: Callable[[], None], device: torch.device | str | None) -> None:
-        """Set the timesteps of the chain, or leave everything as it was."""
+        """Set the timesteps of the chain; after an error the scheduler is unchanged."""
         before = dict(self.__dict__)
         try:
-            # Tables are made on the host, of tensors that training may read as well.
+            # Training may read the tables: they are neither inference tensors nor on a GPU.
             with torch.device("cpu"), torch.inference_mode(False):
                 set_timesteps()
                 self.timesteps = torch.tensor(
                     chain_timesteps(self, self._corrected), dtype=torch.int64
                 )
-                # A compiled caller finds them made.
+                # Compiled code needs tables that exist.
                 self._table("scales", "float32").prepare(device)
-                self._table("rows", *self._default_how).prepare(device)
-                kept, self.timesteps = self._cached(), self.timesteps.to(device)
-                of = (kept.of[0], self.timesteps, *kept.of[2:])
-                like = (*kept.like[:2], _version(self.timesteps), *kept.like[3:])
-                self._cache = kept._replace(of=of, like=like)
+                self._table("rows", *self._default_options).prepare(device)
+                cached, self.timesteps = self._cached(), self.timesteps.to(device)
+                objects = (cached.objects[0], self.timesteps, *cached.objects[2:])
+                values = (*cached.values[:2], _version(self.timesteps), *cached.values[3:])
+                self._tables = cached._replace(objects=objects, values=values)
         except BaseException:
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
 
     def _position(self, timestep: Any, rows: TimestepRows, sample: Tensor) -> StepPosition:
-        """Where a step is, without waiting for a GPU.
+        """Return the position of a step, without synchronisation.
 
-        A timestep that came out of ``self.timesteps`` is known by its place in there.
+        A timestep that is an element of `self.timesteps` is identified by its storage offset.
         """
         if isinstance(timestep, Tensor):
             if timestep.dtype not in (torch.int64, torch.int32):
                 got = checks.dtype_name(timestep.dtype)
                 raise TypeError(f"timestep must be an int or an int64 or int32 tensor; got {got}")
-            known = None if torch.compiler.is_compiling() else self._host_value(timestep)
-            if known is None:
+            value = None if torch.compiler.is_compiling() else self._host_value(timestep)
+            if value is None:
                 at = timestep.to(sample.device, torch.int64, non_blocking=True)
                 return StepPosition(None, checks.index("timestep", at, sample, len(rows.in_chain)))
-            timestep = known
+            timestep = value
         t = checks.integer("timestep", timestep, 0, len(rows.in_chain))
         if not rows.in_chain[t]:
             raise ValueError(f"timestep must be one of scheduler.timesteps; got {t}")
         return StepPosition(t, None)
 
     def _host_value(self, timestep: Tensor) -> int | None:
-        """The value of a timestep, where that can be told without waiting for a GPU."""
+        """Return the value of a timestep if it can be read without synchronisation, else None."""
         if timestep.numel() != 1:
             return None
         if _on_host(timestep):
             return int(timestep)
         if timestep.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None  # the graph may be replayed for others
+            return None  # the graph may be replayed with other timesteps
         chain = self.timesteps
         storages = timestep.untyped_storage(), chain.untyped_storage()
         if timestep.dtype != chain.dtype or storages[0].data_ptr() != storages[1].data_ptr():
             return None
         stride = max(chain.stride(0), 1)
-        place, rest = divmod(int(timestep.storage_offset() - chain.storage_offset()), stride)
+        index, remainder = divmod(int(timestep.storage_offset() - chain.storage_offset()), stride)
         values = self._cached().chain
-        return values[place] if rest == 0 and 0 <= place < len(values) else None
+        return values[index] if remainder == 0 and 0 <= index < len(values) else None
 
     def _by_timestep(self, rows: Tensor, timesteps: list[int]) -> TimestepRows:
         return TimestepRows(rows, timesteps, len(self.alphas_cumprod), get_clip(self))
 
     def _noise(self, out: Tensor, generator: Generators) -> Tensor:
-        """Standard normals like the prediction, in the library's order of draws."""
+        """Draw standard normal noise like the prediction, in the order of diffusers."""
         return randn_tensor(out.shape, generator=generator, device=out.device, dtype=out.dtype)
 
     def _make_scales(self, dtype: str) -> ForwardScales:
@@ -197,36 +206,55 @@ class FusedScheduler(SchedulerMixin, ConfigMixin):
         return ForwardScales(self.alphas_cumprod.cpu().to(getattr(torch, dtype)))
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noise images to timesteps: sqrt(abar) x_0 + sqrt(1 - abar) noise (Eq. 4, Ho et al. 2020).
+        """Return sqrt(abar) x_0 + sqrt(1 - abar) noise (Eq. 4, Ho et al. 2020).
 
-        original_samples, noise: [N, ...], float; they broadcast, also to the timesteps, an integer
-        tensor [N] or of one element in [0, num_train_timesteps), clamped on a GPU. Returns a tensor
-        like the images, of the dtype the two promote to. Differentiable in both.
+        Differentiable in both tensors, which broadcast to each other and to the timesteps.
 
-        Raises TypeError, ValueError naming the argument.
+        Args:
+            original_samples: Images x_0, floating-point [N, ...].
+            noise: Standard normal noise, floating-point [N, ...].
+            timesteps: Integer tensor, [N] or of one element, in [0, num_train_timesteps). Values on
+                a GPU are clamped.
+
+        Returns:
+            Noisy images, of the dtype to which the two promote.
+
+        Raises:
+            TypeError: An argument is no tensor or of another dtype.
+            ValueError: Shapes do not broadcast, devices differ, or a timestep is out of range.
         """
         scales = self._table("scales", _promoted(original_samples, noise))
         return scales.noisy(original_samples, noise, timesteps)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The v of images and noise: sqrt(abar) noise - sqrt(1 - abar) x_0 (Salimans & Ho 2022).
+        """Return v = sqrt(abar) noise - sqrt(1 - abar) x_0 (Salimans & Ho 2022).
 
-        Arguments and errors are those of `add_noise`.
+        Args:
+            sample: Images x_0, floating-point [N, ...].
+            noise: Standard normal noise, floating-point [N, ...].
+            timesteps: As for `add_noise`.
+
+        Returns:
+            v, of the dtype to which the two promote.
+
+        Raises:
+            TypeError: As `add_noise`.
+            ValueError: As `add_noise`.
         """
         scales = self._table("scales", _promoted(sample, noise))
         return scales.velocity(sample, noise, timesteps)
 
 
 def check_steps(name: str, value: Any, scheduler: Any) -> None:
-    """That a number of inference steps is one. Raises TypeError, ValueError naming it."""
+    """Check a number of inference steps; raise TypeError or ValueError."""
     T = scheduler.config.num_train_timesteps
     if isinstance(value, int) and value > T:
-        raise ValueError(f"{name} cannot be larger than num_train_timesteps, {T}; got {value}")
+        raise ValueError(f"{name} must be at most num_train_timesteps, {T}; got {value}")
     checks.integer(name, value, 1, T + 1)
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to in place."""
+    """Return the number of in-place writes to a tensor."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -235,6 +263,6 @@ def _on_host(timestep: Tensor) -> bool:
 
 
 def _promoted(a: Any, b: Any) -> str:
-    """The dtype of two tensors together, by name; what is none is refused later."""
+    """Return the name of the dtype to which two tensors promote; others are rejected later."""
     dtypes = [x.dtype for x in (a, b) if isinstance(x, Tensor) and x.is_floating_point()]
     return checks.dtype_name(torch.promote_types(dtypes[0], dtypes[-1])) if dtypes else "float32"

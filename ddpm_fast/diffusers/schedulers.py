@@ -1,4 +1,7 @@
-"""diffusers' DDPMScheduler and DDIMScheduler with a fused `step`."""
+"""Drop-in replacements for DDPMScheduler and DDIMScheduler of diffusers with a fused `step`.
+
+diffusers writes the name of this module and of its classes into model_index.json.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,24 @@ from ddpm_fast.diffusers.step_tables import (
 )
 from ddpm_fast.utils import checks
 
-__all__ = ["FastDDIMScheduler", "FastDDPMScheduler", "SchedulerMixin"]  # what diffusers looks for
+# diffusers loads schedulers of a module that has its SchedulerMixin.
+__all__ = ["FastDDIMScheduler", "FastDDPMScheduler", "SchedulerMixin"]
 
 
 class FastDDPMScheduler(FusedScheduler, DDPMScheduler, replaces=DDPMScheduler):
-    """diffusers' DDPMScheduler whose `step` is one fused kernel and waits for nothing.
+    """DDPMScheduler of diffusers with a `step` that is one fused kernel and does not synchronise.
 
-    Options, attributes and methods are the library's; a configuration of either loads into the
-    other. compat: "diffusers" (the default) computes the library's coefficients in float32, slips
-    included; "corrected" those of the papers in float64 (docs/diffusers.md lists what differs).
-    Sampling, training and saving go as with the library's own class.
+    Options, attributes and methods are those of diffusers, and each class loads the configurations
+    of the other. Sampling, training and saving work as with the class of diffusers.
 
-    Raises ValueError for an option that is not supported, named, also at set_timesteps and step.
+    Args:
+        compat: Keyword. "diffusers" (default): coefficients as diffusers computes them in float32,
+            including its known bugs. "corrected": those of the papers, in float64
+            (docs/diffusers.md lists the differences).
+
+    Raises:
+        ValueError: An option is not supported. Also raised by set_timesteps and step, if the
+            configuration was changed.
     """
 
     custom_timesteps: bool
@@ -42,39 +51,56 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler, replaces=DDPMScheduler):
         device: torch.device | str | None = None,
         timesteps: list[int] | None = None,
     ) -> None:
-        """As DDPMScheduler.set_timesteps.
+        """Set the timesteps of the chain, as DDPMScheduler.set_timesteps.
 
-        Raises TypeError, ValueError naming the argument, with everything left as it was.
+        After an error the scheduler is unchanged.
+
+        Args:
+            num_inference_steps: Number of steps, in [1, num_train_timesteps].
+            device: Device of `timesteps`. None: the CPU.
+            timesteps: Timesteps, descending, instead of a number of steps.
+
+        Raises:
+            TypeError: An argument is of another type.
+            ValueError: An argument is out of range, or timesteps are outside of the schedule.
         """
         if num_inference_steps is not None or timesteps is None:
             check_steps("num_inference_steps", num_inference_steps, self)
         if timesteps is not None:
             timesteps = [checks.integer("timesteps", t, 0, 1 << 31) for t in timesteps]
             if not timesteps:
-                raise ValueError("timesteps must be one or more; got none")
+                raise ValueError("timesteps must have at least one element; got none")
         self._set(
             lambda: DDPMScheduler.set_timesteps(self, num_inference_steps, None, timesteps), device
         )
 
     def previous_timestep(self, timestep: Any) -> Any:
-        """The timestep that a step leads to, -1 after the last; a tensor in a chain that is set.
+        """Return the timestep after a step, -1 after the last.
 
-        An int or an integer tensor, on a GPU without waiting for it; -1 also for a timestep there
-        that is not of the chain. Raises ValueError for one on the host.
+        It does not synchronise. A timestep on a GPU that is not in the chain also gives -1.
+
+        Args:
+            timestep: An int or an integer tensor.
+
+        Returns:
+            A tensor if timesteps are set, else `timestep` - 1.
+
+        Raises:
+            ValueError: A timestep on the host is not in the chain.
         """
         if not (self.custom_timesteps or self.num_inference_steps):
             return timestep - 1
         following = torch.cat([self.timesteps[1:], self.timesteps.new_full((1,), -1)])
-        known = self._host_value(timestep) if isinstance(timestep, Tensor) else int(timestep)
-        if known is not None:
+        value = self._host_value(timestep) if isinstance(timestep, Tensor) else int(timestep)
+        if value is not None:
             chain = self._cached().chain
-            if known not in chain:
-                raise ValueError(f"timestep must be one of scheduler.timesteps; got {known}")
-            return following[chain.index(known)]
-        found = self.timesteps == timestep
-        # Indexed by a number on the device, which would be looked at, it would wait.
-        at = following.index_select(0, found.to(torch.int64).argmax()[None])[0]
-        return torch.where(found.any(), at, -1)
+            if value not in chain:
+                raise ValueError(f"timestep must be one of scheduler.timesteps; got {value}")
+            return following[chain.index(value)]
+        matches = self.timesteps == timestep
+        # Indexing by a number on the device would synchronise.
+        at = following.index_select(0, matches.to(torch.int64).argmax()[None])[0]
+        return torch.where(matches.any(), at, -1)
 
     def step(
         self,
@@ -84,57 +110,75 @@ class FastDDPMScheduler(FusedScheduler, DDPMScheduler, replaces=DDPMScheduler):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step of the chain (Algorithm 2, Ho et al. 2020), as DDPMScheduler.step.
+        """Compute one step of the chain (Algorithm 2, Ho et al. 2020), as DDPMScheduler.step.
 
-        model_output: the shape of sample, with twice its channels for a learned variance. timestep:
-        an int, or an integer tensor of one element or one for each sample; a timestep of a tensor
-        that did not come out of ``self.timesteps`` is not looked at on a GPU, so that noise is
-        drawn at t = 0 too, and a value that is not of the chain gives NaN; so in a compiled caller,
-        which should hand over tensors. sample: [N, ...],
-        float32, float16, bfloat16 or float64. generator: one, or a list of one for each sample.
+        A timestep in a tensor that is not an element of `self.timesteps` is not read from a GPU:
+        noise is then also drawn at t = 0, and a timestep outside of the chain gives NaN. The same
+        holds in compiled code, which should pass tensors. If a gradient is required, the reference
+        backend computes the step.
 
-        Returns prev_sample and pred_original_sample, new tensors like sample, of the dtype that it
-        and model_output promote to. Where a gradient is wanted it is recorded, by the reference
-        backend. Raises TypeError, ValueError naming the argument.
+        Args:
+            model_output: Model output like `sample`, with twice its channels for a learned
+                variance.
+            timestep: An int, or an integer tensor of one element or one for each sample.
+            sample: State [N, ...], float32, float16, bfloat16 or float64.
+            generator: Source of the noise: one, or a list of one for each sample. None: torch's
+                global generator.
+            return_dict: Return a DDPMSchedulerOutput instead of a tuple.
+
+        Returns:
+            prev_sample and pred_original_sample, new tensors like `sample`, of the dtype to which
+            `sample` and `model_output` promote.
+
+        Raises:
+            TypeError: An argument is of another type or dtype.
+            ValueError: An argument has another shape or device, or a timestep on the host is not
+                in the chain.
         """
         rows = self._table("rows")
         x, out, v = step_tensors(sample, model_output, self._cached().learned)
-        where = self._position(timestep, rows, x)
+        position = self._position(timestep, rows, x)
         noise = None
-        if where.known is None or where.known > 0:
+        if position.timestep is None or position.timestep > 0:
             noise = self._noise(out, generator)
             if self.variance_type == "learned" and not self._corrected:
                 noise = cast(Tensor, v) ** 0.5 * noise
-        prev, x0 = fused_step(rows, x, out, v if rows.learned else None, where, noise)
+        prev, x0 = fused_step(rows, x, out, v if rows.learned else None, position, noise)
         if not return_dict:
             return prev, x0
         return DDPMSchedulerOutput(prev_sample=prev, pred_original_sample=x0)
 
     def _make_rows(self) -> TimestepRows:
-        of_chain = self.custom_timesteps or self.num_inference_steps
+        is_set = self.custom_timesteps or self.num_inference_steps
         timesteps = (
-            chain_timesteps(self, self._corrected)
-            if of_chain
-            else [*range(len(self.alphas_cumprod))]
+            chain_timesteps(self, self._corrected) if is_set else [*range(len(self.alphas_cumprod))]
         )
         rows = ddpm_scheduler_rows(self, timesteps, self._corrected)
         return self._by_timestep(rows, timesteps)
 
 
 class FastDDIMScheduler(FusedScheduler, DDIMScheduler, replaces=DDIMScheduler):
-    """diffusers' DDIMScheduler whose `step` is one fused kernel and waits for nothing.
+    """DDIMScheduler of diffusers with a `step` that is one fused kernel and does not synchronise.
 
-    As `FastDDPMScheduler`.
+    Options, arguments and errors are as those of `FastDDPMScheduler`.
     """
 
-    _default_how = (0.0, False)
+    _default_options = (0.0, False)
 
     def set_timesteps(
         self, num_inference_steps: int, device: torch.device | str | None = None
     ) -> None:
-        """As DDIMScheduler.set_timesteps.
+        """Set the timesteps of the chain, as DDIMScheduler.set_timesteps.
 
-        Raises TypeError, ValueError naming the argument, with everything left as it was.
+        After an error the scheduler is unchanged.
+
+        Args:
+            num_inference_steps: Number of steps, in [1, num_train_timesteps].
+            device: Device of `timesteps`. None: the CPU.
+
+        Raises:
+            TypeError: `num_inference_steps` is not an integer.
+            ValueError: It is out of range, or timesteps are outside of the schedule.
         """
         check_steps("num_inference_steps", num_inference_steps, self)
         self._set(lambda: DDIMScheduler.set_timesteps(self, num_inference_steps, None), device)
@@ -150,26 +194,45 @@ class FastDDIMScheduler(FusedScheduler, DDIMScheduler, replaces=DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step of the chain (Eq. 12, Song et al. 2020), as DDIMScheduler.step.
+        """Compute one step of the chain (Eq. 12, Song et al. 2020), as DDIMScheduler.step.
 
-        eta: 0 is deterministic, 1 has the variance of the posterior. use_clipped_model_output: the
-        direction is that of the clipped x0. variance_noise: the noise, in place of a generator's.
-        The other arguments, what comes back and the errors are those of `FastDDPMScheduler.step`;
-        with compat="diffusers" a step may begin at any timestep of the schedule.
+        With compat="diffusers" a step may begin at any timestep of the schedule. Otherwise the
+        notes of `FastDDPMScheduler.step` apply.
+
+        Args:
+            model_output: Model output like `sample`.
+            timestep: An int, or an integer tensor of one element or one for each sample.
+            sample: State [N, ...], float32, float16, bfloat16 or float64.
+            eta: Factor of the noise: 0 is deterministic, 1 has the variance of the posterior.
+            use_clipped_model_output: Compute epsilon from the clipped x0.
+            generator: Source of the noise: one, or a list of one for each sample. None: torch's
+                global generator.
+            variance_noise: The noise, instead of a generator.
+            return_dict: Return a DDIMSchedulerOutput instead of a tuple.
+
+        Returns:
+            prev_sample and pred_original_sample, as `FastDDPMScheduler.step`.
+
+        Raises:
+            TypeError: An argument is of another type or dtype.
+            ValueError: set_timesteps was not called, both `generator` and `variance_noise` are
+                set, or as `FastDDPMScheduler.step`.
         """
         if self.num_inference_steps is None:
-            raise ValueError("num_inference_steps is None: call set_timesteps before step")
+            raise ValueError(
+                "num_inference_steps must be set by set_timesteps before step; got None"
+            )
         rows = self._table("rows", float(eta), bool(use_clipped_model_output))
         x, out, _ = step_tensors(sample, model_output, False)
-        where = self._position(timestep, rows, x)
+        position = self._position(timestep, rows, x)
         noise = None
         if eta > 0:
             if variance_noise is not None and generator is not None:
-                raise ValueError("generator and variance_noise: give one of them; got both")
+                raise ValueError("generator must be None with variance_noise; got both")
             if variance_noise is None:
                 variance_noise = self._noise(out, generator)
             noise = checks.like("variance_noise", variance_noise, "sample", x, checks.FLOATS)
-        prev, x0 = fused_step(rows, x, out, None, where, noise)
+        prev, x0 = fused_step(rows, x, out, None, position, noise)
         if not return_dict:
             return prev, x0
         return DDIMSchedulerOutput(prev_sample=prev, pred_original_sample=x0)

@@ -1,4 +1,4 @@
-"""The step tables of diffusers' schedulers, as they are set."""
+"""Step tables of the schedulers of diffusers."""
 
 from __future__ import annotations
 
@@ -37,28 +37,37 @@ def step_table(
     eta: float = 0.0,
     use_clipped_model_output: bool = False,
 ) -> StepTable:
-    """The chain of a scheduler on which set_timesteps was called.
+    """Return the step table of a scheduler, after a call of its set_timesteps.
 
-    scheduler: DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler (order 1 and 2) or
-    UniPCMultistepScheduler (the same), or one of ours. compat: "diffusers" for the coefficients
-    that the library computes in float32, its slips included; "corrected" for those of the papers in
-    float64. eta, use_clipped_model_output: of DDIMScheduler.step.
+    Args:
+        scheduler: DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or
+            UniPCMultistepScheduler (both of order 1 and 2), or a drop-in of `ddpm_fast.diffusers`.
+        compat: "diffusers": coefficients as diffusers computes them in float32, including its known
+            bugs. "corrected": those of the papers, in float64.
+        eta: Factor of the noise of DDIMScheduler.
+        use_clipped_model_output: DDIMScheduler computes epsilon from the clipped x0.
 
-    Raises TypeError, ValueError for another scheduler, an option that is not supported, eta for a
-    scheduler that has none, timesteps outside of the schedule, and coefficients of the library's
-    that are not finite; each is named.
+    Returns:
+        The step table, for a `Sampler`.
+
+    Raises:
+        TypeError: The scheduler is of another class.
+        ValueError: An option is not supported, `eta` or `use_clipped_model_output` is set for
+            another scheduler than DDIMScheduler, timesteps are outside of the schedule, or
+            coefficients of diffusers are not finite.
     """
     reject_subclass(scheduler)
     kind = base_class(scheduler)
     corrected = check_compat(compat) == "corrected"
     if kind is not DDIMScheduler and (eta or use_clipped_model_output):
         raise ValueError(
-            f"eta and use_clipped_model_output are for DDIMScheduler; got {kind.__name__}"
+            "eta and use_clipped_model_output must be 0 and False for any scheduler but"
+            f" DDIMScheduler; got {kind.__name__}"
         )
     if kind in (DDPMScheduler, DDIMScheduler):
         timesteps = chain_timesteps(scheduler, corrected)
         if kind is DDPMScheduler:
-            _refuse_learned(scheduler, corrected)
+            _reject_learned(scheduler, corrected)
             rows = ddpm_scheduler_rows(scheduler, timesteps, corrected)
         else:
             rows = ddim_scheduler_rows(
@@ -80,10 +89,15 @@ def step_table(
 
 
 def chain_timesteps(scheduler: Any, corrected: bool) -> list[int]:
-    """The timesteps of a chain, first step first.
+    """Return the timesteps of a scheduler, in the order of the steps.
 
-    corrected: without the one below 0 that rounding adds to some trailing spacings, and without
-    repetitions. Raises ValueError for a timestep outside of the schedule.
+    Args:
+        scheduler: A scheduler.
+        corrected: Without the timestep below 0 that rounding adds to some trailing spacings, and
+            without repetitions.
+
+    Raises:
+        ValueError: A timestep is outside of the schedule.
     """
     found = [int(t) for t in scheduler.timesteps.tolist()]
     if corrected:
@@ -94,21 +108,21 @@ def chain_timesteps(scheduler: Any, corrected: bool) -> list[int]:
         raise ValueError(
             f"timesteps must be in [0, {T - 1}]; got {outside[0]} from set_timesteps"
             f" (timestep_spacing={scheduler.config.timestep_spacing!r}, steps_offset="
-            f"{scheduler.config.steps_offset}). Take another number of steps"
+            f"{scheduler.config.steps_offset}). Use another number of steps"
             + (", or compat='corrected'" if outside[0] < 0 else "")
         )
     return found
 
 
 def alphas_cumprod(scheduler: Any, corrected: bool) -> Tensor:
-    """[T] on the CPU: the library's in float32, or those of its configuration in float64."""
+    """Return alphas_cumprod [T] on the CPU: those of diffusers in float32, or exact in float64."""
     if corrected:
         return exact_schedule(scheduler).alphas_cumprod
     return scheduler.alphas_cumprod.detach().to("cpu", torch.float32)
 
 
 def _chain_levels(scheduler: Any, corrected: bool) -> Tensor:
-    """`alphas_cumprod` for the steps of a chain. Raises ValueError where none would be right."""
+    """Return `alphas_cumprod`; raise ValueError if a corrected step from abar = 0 is undefined."""
     abar = alphas_cumprod(scheduler, corrected)
     if corrected and float(abar[-1]) == 0 and get_prediction(scheduler) == "epsilon":
         raise ValueError(
@@ -121,14 +135,14 @@ def _chain_levels(scheduler: Any, corrected: bool) -> Tensor:
 def _levels(
     scheduler: Any, abar: Tensor, timesteps: list[int], next_timesteps: list[int], end: Tensor
 ) -> NoiseLevels:
-    """Noise levels of steps from timesteps to the next ones, where -1 is the level `end`."""
+    """Return the noise levels of steps; next timestep -1 is the level `end`."""
     after = torch.tensor(next_timesteps, device="cpu")
     abar_prev = torch.where(after >= 0, abar[after.clamp(min=0)], end)
     return noise_levels(timesteps, get_prediction(scheduler), abar[timesteps], abar_prev)
 
 
 def ddpm_scheduler_rows(scheduler: Any, timesteps: list[int], corrected: bool) -> Tensor:
-    """Rows for DDPMScheduler's steps at these timesteps of its chain."""
+    """Return the rows of DDPMScheduler for steps at the given timesteps."""
     abar = _chain_levels(scheduler, corrected)
     next_of = {t: t - 1 for t in timesteps}
     if scheduler.custom_timesteps or scheduler.num_inference_steps:
@@ -136,7 +150,7 @@ def ddpm_scheduler_rows(scheduler: Any, timesteps: list[int], corrected: bool) -
         next_of = dict(zip(chain, [*chain[1:], -1], strict=True))
     next_timesteps = [next_of[t] for t in timesteps]
     levels = _levels(scheduler, abar, timesteps, next_timesteps, abar.new_ones(()))
-    # The library adds noise wherever t > 0, after the last step of a chain too.
+    # diffusers adds noise for all t > 0, also in the last step of a chain.
     noisy = torch.tensor(next_timesteps if corrected else timesteps, device="cpu") > (
         -1 if corrected else 0
     )
@@ -151,7 +165,7 @@ def ddim_scheduler_rows(
     use_clipped_model_output: bool,
     corrected: bool,
 ) -> Tensor:
-    """Rows for DDIMScheduler's steps at these timesteps, of its chain where corrected."""
+    """Return the rows of DDIMScheduler for steps at the given timesteps."""
     abar, config = _chain_levels(scheduler, corrected), scheduler.config
     if corrected:
         chain = chain_timesteps(scheduler, corrected)
@@ -167,7 +181,7 @@ def ddim_scheduler_rows(
 
 
 def _multistep(scheduler: Any, kind: type, corrected: bool) -> tuple[Tensor, list[int]]:
-    """Rows and timesteps of DPMSolverMultistepScheduler and UniPCMultistepScheduler."""
+    """Return rows and timesteps of DPMSolverMultistepScheduler or UniPCMultistepScheduler."""
     config, options = scheduler.config, get_options(scheduler)
     timesteps = chain_timesteps(scheduler, corrected)
     prediction, clip = get_prediction(scheduler), get_clip(scheduler)
@@ -187,8 +201,8 @@ def _multistep(scheduler: Any, kind: type, corrected: bool) -> tuple[Tensor, lis
     if kind is UniPCMultistepScheduler:
         if not corrected and config.solver_type == "bh1" and config.final_sigmas_type == "zero":
             raise ValueError(
-                "solver_type='bh1' with final_sigmas_type='zero' ends in NaN in diffusers; take"
-                " 'bh2' or compat='corrected'"
+                "solver_type must be 'bh2' with final_sigmas_type='zero', where 'bh1' of diffusers"
+                " gives NaN; got 'bh1'. Use 'bh2' or compat='corrected'"
             )
         second = _second_order(config, len(timesteps), config.lower_order_final)
         off = config.disable_corrector
@@ -199,17 +213,17 @@ def _multistep(scheduler: Any, kind: type, corrected: bool) -> tuple[Tensor, lis
     return make(c, h, second, clip, config.solver_type), timesteps
 
 
-def _second_order(config: Any, steps: int, lower_at_the_end: bool) -> list[bool]:
-    """Which steps are of second order: not the first, and the last only where it may be."""
-    last = steps - (1 if lower_at_the_end else 0)
+def _second_order(config: Any, steps: int, lower_order_final: bool) -> list[bool]:
+    """Return True for each step of second order: not the first, and the last only if allowed."""
+    last = steps - (1 if lower_order_final else 0)
     return [config.solver_order > 1 and 0 < i < last for i in range(steps)]
 
 
-def _refuse_learned(scheduler: Any, corrected: bool) -> None:
+def _reject_learned(scheduler: Any, corrected: bool) -> None:
     if scheduler.variance_type == "learned" and not corrected:
         raise ValueError(
-            "variance_type='learned' is refused with compat='diffusers': the library takes the"
-            " square root of the network's output, which is a logarithm; take compat='corrected'"
+            "variance_type must not be 'learned' with compat='diffusers', because diffusers takes"
+            " the square root of the model output, which is a logarithm. Use compat='corrected'"
         )
 
 
@@ -217,7 +231,7 @@ def _check_finite(scheduler: Any, rows: Tensor, timesteps: list[int]) -> None:
     bad = (rows.isnan() | (rows == -torch.inf)).any(1)
     if bad.any():
         raise ValueError(
-            f"scheduler: diffusers' coefficients are not finite at timestep"
-            f" {timesteps[int(bad.nonzero()[0])]} with {get_options(scheduler)}; compat='corrected'"
-            " has those of the papers, where there are any"
+            "scheduler must have finite coefficients; those of diffusers are not at timestep"
+            f" {timesteps[int(bad.nonzero()[0])]} with {get_options(scheduler)}. Use"
+            " compat='corrected', if the papers define them"
         )
