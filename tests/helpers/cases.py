@@ -1,4 +1,4 @@
-"""Inputs shared by the tests: backends, shapes x layouts x dtypes named by intent, judges."""
+"""Inputs shared by the tests: backends, shapes, layouts, dtypes, and comparisons."""
 
 from __future__ import annotations
 
@@ -167,10 +167,10 @@ def each(of: Iterable[Case], on: Iterable[BackendOnDevice] | None = None) -> lis
     ]
 
 
-def sample_inputs(op: str, case: Case, device: str, made: bool = True) -> tuple[Any, ...]:
+def sample_inputs(op: str, case: Case, device: str, generated: bool = True) -> tuple[Any, ...]:
     """Arguments of torch.ops.ddpm_fast.<op>, for its bits, gradients and opcheck alike.
 
-    made: whether reverse_step_ makes its noise. Tensors are new at each call; a state that is
+    generated: reverse_step_ generates its noise. Tensors are new at each call; a state that is
     written is float32 or float64, and whatever else has a dtype has that of the case.
     """
     arithmetic = F64 if case.dtype == F64 else F32
@@ -191,8 +191,8 @@ def sample_inputs(op: str, case: Case, device: str, made: bool = True) -> tuple[
     if op == "reverse_step":
         return lead, other, rows, step, noise, int(TABLE.flags)
     state, model_input = case.tensor(device, 1, dtype=arithmetic), case.tensor(device, 3)
-    source = (None, rng) if made else (noise, None)
-    pred_x0 = torch.zeros_like(state) if made else None
+    source = (None, rng) if generated else (noise, None)
+    pred_x0 = torch.zeros_like(state) if generated else None
     return state, other, rows, step, *source, model_input, pred_x0, int(TABLE.flags)
 
 

@@ -1,4 +1,4 @@
-"""Arguments of `group_norm_` named by intent, and its judge, for every backend's tests."""
+"""Arguments of `group_norm_` named by intent, and the bound of its error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class NormCase:
-    """What one call is given. Two numbers of channels are two sources."""
+    """Arguments of a call. Two numbers of channels are two sources."""
 
     name: str
     channels: tuple[int, ...] = (32,)

@@ -1,4 +1,4 @@
-"""The bits that every kernel has to write in reverse_step_: its operations one by one, in NumPy.
+"""The bits of reverse_step_: its operations one by one, in NumPy.
 
 An fma is rounded once (triton_interpreter); every other operation is NumPy's in float32.
 """
@@ -61,29 +61,29 @@ class _Row:
 
 
 def bits_of_step(before: Inputs) -> dict[str, Tensor]:
-    """What a step with given noise leaves in the tensors that it writes, by name."""
+    """Return the tensors that a step with input noise writes, by name."""
     on_cpu = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in before.items()}
     with np.errstate(all="ignore"):
-        made = _made(on_cpu)
+        values = _next_values(on_cpu)
     step = on_cpu["step"]
     runs = (step >= 0) & (step < len(on_cpu["rows"]))
     found = {
         name: on_cpu[name]
         .clone()
         .copy_(torch.where(per_sample(runs, value), value, on_cpu[name].float()))
-        for name, value in made.items()
+        for name, value in values.items()
         if name != "pushed"
     }
     if on_cpu["history"] is not None:
         found["history"] = on_cpu["history"].clone()
         for n, row in enumerate(on_cpu["rows"][step.clamp(0, len(on_cpu["rows"]) - 1)]):
             if runs[n] and row[column("push")] and on_cpu["flags"] & RowFlag.PUSH:
-                found["history"][int(row[column("slot")]), n] = made["pushed"][n]
+                found["history"][int(row[column("slot")]), n] = values["pushed"][n]
     return found
 
 
-def _made(inputs: Inputs) -> dict[str, Tensor]:
-    """What every sample would be given, in float32."""
+def _next_values(inputs: Inputs) -> dict[str, Tensor]:
+    """Return the results of every sample in float32, in the table or not."""
     flags = RowFlag(inputs["flags"])
     row = _Row(inputs["rows"], inputs["step"], inputs["x"])
     x, o, z = (inputs[name].float().numpy() for name in ("x", "model_output", "noise"))
@@ -106,13 +106,13 @@ def _made(inputs: Inputs) -> dict[str, Tensor]:
     x_coef |= {} if y is None else {"Xy": y}
     x_coef |= {f"Xh{k}": h for k, h in past.items()}
     next_x = row.sum(Xx=x, Xx0=x0, **x_coef, S=z)
-    made = {"x": next_x, "pred_x0": x0}
-    made["model_input"] = row["Cin"] * next_x if RowFlag.SCALE_IN in flags else next_x
+    values = {"x": next_x, "pred_x0": x0}
+    values["model_input"] = row["Cin"] * next_x if RowFlag.SCALE_IN in flags else next_x
     if y is not None:
-        made["second"] = row.sum(Yx=x, Yx0=x0, Yy=y, **{f"Yh{k}": h for k, h in past.items()})
+        values["second"] = row.sum(Yx=x, Yx0=x0, Yy=y, **{f"Yh{k}": h for k, h in past.items()})
     of_h0 = {"Ho": o} if RowFlag.PUSH_OUT in flags else {}
-    made["pushed"] = row.sum(Hx=x, Hv=x0, **of_h0)
-    return {name: torch.from_numpy(value) for name, value in made.items()}
+    values["pushed"] = row.sum(Hx=x, Hv=x0, **of_h0)
+    return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
 def _past_values(inputs: Inputs) -> dict[int, np.ndarray]:

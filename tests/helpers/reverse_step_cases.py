@@ -139,11 +139,11 @@ def step_of(
     flags: RowFlag,
     case: Case,
     device: str,
-    source: str = "given",
+    source: str = "input",
     depth: int | None = None,
     split: bool = False,
 ) -> Step:
-    """A step with all the tensors that the flags need; source: given, made or none."""
+    """A step with all the tensors that the flags need; source: input, generated or none."""
     state = F64 if case.dtype == F64 else F32
     depth = history_depth(flags) if depth is None else depth
     layout = case.other if case.other in WRITABLE else "contiguous"
@@ -152,36 +152,36 @@ def step_of(
         return normals(case.shape, layout, state, seed, device)
 
     out, variance = halves(case, device, split)
-    made = Step(
+    result = Step(
         case.tensor(device, 1, dtype=state),
         out,
         rows_for(flags, depth, state, device),
         case.timesteps(device, STEPS),
-        noise=like_state(4) if source == "given" else None,
-        rng=philox_rng(SEED, 1, FIRST, device) if source == "made" else None,
+        noise=like_state(4) if source == "input" else None,
+        rng=philox_rng(SEED, 1, FIRST, device) if source == "generated" else None,
         model_input=case.tensor(device, 5).fill_(NAN),
         pred_x0=like_state(6).fill_(NAN),
         flags=int(flags),
     )
     if flags & RowFlag.GUIDE:
-        made.model_output2 = case.others(device, 8)
+        result.model_output2 = case.others(device, 8)
     if flags & RowFlag.LEARNED:
-        made.log_variance = variance
+        result.log_variance = variance
     if flags & RowFlag.THRESHOLD:
         bounds = torch.linspace(0.3, 1.2, 2 * case.shape[0], dtype=state, device=device)
-        made.threshold = bounds[::2]
+        result.threshold = bounds[::2]
     if flags & RowFlag.SECOND:
-        made.second = like_state(9)
+        result.second = like_state(9)
     if depth:
         slots = [normals(case.shape, case.layout, state, 10 + i, device) for i in range(depth)]
         ring = normals((depth * case.shape[0], *case.shape[1:]), case.layout, state, 20, device)
-        made.history = ring.unflatten(0, (depth, case.shape[0]))
-        for slot, values in zip(made.history, slots, strict=True):
+        result.history = ring.unflatten(0, (depth, case.shape[0]))
+        for slot, values in zip(result.history, slots, strict=True):
             slot.copy_(values)
-    return made
+    return result
 
 
-def made_noise(step: Step, on) -> Tensor | None:
+def generated_noise(step: Step, on) -> Tensor | None:
     """The noise of each sample's row, bit for bit."""
     if step.rng is None:
         return step.noise
@@ -271,7 +271,7 @@ def exact(step: Step, noise: Tensor | None) -> dict[str, Value]:
 
 def assert_exact(step: Step, on) -> None:
     """Runs a step. There are up to eight terms in a sum: twice the roundings of a plain step."""
-    expected = exact(step, made_noise(step, on))
+    expected = exact(step, generated_noise(step, on))
     step.run(on)
     for name, result in expected.items():
         assert_rounded_once(getattr(step, name), result.value, 2 * result.magnitude)
@@ -321,12 +321,12 @@ def step_inputs(
     other: str = "contiguous",
     dtype: torch.dtype = F32,
     device: str = "cpu",
-    made: bool = False,
+    generated: bool = False,
 ) -> Inputs:
     """Arguments of reverse_step_ with the tensors that the flags ask for, new at each call.
 
     layout: of the state and what is shaped as it; other: of the network's. The rows of the samples
-    differ. made: whether noise is made.
+    differ. generated: pass the state of the generator instead of noise.
     """
 
     state = partial(normals, shape, layout, F32, device=device)
@@ -339,8 +339,8 @@ def step_inputs(
         "model_output": network(seed=2),
         "rows": random_rows(depth).to(device),
         "step": (5 * torch.arange(shape[0], device=device) + 1) % RANDOM_STEPS,
-        "noise": None if made else state(seed=3),
-        "rng": philox_rng(SEED, STREAM, FIRST, device) if made else None,
+        "noise": None if generated else state(seed=3),
+        "rng": philox_rng(SEED, STREAM, FIRST, device) if generated else None,
         "model_input": network(seed=4),
         "pred_x0": state(seed=5),
         "flags": int(flags),
@@ -378,7 +378,7 @@ def _in_float64(inputs: Inputs, magnitudes: bool = False) -> Inputs:
 
 
 def magnitudes(before: Inputs) -> Inputs:
-    """What a step would write if nothing cancelled and nothing was clipped."""
+    """Return the results of a step with absolute values and no clipping: no term cancels."""
     inputs = _in_float64(before, magnitudes=True)
     signed = inputs["rows"][inputs["step"].clamp(0, RANDOM_STEPS - 1)]
     rows = signed.abs()
@@ -397,7 +397,7 @@ def magnitudes(before: Inputs) -> Inputs:
 
 
 def assert_is_the_equation(after: Inputs, before: Inputs) -> None:
-    """What was written is the reference in float64 on what was there before, rounded."""
+    """Check that the results are those of the float64 reference, rounded."""
     exact, magnitude = _in_float64(before), magnitudes(before)
     reference.reverse_step_(**exact)
     for name, tensor in written(after).items():

@@ -1,4 +1,4 @@
-"""What the tests of the updates' Triton kernels share: random bits, their comparison, layouts."""
+"""Random bits, their comparison, and layouts for the tests of the Triton kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for sm_90 without a GPU, and says what ptxas made of them.
+"""Compilation of Triton kernels for sm_90 without a GPU, and what ptxas reports.
 
 A script that calls `report` prints it as JSON, and `compiled` runs such a script: Triton cannot
 both interpret and compile in one process. Tensors on meta give the launchers their types.
@@ -87,7 +87,7 @@ def assert_lean(kernel: dict[str, Any]) -> None:
 
 
 def compiled(script: str, cache: Path, *options: str) -> list[dict[str, Any]]:
-    """What a script reports, run where Triton does not interpret."""
+    """Run a script without Triton's interpreter; return its report."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "0",

@@ -180,12 +180,12 @@ def test_out_may_share_the_memory_of_an_input(on, alias):
 
 @pytest.mark.parametrize("alias", ["x", "residual"])
 def test_no_kernel_gets_an_input_that_it_writes(alias, monkeypatch):
-    given = []
-    ops = SimpleNamespace(group_norm_=lambda *args: given.extend(args[:6]))
+    passed = []
+    ops = SimpleNamespace(group_norm_=lambda *args: passed.extend(args[:6]))
     monkeypatch.setattr(network, "get_backend", lambda *key: ops)
     args = terms("residual", "cpu")
     group_norm(**args, out=args[alias])
-    out, *inputs = (value.data_ptr() for value in given if value is not None)
+    out, *inputs = (value.data_ptr() for value in passed if value is not None)
     assert len(inputs) == 2
     assert out not in inputs
 

@@ -21,11 +21,11 @@ def run(backend, args):
     get_backend(backend, args[OUT].device, args[OUT].dtype).group_norm_(*args)
 
 
-def judged(on, of):
+def with_backends(on, of):
     return [pytest.param(b, c, id=f"{b}-{c}") for b in on for c in of if c.dtype in DTYPES[b.name]]
 
 
-@pytest.mark.parametrize(("on", "case"), judged(ON, CASES))
+@pytest.mark.parametrize(("on", "case"), with_backends(ON, CASES))
 def test_as_good_as_torch(on, case):
     args = arguments(case, on.device)
     assert_as_good_as_torch(args, lambda *a: run(on.name, a))

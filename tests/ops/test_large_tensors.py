@@ -67,12 +67,12 @@ def test_more_than_2_31_elements_in_a_sample(on, needs_memory):
     assert bool((x_t[0, ::4099] == x_t[0, -1]).all())
     torch.testing.assert_close(x_t[0, -1].item(), a / 2 + b, rtol=2**-8, atol=0)
     del x_t
-    x_t, made = q_sample_philox(x0, 500, SCHEDULE, 1, 2, backend=on.name)
-    last = made[0, -7:].cpu().double()
+    x_t, generated = q_sample_philox(x0, 500, SCHEDULE, 1, 2, backend=on.name)
+    last = generated[0, -7:].cpu().double()
     torch.testing.assert_close(last, last_normals(2, 1), rtol=2**-8, atol=1e-6)
     expected = a / 2 + b * last
     torch.testing.assert_close(x_t[0, -7:].cpu().double(), expected, rtol=2**-8, atol=1e-6)
-    del x_t, made
+    del x_t, generated
 
     rows = torch.zeros(1, ROW_WIDTH, dtype=F64)
     for name in ("G0", "Xx", "S", "Cin"):

@@ -44,9 +44,9 @@ FORWARD = ("q_sample", "q_sample_philox", "q_posterior")
 IN_PLACE = ("reverse_step_", "philox_normal_")
 
 
-def results(op, on, case, made=True):
+def results(op, on, case, generated=True):
     """All that an operator returns or writes."""
-    args = sample_inputs(op, case, on.device, made)
+    args = sample_inputs(op, case, on.device, generated)
     returned = getattr(on.ops, op)(*args)
     if returned is not None:
         return returned if isinstance(returned, tuple) else (returned,)
@@ -61,7 +61,7 @@ FEW = [
 
 
 def variants(on):
-    """What is written in place in every case, the other operators in a few."""
+    """Return every case for operators that write in place, a few cases for the others."""
     return [
         pytest.param(op, *param.values, id=f"{op}-{param.id}")
         for op in DIFFUSION_OPS
@@ -71,8 +71,10 @@ def variants(on):
 
 @pytest.mark.parametrize(("op", "on", "case"), variants(kernel_backends()[1:]))
 def test_kernels_agree_bit_for_bit_with_cpu(op, on, case):
-    for made in (True, False) if op == "reverse_step_" else (True,):
-        assert all(map(same_bits, results(op, on, case, made), results(op, CPU, case, made)))
+    for generated in (True, False) if op == "reverse_step_" else (True,):
+        assert all(
+            map(same_bits, results(op, on, case, generated), results(op, CPU, case, generated))
+        )
 
 
 @pytest.mark.parametrize("kernels", ["baseline", "avx2", "avx512"])
@@ -235,11 +237,11 @@ def chain(on, device):
     def run(x, out, t, step):
         x_t = q_sample(x, t, out, SCHEDULE, backend=on.name)
         mean, variance, _ = q_posterior(x, x_t, t, SCHEDULE, backend=on.name)
-        made, noise = q_sample_philox(x, t, SCHEDULE, 1, backend=on.name)
+        generated, noise = q_sample_philox(x, t, SCHEDULE, 1, backend=on.name)
         before = x * 2
         model_input = torch.zeros_like(x, dtype=F16)
         reverse_step_(x, out, table, step, rng=rng, model_input=model_input, backend=on.name)
-        return before + x, mean + variance + made - noise, model_input
+        return before + x, mean + variance + generated - noise, model_input
 
     return run
 

@@ -1,4 +1,4 @@
-"""reverse_step_: values, layouts, made noise, chains of unequal length, bits, bad arguments."""
+"""reverse_step_: values, layouts, generated noise, ended chains, bits, bad arguments."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def test_every_row_of_a_table_is_the_equation(on, table):
     shape = (table.steps, 3, 4, 5)
     x, out, noise = (normals(shape, "channels-last", F32, s, on.device) for s in (1, 2, 3))
     step = torch.arange(table.steps, device=on.device)
-    given = noise if table.uses_noise else None
-    expected = exact_step(x, out, table, step, given)
+    used = noise if table.uses_noise else None
+    expected = exact_step(x, out, table, step, used)
     results = {"model_input": torch.empty_like(x), "pred_x0": torch.empty_like(x)}
-    returned = reverse_step_(x, out, table, step, noise=given, **results, backend=on.name)
+    returned = reverse_step_(x, out, table, step, noise=used, **results, backend=on.name)
     assert returned is x
     for name, ours in {"x": x, **results}.items():
         assert_rounded_once(ours, *expected[name])
@@ -132,25 +132,29 @@ def test_every_layout_and_dtype(on, case):
 
 def noise_of_rows(on, shape, step, dtype=F32, seed=SEED, stream=1, first=FIRST):
     """Row i of a table adds the noise of stream + i to a sample."""
-    made = [
+    generated = [
         philox_normal(1, shape[1:], seed, stream + i, first + n, on.device, on.name)
         for n, i in enumerate(step.tolist())
     ]
-    return torch.cat(made).to(dtype) if made else torch.empty(shape, dtype=dtype, device=on.device)
+    return (
+        torch.cat(generated).to(dtype)
+        if generated
+        else torch.empty(shape, dtype=dtype, device=on.device)
+    )
 
 
 @pytest.mark.parametrize(
     ("on", "case"),
     each(cases(WRITABLE), kernel_backends()) + each([Case("odd-hw")], backends()[:1]),
 )
-def test_made_noise_is_that_of_the_row_bit_for_bit(on, case):
+def test_generated_noise_is_that_of_the_row_bit_for_bit(on, case):
     out, step = case.others(on.device, 2), case.timesteps(on.device, TABLE.steps)
     rng = philox_rng(SEED, 1, FIRST, on.device)
     results = []
-    for made in (True, False):
+    for generated in (True, False):
         x = state_of(case, on.device)
         _, model_input, pred_x0 = other_tensors(case, x)
-        source = {"rng": rng} if made else {"noise": noise_of_rows(on, x.shape, step, x.dtype)}
+        source = {"rng": rng} if generated else {"noise": noise_of_rows(on, x.shape, step, x.dtype)}
         outputs = {"model_input": model_input, "pred_x0": pred_x0}
         reverse_step_(x, out, TABLE, step, **source, **outputs, backend=on.name)
         results.append((x, model_input, pred_x0))
@@ -159,7 +163,7 @@ def test_made_noise_is_that_of_the_row_bit_for_bit(on, case):
 
 @ON
 def test_a_layout_does_not_change_the_bits(on):
-    """Made noise is numbered by position in the sample, not in memory."""
+    """Generated noise is numbered by position in the sample, not in memory."""
     results = []
     for layout in WRITABLE:
         case = Case("partial-block", layout)
@@ -187,7 +191,7 @@ def test_memory_between_the_elements_is_left_alone(on, layout):
 @pytest.mark.parametrize("out_dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("input_dtype", [F32, F16, BF16], ids=str)
 def test_the_models_dtypes(on, out_dtype, input_dtype):
-    """What the model reads is x' of the same pass, rounded; magnitudes from 1e-8 to 1e8."""
+    """The next input of the model is x' of the same pass, rounded; magnitudes from 1e-8 to 1e8."""
     x = normals((2, 3, 5, 7), "contiguous", F32, 1, on.device)
     x *= 10.0 ** torch.linspace(-8, 8, x.numel(), device=on.device).view_as(x)
     out = normals(x.shape, "channels-last", out_dtype, 2, on.device)
@@ -224,8 +228,8 @@ def test_each_sample_may_be_at_a_row_of_its_own(on):
 
 
 @ON
-@pytest.mark.parametrize("made", [False, True], ids=["given", "made"])
-def test_a_sample_outside_the_table_is_left_alone(on, made):
+@pytest.mark.parametrize("generated", [False, True], ids=["input", "generated"])
+def test_a_sample_outside_the_table_is_left_alone(on, generated):
     """Also where its tensors hold NaN: chains that have ended ride along."""
     step = torch.tensor([-1, 3, 20, -(2**62), 19, 2**62], device=on.device)
     x, out, noise, model_input, pred_x0 = (
@@ -235,13 +239,13 @@ def test_a_sample_outside_the_table_is_left_alone(on, made):
     x[0, 0, 0, 0] = out[2] = noise[ended] = NAN
     before = [tensor.clone() for tensor in (x, model_input, pred_x0)]
     expected = exact_step(x[[1, 4]], out[[1, 4]], TABLE, step[[1, 4]], noise[[1, 4]])
-    source = {"rng": philox_rng(1, device=on.device)} if made else {"noise": noise}
+    source = {"rng": philox_rng(1, device=on.device)} if generated else {"noise": noise}
     outputs = {"model_input": model_input, "pred_x0": pred_x0}
     reverse_step_(x, out, TABLE, step, **source, **outputs, backend=on.name)
     for tensor, old in zip((x, model_input, pred_x0), before, strict=True):
         assert same_bits(tensor[ended], old[ended])
         assert not same_bits(tensor[[1, 4]], old[[1, 4]])
-    if not made:
+    if not generated:
         assert_rounded_once(x[[1, 4]], *expected["x"])
 
 
@@ -381,6 +385,6 @@ def test_bad_arguments_are_named_with_what_is_accepted(bad):
     assert_named(step_, bad)
 
 
-def test_given_noise_has_the_dtype_of_the_state():
+def test_input_noise_has_the_dtype_of_the_state():
     with pytest.raises(TypeError, match=r"noise must be float32; got float16"):
         step_(noise=X.half(), rng=None)

@@ -1,6 +1,6 @@
 """reverse_step: the step whose results are new tensors. Values, layouts, bits, gradients, errors.
 
-Straight through the operator, on rows made by hand. Every column that the flags leave out is NaN.
+The operator is called directly. Every column that the flags do not use is NaN.
 """
 
 from __future__ import annotations
@@ -225,10 +225,10 @@ def test_the_reference_is_differentiable(flags, layout):
     names += ["threshold"] if flags & RowFlag.THRESHOLD else []
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        given = Step(*step.arguments())
+        fresh = Step(*step.arguments())
         for name, tensor in zip(names, tensors, strict=True):
-            setattr(given, name, tensor)
-        return reference.reverse_step(*arguments(given))
+            setattr(fresh, name, tensor)
+        return reference.reverse_step(*arguments(fresh))
 
     tensors = tuple(getattr(step, name).detach().requires_grad_() for name in names)
     assert torch.autograd.gradcheck(run, tensors)

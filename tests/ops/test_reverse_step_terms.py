@@ -1,6 +1,6 @@
 """reverse_step_ with guidance, a learned variance, thresholds, past values and a second state.
 
-Straight through the operator, on rows made by hand. Every column that the flags leave out is NaN.
+The operator is called directly. Every column that the flags do not use is NaN.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ KERNELS_ON = pytest.mark.parametrize("on", KERNELS, ids=str)
 @ON
 @pytest.mark.parametrize(
     ("flags", "source"),
-    [pytest.param(flags, "given", id=name) for name, flags in TERMS.items()]
+    [pytest.param(flags, "input", id=name) for name, flags in TERMS.items()]
     + [
         pytest.param(TERMS[name], source, id=f"{name}-{source}")
         for name in ("learned", "everything")
-        for source in ("made", "none")
+        for source in ("generated", "none")
     ],
 )
 def test_each_term_is_the_equation(on, flags, source):
@@ -62,7 +62,7 @@ def test_all_terms_but_one(on, flags):
     chosen = EVERYTHING & ~flags
     if not chosen & RowFlag.PUSH:
         chosen &= ~(PAST | RowFlag.PUSH_OUT)
-    assert_exact(step_of(chosen, Case("odd-hw", "channels-last"), on.device, "made"), on)
+    assert_exact(step_of(chosen, Case("odd-hw", "channels-last"), on.device, "generated"), on)
 
 
 @pytest.mark.parametrize(("on", "case"), each(cases(WRITABLE), BACKENDS))
@@ -148,7 +148,7 @@ def test_a_chain_reads_what_it_has_pushed(on, reads, depth):
 
 
 @ON
-@pytest.mark.parametrize("source", ["given", "made"])
+@pytest.mark.parametrize("source", ["input", "generated"])
 def test_a_sample_outside_the_table_is_left_alone(on, source):
     """In every tensor, also where its values are NaN."""
     case = Case("many-samples", "channels-last")
@@ -227,7 +227,7 @@ def test_a_variance_without_noise_is_not_read(on):
 def test_kernels_agree_bit_for_bit(on, case):
     """Every backend with kernels, and on the CPU every instruction set."""
     use = torch.ops.ddpm_fast.use_cpu_kernels
-    step = step_of(EVERYTHING, case, on.device, "made", split=True)
+    step = step_of(EVERYTHING, case, on.device, "generated", split=True)
     expected = step.copy().run(KERNELS[0])
     try:
         for name in ("baseline", "avx2", "avx512") if on.name == "cpu" else ("auto",):
@@ -245,8 +245,8 @@ def test_kernels_agree_bit_for_bit(on, case):
 @pytest.mark.parametrize(
     ("flags", "source"),
     [
-        pytest.param(TERMS["one-past"], "given", id="one-past"),
-        pytest.param(EVERYTHING, "made", id="everything"),
+        pytest.param(TERMS["one-past"], "input", id="one-past"),
+        pytest.param(EVERYTHING, "generated", id="everything"),
     ],
 )
 def test_opcheck(on, flags, source):

@@ -91,10 +91,10 @@ def test_what_is_no_batch_of_images_is_named(
 def test_a_sheet_holds_every_image_in_its_place(channels: int) -> None:
     images = noise(5, channels, 4, 6)
     pixels = to_uint8(images).numpy()
-    picture = sheet(images, padding=2, scale=2)
-    assert picture.mode == ("L" if channels == 1 else "RGB")
-    assert picture.size == (3 * 14 + 2, 2 * 10 + 2)
-    canvas = np.asarray(picture).reshape(22, 44, channels)
+    drawn = sheet(images, padding=2, scale=2)
+    assert drawn.mode == ("L" if channels == 1 else "RGB")
+    assert drawn.size == (3 * 14 + 2, 2 * 10 + 2)
+    canvas = np.asarray(drawn).reshape(22, 44, channels)
     seen = np.zeros((22, 44), bool)
     for i in range(5):
         top, left = 2 + i // 3 * 10, 2 + i % 3 * 14
@@ -185,8 +185,8 @@ def test_images_are_named_by_their_index(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["99998.png", "99999.png", "100000.png"]
     assert sorted(os.listdir(tmp_path)) == sorted(path.name for path in paths)
     for path, pixels in zip(paths, to_uint8(images).numpy(), strict=True):
-        with Image.open(path) as picture:
-            np.testing.assert_array_equal(np.asarray(picture), pixels)
+        with Image.open(path) as drawn:
+            np.testing.assert_array_equal(np.asarray(drawn), pixels)
     assert save_images(noise(1, 1, 4, 5), tmp_path)[0].name == "00000.png"
     with pytest.raises(ValueError, match="1 or 3 channels"):
         save_images(noise(1, 2, 4, 5), tmp_path)

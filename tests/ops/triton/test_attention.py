@@ -175,7 +175,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(OP.default, (*buffers(2, 9, 2, 8, dtype), 2, 0.3))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a tensor of holes lies in a file")
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs a sparse file in CPU memory")
 @pytest.mark.parametrize("blocks", [False, True], ids=["held", "blocks"])
 def test_elements_beyond_2_to_the_31(sparse, blocks, request, monkeypatch):
     if blocks:

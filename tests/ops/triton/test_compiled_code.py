@@ -32,19 +32,19 @@ F32 = torch.float32
 QUICK = {
     "linear-float32 q_sample",
     "linear-float16 q_sample",
-    "linear-float32 reverse_step_ given 1",
-    "linear-float16 reverse_step_ made 1",
-    "linear-float32 reverse_step given",
-    "linear-float16 reverse_step given",
+    "linear-float32 reverse_step_ input 1",
+    "linear-float16 reverse_step_ generated 1",
+    "linear-float32 reverse_step input",
+    "linear-float16 reverse_step input",
 }
 
 QUICK_TERMS = {
-    "linear-float32 guided given",
-    "linear-float32 thresholded given",
-    "linear-float32 outputs-past given",
-    "linear-float16 learned made",
-    "linear-float16 every given",
-    "short-float16 every given",
+    "linear-float32 guided input",
+    "linear-float32 thresholded input",
+    "linear-float32 outputs-past input",
+    "linear-float16 learned generated",
+    "linear-float16 every input",
+    "short-float16 every input",
 }
 
 
@@ -64,12 +64,12 @@ def launches(path: Any) -> list[tuple[str, Callable[[], Any]]]:
     }
     for flags in (0, 1, 2, 3, 7) if label.startswith("linear") else (0, 7):
         calls[f"reverse_step_ none {flags}"] = partial(step, None, None, x, None, flags)
-        calls[f"reverse_step_ given {flags}"] = partial(step, z, None, x, z, flags)
-        calls[f"reverse_step_ made {flags}"] = partial(step, None, rng, x, z, flags)
+        calls[f"reverse_step_ input {flags}"] = partial(step, z, None, x, z, flags)
+        calls[f"reverse_step_ generated {flags}"] = partial(step, None, rng, x, z, flags)
     functional, flags = partial(kernels.reverse_step, x, x, rows, t), int(FUNCTIONAL_FLAGS)
     bounds = torch.empty(shape[0], device="meta")
     calls["reverse_step none"] = partial(functional, None, flags, x, bounds)
-    calls["reverse_step given"] = partial(functional, z, int(RowFlag.CLIP))
+    calls["reverse_step input"] = partial(functional, z, int(RowFlag.CLIP))
     calls["reverse_step more"] = partial(functional, z, flags, x, bounds)
     return [(f"{label} {name}", call) for name, call in calls.items()]
 
@@ -94,7 +94,7 @@ def term_launches(path: Any) -> list[tuple[str, Callable[[], Any]]]:
         depth = history_depth(flags)
         slots = empty(depth * shape[0], *shape[1:]).unflatten(0, (-1, shape[0])) if depth else None
         output, v = (first, second) if flags & RowFlag.LEARNED else (out, None)
-        for source, noise in (("given", (x, None)), ("made", (None, rng))):
+        for source, noise in (("input", (x, None)), ("generated", (None, rng))):
             calls[f"{name} {source}"] = partial(
                 kernels.reverse_step_,
                 *(x, output, rows, step, *noise, out, x, int(flags)),
@@ -129,17 +129,17 @@ def test_updates_move_whole_vectors_and_fuse_nothing(found):
     # A thread has 8 elements: 16 bytes at a time of the widest dtype of a kernel.
     assert found["linear-float32 q_sample"]["vectors"] == {load: 4, store: 2}
     assert found["linear-float16 q_sample"]["vectors"] == {load: 2, store: 1}
-    assert found["linear-float32 reverse_step_ given 1"]["vectors"] == {load: 6, store: 6}
-    mixed = found["linear-float16 reverse_step_ made 1"]["vectors"]
+    assert found["linear-float32 reverse_step_ input 1"]["vectors"] == {load: 6, store: 6}
+    mixed = found["linear-float16 reverse_step_ generated 1"]["vectors"]
     assert (mixed[load], mixed[store], mixed["ld.global.v2.b32"]) == (2, 4, 2)
     # Not in place: x, the output and noise are read; x' and x0 are written. float32 noise beside
     # float16 makes the widest.
-    assert found["linear-float32 reverse_step given"]["vectors"] == {load: 6, store: 4}
-    mixed = found["linear-float16 reverse_step given"]["vectors"]
+    assert found["linear-float32 reverse_step input"]["vectors"] == {load: 6, store: 4}
+    mixed = found["linear-float16 reverse_step input"]["vectors"]
     assert mixed == {load: 2, "ld.global.v2.b32": 4, "st.global.v2.b32": 4}
     # Eq. 4 is one fma and one product, as written; so are predict_x0, and x' with its noise.
     assert found["linear-float32 q_sample"]["floats"] == {"fma.rn.f32": 8, "mul.rn.f32": 8}
-    step = found["linear-float32 reverse_step_ given 1"]["floats"]
+    step = found["linear-float32 reverse_step_ input 1"]["floats"]
     assert (step["fma.rn.f32"], step["mul.rn.f32"]) == (24, 16)
 
 
@@ -155,18 +155,18 @@ def test_steps_with_multistep_terms_move_whole_vectors_and_fuse_nothing(found):
     load, store = "ld.global.v4.b32", "st.global.v4.b32"
 
     # A thread has 8 elements: 16 bytes at a time of all that is a straight line.
-    assert found["linear-float32 guided given"]["vectors"] == {load: 8, store: 6}
-    past = found["linear-float32 outputs-past given"]
+    assert found["linear-float32 guided input"]["vectors"] == {load: 8, store: 6}
+    past = found["linear-float32 outputs-past input"]
     assert past["vectors"] == {load: 12, store: 8}
-    every = found["linear-float16 every given"]["vectors"]
+    every = found["linear-float16 every input"]["vectors"]
     assert every == {load: 12, store: 8, "st.global.v2.b32": 2}
     # The halves of the network's channels share a walk: a division an element, one for the tile.
-    for name in ("learned made", "every given"):
+    for name in ("learned generated", "every input"):
         assert found[f"linear-float16 {name}"]["divisions"] == {"div.s32": 9}
     # As written: x0, x' of six terms, h0 of three.
     assert past["floats"] == {"fma.rn.f32": 72, "mul.rn.f32": 24}
-    assert found["linear-float32 guided given"]["floats"] == {"fma.rn.f32": 32, "mul.rn.f32": 32}
-    assert found["linear-float32 thresholded given"]["floats"]["div.rn.f32"] == 8
+    assert found["linear-float32 guided input"]["floats"] == {"fma.rn.f32": 32, "mul.rn.f32": 32}
+    assert found["linear-float32 thresholded input"]["floats"]["div.rn.f32"] == 8
 
 
 @pytest.mark.slow

@@ -43,12 +43,14 @@ def norm(
     """Return a call of group_norm_; terms: vector, residual, total, modulation."""
     every = sum(channels)
     x, *rest = [maps(batch, c, size, dtype) for c in channels]
-    given = {key: maps(batch, every, size, dtype) for key in ("residual", "total") if key in terms}
+    optional = {
+        key: maps(batch, every, size, dtype) for key in ("residual", "total") if key in terms
+    }
     args = (
         *(maps(batch, every, size, dtype), x, rest[0] if rest else None),
         empty(4, every) if "vector" in terms else None,
         empty(batch, dtype=torch.int64) if "vector" in terms or "modulation" in terms else None,
-        *(given.get("residual"), given.get("total"), *[empty(every, dtype=dtype)] * 2),
+        *(optional.get("residual"), optional.get("total"), *[empty(every, dtype=dtype)] * 2),
         *(empty(4, 2 * every) if "modulation" in terms else None, 32, 1e-5, True),
     )
     dt = str(dtype).removeprefix("torch.")

@@ -25,7 +25,7 @@ OUT, X, RESIDUAL = 0, 1, 5  # among the arguments of the schema
 
 @dataclass(frozen=True)
 class Case:
-    """What one call is given. Two numbers of channels are two sources."""
+    """Arguments of a call. Two numbers of channels are two sources."""
 
     name: str
     channels: tuple[int, ...] = (16,)
@@ -272,7 +272,7 @@ def test_opcheck(case):
     torch.library.opcheck(OP.default, arguments(case, F16))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a tensor of holes lies in a file")
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs a sparse file in CPU memory")
 @pytest.mark.parametrize("doubling", [False, True], ids=["3x3", "doubling"])
 def test_elements_beyond_2_to_the_31(sparse, doubling):
     near = arguments(Case("wide", size=(2, 2), batch=3, residual=True, doubling=doubling), F16)

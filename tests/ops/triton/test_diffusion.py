@@ -1,4 +1,4 @@
-"""What only the Triton backend has: its arithmetic, its tiles, its interpreter.
+"""Arithmetic, tiles and interpreter of the Triton backend.
 
 That it agrees with the other backends in every layout is tested where they are. Without a GPU the
 kernels run in the interpreter, repaired by triton_interpreter.
@@ -44,7 +44,7 @@ def fma_inputs() -> np.ndarray:
     step = np.arange(1, 500, dtype=np.float32) * np.float32(2.0**-23)
     one, power = np.ones_like(step), np.float32(2.0)
     families = [
-        # The product is 2^-24 (1 - step^2): z plus it lies 2^-70 or more below a tie.
+        # The product is 2^-24 (1 - step^2): z plus it is 2^-70 or more below a tie.
         (1 + step, (1 - step) * power**-24, 1 + step),
         # The same among the subnormals, whose spacing is 2^-149.
         ((1 + step) * power**-75, (1 - step) * power**-75, step * power**-126),
@@ -183,20 +183,20 @@ def step_inputs(dtype: torch.dtype, noise: str, stored: bool) -> list[Any]:
     """Arguments of reverse_step_ but for its flags, of random bits but for the row."""
     shape = (5, 3, 11, 13)
     last = {"memory_format": torch.channels_last}
-    x, given, pred_x0 = (patterns(shape, F32, s).contiguous(**last) for s in (1, 2, 3))
+    x, noise_input, pred_x0 = (patterns(shape, F32, s).contiguous(**last) for s in (1, 2, 3))
     out, model_input = (patterns(shape, dtype, s).contiguous(**last) for s in (4, 5))
     rows = torch.randn(STEPS, ROW_WIDTH, generator=torch.Generator().manual_seed(6))
     rows[:, column("clip")] = 1.0
     step = torch.tensor([0, 49, -1, 50, 1 << 40])  # three of them outside the table
     return [
-        *(x, out, rows, step, given if noise == "given" else None),
-        *(RNG if noise == "made" else None, model_input if stored else None),
+        *(x, out, rows, step, noise_input if noise == "input" else None),
+        *(RNG if noise == "generated" else None, model_input if stored else None),
         pred_x0 if stored else None,
     ]
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: f"flags{int(flags)}")
-@pytest.mark.parametrize("noise", ["none", "given", "made"])
+@pytest.mark.parametrize("noise", ["none", "input", "generated"])
 @DTYPES
 def test_reverse_step_on_random_bits(dtype, noise, flags):
     """NaN and infinities included; a sample whose step is outside the table is left alone."""
@@ -237,11 +237,11 @@ def test_tiles_of_every_shape(shape):
     """Several samples in a tile, one that fills it, several tiles for a sample."""
     x, noise = torch.randn(2, *shape).unbind()
     rows, step = torch.randn(STEPS, ROW_WIDTH), torch.arange(shape[0]) % (STEPS + 1)
-    made, rng = there(torch.empty(shape), RNG)
+    generated, rng = there(torch.empty(shape), RNG)
     expected = torch.empty(shape)
-    kernels.philox_normal_(made, rng)
+    kernels.philox_normal_(generated, rng)
     CPP.philox_normal_(expected, RNG)
-    assert same(made, expected)
+    assert same(generated, expected)
     ours = there(x, x, rows, step, noise)
     kernels.reverse_step_(*ours, None, None, None, 0)
     CPP.reverse_step_(x, x.clone(), rows, step, noise, None, None, None, 0)

@@ -131,7 +131,7 @@ def test_opcheck(case):
     torch.library.opcheck(OP.default, arguments(case, DEVICE))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a tensor of holes lies in a file")
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs a sparse file in CPU memory")
 @pytest.mark.parametrize("shared", [False, True], ids=["held", "shares"])
 def test_elements_beyond_2_to_the_31(sparse, request, shared):
     if shared:

@@ -148,16 +148,19 @@ def test_a_step_is_its_operations_bit_for_bit(flags, dtype):
 
 
 @pytest.mark.parametrize(
-    ("flags", "made", "dtype"),
+    ("flags", "generated", "dtype"),
     [
-        pytest.param(flags, made, dtype, id=f"{name}-{'made' if made else 'given'}")
+        pytest.param(flags, generated, dtype, id=f"{name}-{'generated' if generated else 'input'}")
         for name, flags in SOLVER_TERMS.items()
-        for made, dtype in ((False, F32), (True, F16))
+        for generated, dtype in ((False, F32), (True, F16))
     ]
-    + [pytest.param(EVERYTHING, made, BF16, id=f"every-{made}-bf16") for made in (False, True)],
+    + [
+        pytest.param(EVERYTHING, generated, BF16, id=f"every-{generated}-bf16")
+        for generated in (False, True)
+    ],
 )
-def test_a_step_is_that_of_cpp_bit_for_bit(flags, made, dtype):
-    before = random_bits(inputs_of(flags, dtype=dtype, made=made))
+def test_a_step_is_that_of_cpp_bit_for_bit(flags, generated, dtype):
+    before = random_bits(inputs_of(flags, dtype=dtype, generated=generated))
     before["step"][3] = -1
     theirs = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in copied(before).items()}
     torch.ops.ddpm_fast.reverse_step_(**theirs)
@@ -166,15 +169,15 @@ def test_a_step_is_that_of_cpp_bit_for_bit(flags, made, dtype):
         assert same(ours[name], tensor), name
 
 
-def test_made_noise_is_given_noise():
+def test_generated_noise_is_that_of_the_streams():
     """With a learned variance as well, in every row and sample."""
-    made = inputs_of(EVERYTHING, made=True)
+    generated = inputs_of(EVERYTHING, generated=True)
     ops = get_backend("triton", torch.device(DEVICE), F32)
-    given = copied(made, rng=None, noise=torch.empty_like(made["x"]))
-    for n, row in enumerate(made["step"].tolist()):
-        rng = made["rng"] + torch.tensor([0, row, n], device=DEVICE)
-        ops.philox_normal_(given["noise"][n : n + 1], rng)
-    assert_same(after(made), after(given))
+    noisy = copied(generated, rng=None, noise=torch.empty_like(generated["x"]))
+    for n, row in enumerate(generated["step"].tolist()):
+        rng = generated["rng"] + torch.tensor([0, row, n], device=DEVICE)
+        ops.philox_normal_(noisy["noise"][n : n + 1], rng)
+    assert_same(after(generated), after(noisy))
 
 
 def test_a_step_without_noise_does_not_read_the_learned_variance():
@@ -272,10 +275,10 @@ def test_samples_of_a_tile_have_rows_slots_and_thresholds_of_their_own(shape):
     + [("sliced", "sliced"), ("channels-last", "channels-last")],
 )
 def test_a_layout_does_not_change_the_bits(layout, other):
-    """Of made noise as well, and nothing beside the elements is written."""
+    """Of generated noise as well, and nothing beside the elements is written."""
     shape = (2, 3, 7, 5)
-    expected = after(inputs_of(EVERYTHING, shape=shape, layout="contiguous", made=True))
-    before = inputs_of(EVERYTHING, shape=shape, layout=layout, other=other, made=True)
+    expected = after(inputs_of(EVERYTHING, shape=shape, layout="contiguous", generated=True))
+    before = inputs_of(EVERYTHING, shape=shape, layout=layout, other=other, generated=True)
     OP(**before)
     assert_same(before, expected)
     for name, tensor in written(before).items():
@@ -285,15 +288,15 @@ def test_a_layout_does_not_change_the_bits(layout, other):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "made", "last"),
+    ("dtype", "generated", "last"),
     [
         pytest.param(F32, True, True, id="f32-channels-last"),
         pytest.param(F16, False, True, id="f16-channels-last"),
         pytest.param(BF16, True, False, id="bf16-contiguous"),
     ],
 )
-def test_output_and_variance_are_halves_of_what_a_network_returns(dtype, made, last):
-    before = inputs_of(SOLVER_TERMS["guided-and-learned"], dtype=dtype, made=made)
+def test_output_and_variance_are_halves_of_what_a_network_returns(dtype, generated, last):
+    before = inputs_of(SOLVER_TERMS["guided-and-learned"], dtype=dtype, generated=generated)
     names = ("model_output", "log_variance")
     expected = after(before)
     both = torch.cat([before[name] for name in names], dim=1)
@@ -315,12 +318,12 @@ def test_slots_more_than_2_to_the_31_elements_apart(sparse):
     assert_same(inputs, after(before))
 
 
-# What is left alone, and NaN
+# Samples outside the table, and NaN
 
 
-@pytest.mark.parametrize("made", [False, True], ids=["given", "made"])
-def test_a_sample_outside_the_table_is_left_alone(made):
-    before = inputs_of(EVERYTHING, shape=(6, 3, 4, 4), made=made)
+@pytest.mark.parametrize("generated", [False, True], ids=["input", "generated"])
+def test_a_sample_outside_the_table_is_left_alone(generated):
+    before = inputs_of(EVERYTHING, shape=(6, 3, 4, 4), generated=generated)
     ended = [1, 2, 4, 5]
     before["step"][ended] = torch.tensor([-1, RANDOM_STEPS, 1 << 40, -(1 << 62)], device=DEVICE)
     before["threshold"][2] = before["model_output2"][4, 0, 0, 0] = NAN
