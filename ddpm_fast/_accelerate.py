@@ -66,18 +66,18 @@ def accelerate(target: Any, scheduler: Any = None, **options: Any) -> Any:
             pipeline a pipeline.
         **options: For a network, those of `AcceleratedUNet`. For a pipeline:
 
-            dtype: float16, bfloat16 or float32, in which the network computes. None: its own
-                dtype; another one is an approximation.
-            compat: "diffusers": follow diffusers, including its known bugs. "corrected": follow the
-                papers (see docs/diffusers.md). None: the option of a drop-in scheduler, else
-                "diffusers".
-            noise: "generator": draw noise from torch generators in the order of diffusers.
-                "philox": generate it in the kernel, so that image k of a call depends on the seed
-                and k only.
-            micro_batch: With "philox", number of images that the network processes at once. It
-                bounds memory, and the bits of an image do not depend on batch_size. None: all
-                images of a call.
-            tuner: `Tuner` of the engine. None: one with its cache on disk.
+            - `dtype`: float16, bfloat16 or float32, in which the network computes. None: its own
+              dtype; another one is an approximation.
+            - `compat`: "diffusers": follow diffusers, including its known bugs. "corrected": follow
+              the papers (see docs/diffusers.md). None: the option of a drop-in scheduler, else
+              "diffusers".
+            - `noise`: "generator": draw noise from torch generators in the order of diffusers.
+              "philox": generate it in the kernel, so that image k of a call depends on the seed
+              and k only.
+            - `micro_batch`: With "philox", number of images that the network processes at once. It
+              bounds memory, and the bits of an image do not depend on batch_size. None: all images
+              of a call.
+            - `tuner`: `Tuner` of the engine. None: one with its cache on disk.
 
     Returns:
         An `AcceleratedUNet`, a `FastDDPMPipeline` or a `FastDDIMPipeline`.
