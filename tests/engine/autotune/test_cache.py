@@ -86,6 +86,8 @@ def write(folder, name):
         shared.record(f"{name}{i}", TunerChoice("a", {"a": 1.0}), ["a"])
 
 
+# Forking a process with threads warns from Python 3.12 on; the children only write files.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_two_processes_write_at_once(tmp_path):
     fork = multiprocessing.get_context("fork")
     running = [fork.Process(target=write, args=(tmp_path, name)) for name in ("x", "y")]
