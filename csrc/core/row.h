@@ -79,7 +79,7 @@ DDPM_HD Row<R> load_row(const R* rows, int64_t index) {
   };
 }
 
-// The slot of h_k; for k = 0 the slot that a push writes. Always in [0, depth), whatever the row
+// The slot of h_k; for k = 0 the slot that a push writes. Always in [0, depth), whatever a row
 // contains.
 template <class R>
 DDPM_HD int past_slot(const Row<R>& row, int k, int depth) {

@@ -17,8 +17,8 @@ DDPM_HD int64_t blocks_per_sample(int64_t elements) {
   return elements > 0 ? (elements + kBlock - 1) / kBlock : 1;
 }
 
-// Units of work of group_norm_: a slab is some whole groups of one sample, whatever the batch size.
-// `cached`: its values are converted once and cached for all passes.
+// Units of work of group_norm_: a slab is some whole groups of one sample, independent of the batch
+// size. `cached`: its values are converted once and cached for all passes.
 struct NormSlabs {
   static constexpr int64_t kCached = 65536;  // most values of a cached slab: 256 KiB in float32
   static constexpr int64_t kBlock = 8192;    // values gathered at a time

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-ASK = """
+REPORT_INSTALLATION = """
 import ddpm_fast, json, pathlib
 from ddpm_fast import _C
 from ddpm_fast.ops.registry import NOT_LOADED
@@ -171,12 +171,12 @@ def test_pip_install_without_cuda(tmp_path, editable):
     command = [*install, *(["-e"] if editable else []), str(source)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    asked = subprocess.run(
-        [python, "-c", ASK], env=env, capture_output=True, text=True, cwd=tmp_path
+    report = subprocess.run(
+        [python, "-c", REPORT_INSTALLATION], env=env, capture_output=True, text=True, cwd=tmp_path
     )
-    assert asked.returncode == 0, asked.stderr
+    assert report.returncode == 0, report.stderr
     where = source if editable else site
-    assert f'"{where}/ddpm_fast/__init__.py"' in asked.stdout
-    assert '"cpu": ""' in asked.stdout
-    assert "_ops_cuda is not built" in asked.stdout
-    assert asked.stdout.rstrip().endswith('""]')
+    assert f'"{where}/ddpm_fast/__init__.py"' in report.stdout
+    assert '"cpu": ""' in report.stdout
+    assert "_ops_cuda is not built" in report.stdout
+    assert report.stdout.rstrip().endswith('""]')
