@@ -1,6 +1,6 @@
-"""Each slip of diffusers that a fast scheduler follows by default, and that "corrected" does not.
+"""Known bugs of diffusers that compat="diffusers" reproduces and compat="corrected" does not.
 
-docs/diffusers.md lists them. Shown with diffusers 0.42.1.
+docs/diffusers.md lists them. Seen with diffusers 0.42.1.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ X, OUT = normals(0), normals(1)
 
 
 def trio(kind="ddpm", steps=10, **options):
-    """The library's scheduler, ours that follows it, and ours that is right."""
-    made = [
+    """Return the scheduler of diffusers, and the drop-in for each compat."""
+    schedulers = [
         THEIRS[kind](**options),
         FAST[kind](**options),
         FAST[kind](**options, compat="corrected"),
     ]
-    for scheduler in made:
+    for scheduler in schedulers:
         scheduler.set_timesteps(steps)
-    return made
+    return schedulers
 
 
 def stepped(scheduler, t, out=OUT, x=X, **options):
@@ -41,7 +41,7 @@ def stepped(scheduler, t, out=OUT, x=X, **options):
 
 
 def exact(table, row, out=OUT, x=X):
-    """The papers' step in float64, with the noise that `stepped` draws."""
+    """Compute the step of the papers in float64, with the noise that `stepped` draws."""
     noise = torch.randn(x.shape, generator=generator(3)).to(F64)
     memory = table.memory(x.to(F64))
     return reverse_step_(x.to(F64), out.to(F64), table, row, noise=noise, memory=memory)
@@ -51,17 +51,19 @@ def assert_exact(got, want):
     assert_near(got.to(F64), want, 2e-6)
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "fixed_small_log"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+@pytest.mark.parametrize(
+    ("variance", "prediction"),
+    [("fixed_small", "epsilon"), ("fixed_large", "v"), ("fixed_small_log", "x0")],
+)
 def test_corrected_is_the_step_table_of_the_paper(variance, prediction):
     name = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[prediction]
     *_, ours = trio(steps=50, variance_type=variance, prediction_type=name)
-    ours_of = {
+    variances = {
         "fixed_small": "posterior",
         "fixed_large": "beta",
         "fixed_small_log": "posterior_log",
     }
-    table = StepTable.ddpm(LINEAR, 50, ours_of[variance], prediction, spacing="leading")
+    table = StepTable.ddpm(LINEAR, 50, variances[variance], prediction, spacing="leading")
     assert ours.timesteps.tolist() == table.timesteps.tolist()
     for row in (0, 20, 48, 49):
         assert_exact(stepped(ours, ours.timesteps[row]), exact(table, row))
@@ -69,8 +71,7 @@ def test_corrected_is_the_step_table_of_the_paper(variance, prediction):
     torch.testing.assert_close(rows, table.rows, rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.6])
-@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize(("eta", "clipped"), [(0.0, True), (0.6, False), (0.6, True)])
 def test_corrected_ddim_is_the_step_table_of_the_paper(eta, clipped):
     *_, ours = trio("ddim", steps=50)
     table = StepTable.ddim(LINEAR, 50, eta, rederive_epsilon=clipped)
@@ -83,7 +84,7 @@ def test_corrected_ddim_is_the_step_table_of_the_paper(eta, clipped):
 
 
 def test_float32_coefficients():
-    """1 - abar_t / abar_prev keeps three digits at the end of a thousand steps."""
+    """1 - abar_t / abar_prev has three correct digits at the end of a thousand steps."""
     theirs, follows, right = trio(steps=1000, clip_sample=False)
     want = exact(StepTable.ddpm(LINEAR, 1000, clip=None), 998)
     assert_near(stepped(follows, 1), stepped(theirs, 1), 1e-6)
@@ -108,8 +109,8 @@ def test_an_unknown_variance_type():
         trio(variance_type="tiny")
 
 
-def test_fixed_large_noises_the_final_image_of_trailing_timesteps():
-    """Noise wherever t > 0, and the last of 50 trailing timesteps is 19."""
+def test_fixed_large_adds_noise_in_the_last_trailing_step():
+    """Noise is added for t > 0, and the last of 50 trailing timesteps is 19."""
     theirs, follows, right = trio(
         steps=50, variance_type="fixed_large", timestep_spacing="trailing"
     )
@@ -123,7 +124,7 @@ def test_fixed_large_noises_the_final_image_of_trailing_timesteps():
 
 
 def test_learned_variance():
-    """The square root of what is trained as a logarithm; corrected: exp(v / 2)."""
+    """The deviation is the square root of a logarithm; corrected: exp(v / 2)."""
     theirs, follows, right = trio(variance_type="learned")
     t = theirs.timesteps[3]
     for v in (-3.0, 2.0):
@@ -135,7 +136,7 @@ def test_learned_variance():
 
 
 @pytest.mark.parametrize(("spacing", "steps"), [("linspace", 10), ("trailing", 13)])
-def test_ddim_goes_to_a_timestep_that_is_not_the_next(spacing, steps):
+def test_ddim_steps_to_a_timestep_that_is_not_the_next(spacing, steps):
     """Issues 12633, 11347 (linspace) and 9261 (trailing)."""
     theirs, follows, right = trio("ddim", steps, timestep_spacing=spacing)
     t = theirs.timesteps[steps - 2]
@@ -149,7 +150,7 @@ def test_ddim_goes_to_a_timestep_that_is_not_the_next(spacing, steps):
 
 
 def test_final_alpha_of_ddim():
-    """set_alpha_to_one=False is an option, not a slip: both follow it."""
+    """set_alpha_to_one=False is an option and no bug: both follow it."""
     theirs, follows, right = trio("ddim", 20, set_alpha_to_one=False)
     for scheduler in (follows, right):
         assert_near(stepped(scheduler, 0), stepped(theirs, 0), 1e-5)
@@ -179,7 +180,7 @@ def test_float16_images_get_no_noise_at_the_first_timesteps(kind):
 
 
 def test_epsilon_at_zero_terminal_snr():
-    """Issue 3851: x0 is infinite there; a clip leaves its sign."""
+    """Issue 3851: x0 is infinite; a clip preserves its sign."""
     options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     for clip in (True, False):
         theirs, follows = (
@@ -195,7 +196,7 @@ def test_epsilon_at_zero_terminal_snr():
         trio("ddim", 10, **options)
 
 
-# Multistep schedulers, which the pipelines take by their table
+# Multistep schedulers, by their step table
 
 
 def multistep(kind, steps, **options):
@@ -220,14 +221,14 @@ def test_corrected_multistep_is_the_step_table_of_the_paper(kind, prediction):
 
 
 def end_of(scheduler):
-    """The last image of diffusers' own chain of the closed-form model."""
+    """Return the last image of a chain of diffusers with the closed-form model."""
     x, model = X, model_of(scheduler)
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t), t, x).prev_sample
     return x
 
 
-def test_unipc_bh1_does_not_end_in_an_image():
+def test_unipc_bh1_ends_in_nan():
     scheduler = multistep("unipc", 10, solver_type="bh1")
     assert not end_of(scheduler).isfinite().any()
     with pytest.raises(ValueError, match="solver_type must be 'bh2' with final_sigmas_type='zero'"):
@@ -250,7 +251,7 @@ def test_all_timesteps_repeat_one(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "words"),
+    ("kind", "options", "match"),
     [
         ("dpm", {"solver_order": 3}, "solver_order .* must be 1 or 2; got 3"),
         ("dpm", {"use_flow_sigmas": True}, "use_flow_sigmas .*must be .*; got True"),
@@ -269,12 +270,12 @@ def test_all_timesteps_repeat_one(kind):
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_what_is_not_supported_is_refused_by_name(kind, options, words):
-    with pytest.raises(ValueError, match=words):
+def test_options_that_are_not_supported(kind, options, match):
+    with pytest.raises(ValueError, match=match):
         step_table(multistep(kind, 10, **options))
 
 
-def test_other_schedulers_and_arguments_are_refused_by_name():
+def test_schedulers_and_arguments_that_are_not_supported():
     euler = diffusers.EulerDiscreteScheduler()
     with pytest.raises(
         TypeError, match=r"scheduler must be one of DDPMScheduler.*got EulerDiscrete"

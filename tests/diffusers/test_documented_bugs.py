@@ -1,6 +1,6 @@
-"""Documented slips of diffusers' schedulers: what they do, and that ours does the right thing.
+"""Known bugs of the schedulers of diffusers, which step tables do not have.
 
-Issue numbers are those of github.com/huggingface/diffusers. Shown with diffusers 0.42.1.
+Issue numbers are those of github.com/huggingface/diffusers. Seen with diffusers 0.42.1.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ def normals(seed: int, shape=SHAPE) -> torch.Tensor:
 
 
 def ours(table: StepTable, x, out, row: int = 0, noise=None, memory=None):
-    """One step of ours in float64."""
+    """Compute one step of a table in float64."""
     noise = None if noise is None else noise.to(F64)
     x = x.to(F64, copy=True)
     return reverse_step_(x, out.to(F64), table, row, noise=noise, memory=memory, backend=BACKEND)
 
 
-def our_chain(table: StepTable, model, x):
+def sample_by_table(table: StepTable, model, x):
     x, memory = x.to(F64), table.memory(x.to(F64))
     for row, t in enumerate(table.timesteps):
         x = ours(table, x, model(x, t.expand(len(x))), row, torch.zeros_like(x), memory)
     return x
 
 
-def their_chain(scheduler, model, x, **options):
+def sample_by_scheduler(scheduler, model, x, **options):
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t.expand(len(x))), t, x, **options).prev_sample
     return x
@@ -58,7 +58,7 @@ def largest(values: torch.Tensor) -> float:
 
 
 def test_fixed_large_log_is_nan():
-    """Issue 14569: DDPMScheduler takes the square root of log(beta). Ours: the spread of "beta"."""
+    """Issue 14569: DDPMScheduler takes the square root of log(beta); ours is "beta"."""
     x, out = normals(0), normals(1)
     theirs = scheduled("DDPMScheduler", 50, variance_type="fixed_large_log")
     assert theirs.step(out, theirs.timesteps[0], x).prev_sample.isnan().all()
@@ -66,8 +66,8 @@ def test_fixed_large_log_is_nan():
     torch.testing.assert_close(log.rows, plain.rows, rtol=1e-14, atol=0)
 
 
-def test_fixed_large_noises_the_final_image_of_trailing_timesteps():
-    """DDPMScheduler adds noise wherever t > 0, and the last of 50 trailing timesteps is 19."""
+def test_fixed_large_adds_noise_in_the_last_trailing_step():
+    """DDPMScheduler adds noise for t > 0, and the last of 50 trailing timesteps is 19."""
     x = torch.zeros(1, 3, 64, 64)
     theirs = scheduled(
         "DDPMScheduler", 50, variance_type="fixed_large", timestep_spacing="trailing"
@@ -85,10 +85,10 @@ def test_fixed_large_noises_the_final_image_of_trailing_timesteps():
     ("spacing", "steps", "t", "following", "wrong"),
     [("linspace", 10, 111, 0, 11), ("trailing", 13, 153, 76, 77)],
 )
-def test_ddim_goes_to_a_timestep_that_is_not_the_next(spacing, steps, t, following, wrong):
+def test_ddim_steps_to_a_timestep_that_is_not_the_next(spacing, steps, t, following, wrong):
     """Issues 12633, 11347 (linspace) and 9261 (trailing): the previous timestep is t - T // steps.
 
-    9261 was closed by a change to DDPMScheduler alone.
+    9261 was closed by a change to DDPMScheduler only.
     """
     x0, epsilon = normals(0).clamp(-1, 1).to(F64), normals(1).to(F64)
 
@@ -107,16 +107,16 @@ def test_ddim_goes_to_a_timestep_that_is_not_the_next(spacing, steps, t, followi
 
 
 @pytest.mark.parametrize(
-    ("spacing", "steps", "kept", "wrong"),
+    ("spacing", "steps", "first_two", "wrong"),
     [("linspace", 10, (999, 888), 899), ("trailing", 13, (999, 922), 923)],
 )
-def test_pndm_goes_to_a_timestep_that_is_not_the_next(spacing, steps, kept, wrong):
+def test_pndm_steps_to_a_timestep_that_is_not_the_next(spacing, steps, first_two, wrong):
     """As DDIMScheduler does: PNDMScheduler's previous timestep is t - T // steps too."""
     x, out = normals(0).to(F64), normals(1).to(F64)
     theirs = scheduled("PNDMScheduler", steps, timestep_spacing=spacing, skip_prk_steps=True)
-    assert tuple(theirs.timesteps[:2].tolist()) == kept
+    assert tuple(theirs.timesteps[:2].tolist()) == first_two
     got = theirs.step(out, theirs.timesteps[0], x).prev_sample
-    right, mistaken = (StepTable.plms(LINEAR, spacing=[999, t]) for t in (kept[1], wrong))
+    right, mistaken = (StepTable.plms(LINEAR, spacing=[999, t]) for t in (first_two[1], wrong))
     torch.testing.assert_close(got, ours_of_first_row(mistaken, x, out), rtol=0, atol=1e-3)
     table = StepTable.plms(LINEAR, steps, spacing=spacing)
     stepped = ours_of_first_row(table, x, out)
@@ -130,7 +130,7 @@ def ours_of_first_row(table: StepTable, x, out):
 
 @pytest.mark.parametrize("steps", [61, 103])
 def test_trailing_timesteps_may_end_below_zero(steps: int):
-    """At 62 of the 1000 numbers of steps rounding adds a timestep -1, that of pure noise."""
+    """At 62 of the 1000 numbers of steps, rounding adds a timestep -1."""
     theirs = scheduled("DDIMScheduler", steps, timestep_spacing="trailing")
     assert len(theirs.timesteps) == steps + 1
     assert int(theirs.timesteps[-1]) == -1
@@ -139,8 +139,8 @@ def test_trailing_timesteps_may_end_below_zero(steps: int):
         assert timesteps.tolist() == theirs.timesteps[:-1].tolist()
 
 
-def test_learned_variance_is_the_square_root_of_the_networks_output():
-    """DDPMScheduler takes what is trained as log sigma^2 for sigma^2. Ours: exp(v / 2)."""
+def test_learned_variance_is_the_square_root_of_the_output():
+    """DDPMScheduler treats log sigma^2 as sigma^2; ours is exp(v / 2)."""
     x, out, noise = torch.zeros(SHAPE), torch.zeros(SHAPE), normals(2)
     table = StepTable.ddpm(LINEAR, 50, "learned")
     for v in (-3.0, 2.0):
@@ -155,7 +155,7 @@ def test_learned_variance_is_the_square_root_of_the_networks_output():
 
 
 def test_unipc_bh1_ends_in_nan():
-    """At sigma 0 its step h is infinite, and bh1's B = h times the difference 0 is NaN."""
+    """At sigma 0 the step h is infinite, and B = h of bh1 times the difference 0 is NaN."""
     options = {"prediction_type": "sample", "final_sigmas_type": "zero", "solver_type": "bh1"}
     model, x = closed_form(LINEAR, "x0"), normals(0)
     theirs = scheduled("UniPCMultistepScheduler", 12, **options)
@@ -173,52 +173,52 @@ def test_unipc_bh1_ends_in_nan():
 
 
 def test_pndm_combines_velocities_of_different_timesteps():
-    """Issue 14816: of one denoiser PNDMScheduler's v and epsilon chains differ. Ours are one."""
+    """Issue 14816: v and epsilon chains of one denoiser differ in PNDMScheduler, not in ours."""
     theirs, mine = {}, {}
     for ours_name, name in (("epsilon", "epsilon"), ("v", "v_prediction")):
         model = closed_form(LINEAR, ours_name)
         options = {"prediction_type": name, "skip_prk_steps": True, "set_alpha_to_one": True}
-        theirs[ours_name] = their_chain(
+        theirs[ours_name] = sample_by_scheduler(
             scheduled("PNDMScheduler", 20, **options), model, normals(0)
         ).to(F64)
         table = StepTable.plms(LINEAR, 20, ours_name)
-        mine[ours_name] = our_chain(table, model, normals(0))
+        mine[ours_name] = sample_by_table(table, model, normals(0))
     torch.testing.assert_close(mine["v"], mine["epsilon"], rtol=0, atol=1e-10)
     torch.testing.assert_close(theirs["epsilon"], mine["epsilon"], rtol=0, atol=1e-3)
     assert largest(theirs["v"] - theirs["epsilon"]) > 0.01
 
 
 def test_ddim_inverse_of_x0_divides_by_zero():
-    """Issue 10920: at x_0 the epsilon of DDIMInverseScheduler is 0 / 0. Ours has its own level."""
+    """Issue 10920: at x_0 the epsilon of DDIMInverseScheduler is 0 / 0."""
     x, model = normals(0) / 2, closed_form(LINEAR, "x0")
     theirs = scheduled("DDIMInverseScheduler", 20, prediction_type="sample", clip_sample=False)
     t = theirs.timesteps[0]
     assert not theirs.step(model(x, t.expand(2)), t, x).prev_sample.isfinite().any()
     x0, epsilon = (
-        our_chain(StepTable.ddim_inverse(LINEAR, 20, kind), closed_form(LINEAR, kind), x)
+        sample_by_table(StepTable.ddim_inverse(LINEAR, 20, kind), closed_form(LINEAR, kind), x)
         for kind in ("x0", "epsilon")
     )
     torch.testing.assert_close(x0, epsilon, rtol=0, atol=1e-4)
 
 
-def test_ddim_inverse_reads_v_at_another_level_than_it_tells():
-    """DDIMInverseScheduler's network is told the next t, and its v is read at the present one."""
+def test_ddim_inverse_converts_v_at_another_timestep():
+    """The network of DDIMInverseScheduler gets the next t, and its v is converted at t."""
     x, codes = normals(0) / 2, {}
     for kind in ("epsilon", "v"):
         option = {"prediction_type": THEIR_PREDICTION[kind], "clip_sample": False}
         model = closed_form(LINEAR, kind)
-        theirs = their_chain(scheduled("DDIMInverseScheduler", 20, **option), model, x)
-        codes[kind] = theirs, our_chain(StepTable.ddim_inverse(LINEAR, 20, kind), model, x)
+        theirs = sample_by_scheduler(scheduled("DDIMInverseScheduler", 20, **option), model, x)
+        codes[kind] = theirs, sample_by_table(StepTable.ddim_inverse(LINEAR, 20, kind), model, x)
     torch.testing.assert_close(codes["v"][1], codes["epsilon"][1], rtol=0, atol=1e-4)
     assert largest(codes["v"][0] - codes["epsilon"][0]) > 0.1
 
 
-def test_ddim_inverse_is_told_the_timestep_it_goes_to():
-    """DDIMInverseScheduler's network sees x_t and is told the next t. Ours offers both."""
+def test_ddim_inverse_passes_the_next_timestep():
+    """The network of DDIMInverseScheduler gets x_t and the next t; ours offers both."""
     x, model = normals(0).to(F64) / 2, closed_form(LINEAR, "epsilon")
-    theirs = their_chain(scheduled("DDIMInverseScheduler", 20, clip_sample=False), model, x)
+    theirs = sample_by_scheduler(scheduled("DDIMInverseScheduler", 20, clip_sample=False), model, x)
     current, following = (
-        our_chain(StepTable.ddim_inverse(LINEAR, 20, evaluate_at=at), model, x)
+        sample_by_table(StepTable.ddim_inverse(LINEAR, 20, evaluate_at=at), model, x)
         for at in ("current", "next")
     )
     torch.testing.assert_close(theirs, following, rtol=0, atol=1e-3)
@@ -233,7 +233,7 @@ MULTISTEP = {
 
 @pytest.mark.parametrize("kind", MULTISTEP)
 def test_float32_tables_are_coarse_on_the_cosine_schedule(kind: str):
-    """Where 1 / alpha is 20,000, theirs are 2e-4 from their own equations, ours within 1e-5."""
+    """At 1 / alpha = 20,000 the error of diffusers is 2e-4, and ours below 1e-5."""
     x, table = normals(0), MULTISTEP[kind](COSINE, 10, clip=None)
     out = closed_form(COSINE, "epsilon")(x, torch.full((2,), 999))
     theirs = scheduled(kind, 10, beta_schedule="squaredcos_cap_v2")
@@ -269,10 +269,10 @@ def test_multistep_solvers_of_all_timesteps_repeat_one(kind: str):
     x, model = normals(0), closed_form(schedule, "epsilon")
     theirs = scheduled(kind, 100, timestep_spacing="linspace", num_train_timesteps=100, **ramp)
     assert len(set(theirs.timesteps.tolist())) == 99
-    assert their_chain(theirs, model, x).isnan().any()
+    assert sample_by_scheduler(theirs, model, x).isnan().any()
     table = MULTISTEP[kind](schedule, 100, spacing="linspace")
     assert table.timesteps.tolist() == list(range(99, -1, -1))
-    assert our_chain(table, model, x).isfinite().all()
+    assert sample_by_table(table, model, x).isfinite().all()
 
 
 def test_steps_offset_leads_out_of_the_schedule():
@@ -284,7 +284,7 @@ def test_steps_offset_leads_out_of_the_schedule():
 
 
 def test_epsilon_at_zero_terminal_snr_is_nan():
-    """Issue 3851: an epsilon says nothing of x_0 where there is none of it. Ours refuses it."""
+    """Issue 3851: an epsilon does not determine x_0 at abar = 0; ours rejects it."""
     options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
     theirs = scheduled("DDIMScheduler", 10, **options)
     got = theirs.step(normals(1), theirs.timesteps[0], normals(0)).prev_sample

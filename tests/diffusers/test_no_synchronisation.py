@@ -1,4 +1,4 @@
-"""What a step of the fast schedulers runs, and that it waits for nothing."""
+"""Operators of a step of the drop-in schedulers, none of which synchronises with a GPU."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ EACH = pytest.mark.parametrize("kind", FAST)
 X, OUT = normals(0), normals(1)
 
 
-def made(kind="ddpm", steps=10, device=None, **options):
+def scheduled(kind="ddpm", steps=10, device=None, **options):
     scheduler = FAST[kind](**options)
     scheduler.set_timesteps(steps, device)
     return scheduler
 
 
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::item"}
+SYNCHRONISING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::item"}
 VIEWS = {"aten::expand", "aten::slice", "aten::select", "aten::alias", "aten::detach"}
 VIEWS |= {"aten::view", "aten::split", "aten::promote_types"}
 
 
 class Operators(TorchDispatchMode):
-    """Lists the operators that run."""
+    """Record the operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class Operators(TorchDispatchMode):
 
 
 def operators(step):
-    step()  # tables are made by the first
+    step()  # computes the tables
     with Operators() as found:
         step()
     return [name for name in found.seen if name not in VIEWS]
@@ -50,7 +50,7 @@ def operators(step):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Timesteps are taken for ones whose values the host cannot see."""
+    """Treat timesteps as if they were in GPU memory."""
     index = checks.index
     monkeypatch.setattr(module, "_on_host", lambda timestep: False)
     monkeypatch.setattr(
@@ -59,7 +59,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 def test_a_step_is_one_operator_and_one_draw(as_on_a_gpu):
-    ours, learned = made(), made(variance_type="learned_range")
+    ours, learned = scheduled(), scheduled(variance_type="learned_range")
     t, foreign = ours.timesteps[3], ours.timesteps[3].clone()
     both = normals(4, (2, 6, 6, 5))
     for step in (
@@ -69,31 +69,30 @@ def test_a_step_is_one_operator_and_one_draw(as_on_a_gpu):
         lambda: learned.step(both, t, X),
     ):
         assert operators(step) == ["aten::randn", "ddpm_fast::reverse_step"]
-    ddim = made("ddim")
+    ddim = scheduled("ddim")
     assert operators(lambda: ddim.step(OUT, t, X)) == ["ddpm_fast::reverse_step"]
     assert operators(lambda: ddim.step(OUT, foreign, X)) == ["ddpm_fast::reverse_step"]
     assert operators(lambda: ours.add_noise(X, OUT, t.expand(2))) == ["ddpm_fast::q_sample"]
 
 
-def test_the_librarys_step_waits_and_ours_does_not(as_on_a_gpu):
-    """Nothing asks for a value on the device: no item(), no nonzero()."""
-    ours, theirs = made(), diffusers.DDPMScheduler()
+def test_a_step_of_diffusers_synchronises_and_ours_does_not(as_on_a_gpu):
+    ours, theirs = scheduled(), diffusers.DDPMScheduler()
     theirs.set_timesteps(10)
-    threshold = made(thresholding=True)
+    threshold = scheduled(thresholding=True)
     t = ours.timesteps[3].clone()
 
-    def waits(step):
-        return sum(name in WAITS for name in operators(step))
+    def synchronisations(step):
+        return sum(name in SYNCHRONISING for name in operators(step))
 
-    assert waits(lambda: theirs.step(OUT, theirs.timesteps[3], X)) >= 3
-    assert waits(lambda: ours.step(OUT, t, X)) == 0
-    assert waits(lambda: threshold.step(OUT, t, X)) == 0
-    assert waits(lambda: ours.previous_timestep(t)) == 0
+    assert synchronisations(lambda: theirs.step(OUT, theirs.timesteps[3], X)) >= 3
+    assert synchronisations(lambda: ours.step(OUT, t, X)) == 0
+    assert synchronisations(lambda: threshold.step(OUT, t, X)) == 0
+    assert synchronisations(lambda: ours.previous_timestep(t)) == 0
 
 
-def test_a_timestep_of_the_chain_is_known_by_its_place(as_on_a_gpu):
-    """So that nothing is drawn at t = 0, and what is not of the chain is NaN."""
-    ours = made()
+def test_timesteps_are_identified_by_their_storage(as_on_a_gpu):
+    """No noise is drawn at t = 0, and a timestep outside of the chain gives NaN."""
+    ours = scheduled()
     for t, draws in (
         (ours.timesteps[-1], False),
         (torch.tensor(0), True),
@@ -102,29 +101,29 @@ def test_a_timestep_of_the_chain_is_known_by_its_place(as_on_a_gpu):
         source = generator(1)
         ours.step(OUT, t, X, generator=source)
         assert (torch.randn(1, generator=source) == torch.randn(1, generator=generator(1))) != draws
-    large = made(variance_type="fixed_large")
+    large = scheduled(variance_type="fixed_large")
     last = large.step(OUT, large.timesteps[-1], X).prev_sample
     assert torch.equal(large.step(OUT, torch.tensor(0), X).prev_sample, last)
     got = ours.step(OUT, torch.tensor(901), X)
     assert got.prev_sample.isnan().all()
     assert got.pred_original_sample.isnan().all()
     assert int(ours.previous_timestep(torch.tensor(901))) == -1
-    ddim, theirs = made("ddim"), diffusers.DDIMScheduler()
+    ddim, theirs = scheduled("ddim"), diffusers.DDIMScheduler()
     theirs.set_timesteps(10)
     full = ddim.timesteps
-    ddim.timesteps = full[::2]  # a timestep between two of a chain is not of the chain
+    ddim.timesteps = full[::2]  # the timesteps in between are not in the chain
     for t in (full[1], full.view(torch.int32)[4]):
         want = theirs.step(OUT, int(t), X).prev_sample
         assert_near(ddim.step(OUT, t, X).prev_sample, want)
-    cut = made()
-    cut.timesteps = cut.timesteps[4:]
-    assert int(cut.previous_timestep(cut.timesteps[1])) == int(cut.timesteps[2])
+    short = scheduled()
+    short.timesteps = short.timesteps[4:]
+    assert int(short.previous_timestep(short.timesteps[1])) == int(short.timesteps[2])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @EACH
-def test_nothing_waits_on_a_gpu(kind):
-    ours = made(kind, device="cuda")
+def test_a_step_on_a_gpu_does_not_synchronise(kind):
+    ours = scheduled(kind, device="cuda")
     x, out = X.cuda(), OUT.cuda()
     ours.step(out, ours.timesteps[0], x)
     ours.add_noise(x, out, ours.timesteps[:2])

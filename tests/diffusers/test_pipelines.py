@@ -1,4 +1,4 @@
-"""`accelerate(pipe)`: the same call and images as diffusers' pipelines, and what is refused."""
+"""Accelerated pipelines: calls, images and noise as those of diffusers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,23 @@ from pipeline_cases import OFF, SCHEDULERS, SHIPPED, ddim, ddpm, fast, quiet, un
 from scheduler_cases import generator
 
 
-def shipped(kind="ddpm", **options):
+@pytest.fixture(scope="module")
+def network():
+    return diffusers.UNet2DModel.from_pretrained(SHIPPED, subfolder="unet")
+
+
+@pytest.fixture(scope="module")
+def network64(network):
+    return copy.deepcopy(network).double()
+
+
+def shipped(network, kind="ddpm", **options):
     scheduler = SCHEDULERS[kind].from_pretrained(SHIPPED, subfolder="scheduler", **options)
-    network = diffusers.UNet2DModel.from_pretrained(SHIPPED, subfolder="unet")
     return quiet(diffusers.DDPMPipeline(network, scheduler))
 
 
 def in_float64(scheduler):
-    """A scheduler of diffusers with its tables in float64, and coefficients that follow them."""
+    """Return a scheduler of diffusers with tables and therefore coefficients in float64."""
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     if hasattr(scheduler, "final_alpha_cumprod"):
         scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
@@ -38,30 +47,30 @@ def in_float64(scheduler):
     return scheduler
 
 
-def own_loop(pipe, steps, num, wide=False, **of_step):
-    """A pipeline's chain written out, by diffusers' scheduler; in float64 throughout where wide.
+def sample_by_steps(network, scheduler, steps, num, **step_options):
+    """Sample by the steps of a scheduler of diffusers, in the dtype of the network.
 
-    DPM-Solver's step goes through float32 by itself; in float64 its table stands in, which
-    test_fast_steps holds to it step by step.
+    The step of DPM-Solver computes in float32. For a float64 network, our step table replaces it;
+    test_steps.py compares the two step by step.
     """
-    network = copy.deepcopy(pipe.unet).double() if wide else pipe.unet
-    scheduler, source = copy.deepcopy(pipe.scheduler), generator(5)
+    scheduler, source = copy.deepcopy(scheduler), generator(5)
     scheduler.set_timesteps(steps)
-    x = torch.randn((num, 1, 32, 32), generator=source)
-    if wide and isinstance(scheduler, SCHEDULERS["dpm"]):
-        return _by_table(network, scheduler, x.double(), source)
-    x, scheduler = (x.double(), in_float64(scheduler)) if wide else (x, scheduler)
+    x = torch.randn((num, 1, 32, 32), generator=source).to(network.dtype)
+    if network.dtype == torch.float64:
+        if isinstance(scheduler, SCHEDULERS["dpm"]):
+            return _by_table(network, scheduler, x, source)
+        scheduler = in_float64(scheduler)
     if not isinstance(scheduler, SCHEDULERS["unipc"]):
-        of_step["generator"] = source
+        step_options["generator"] = source
     with drawing_float32():
         for t in scheduler.timesteps:
-            x = scheduler.step(network(x, t).sample, t, x, **of_step).prev_sample
+            x = scheduler.step(network(x, t).sample, t, x, **step_options).prev_sample
     return x
 
 
 @contextmanager
 def drawing_float32():
-    """What a scheduler draws for float64 samples are the float32 numbers."""
+    """Make schedulers draw the float32 numbers for float64 samples too."""
     import diffusers.schedulers.scheduling_ddim as of_ddim
     import diffusers.schedulers.scheduling_ddpm as of_ddpm
 
@@ -116,30 +125,30 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "options", "of_step"), CHAINS.values(), ids=CHAINS)
+@pytest.mark.parametrize(("kind", "options", "step_options"), CHAINS.values(), ids=CHAINS)
 @torch.no_grad()
-def test_chains_of_the_shipped_model(kind, options, of_step):
-    """Within 1e-4, or twice the library's own distance from float64, of the chain in float64."""
-    pipe = shipped(kind, **options)
-    if of_step:
+def test_chains_of_the_shipped_model(network, network64, kind, options, step_options):
+    """Compare with float64: within 1e-4, or twice the error of diffusers."""
+    pipe, steps = shipped(network, kind, **options), 8
+    if step_options:
         pipe = quiet(diffusers.DDIMPipeline(pipe.unet, pipe.scheduler))
-    exact = images(own_loop(pipe, 20, 2, wide=True, **of_step))
-    theirs = images(own_loop(pipe, 20, 2, **of_step)).double()
-    call = {"num_inference_steps": 20, "output_type": "pt", **of_step}
-    ours = accelerate(pipe)(2, generator(5), **call).images.double()
+    exact = images(sample_by_steps(network64, pipe.scheduler, steps, 2, **step_options))
+    call = {"num_inference_steps": steps, "output_type": "pt", **step_options}
+    if kind == "unipc":  # DDPMPipeline passes a generator, which UniPC does not accept
+        theirs = images(sample_by_steps(network, pipe.scheduler, steps, 2)).double()
+    else:
+        theirs = pipe(2, generator(5), **call).images.double()
+    ours = fast(pipe)(2, generator(5), **call).images.double()
     bound = max(1e-4 * float(exact.abs().max()), 2 * float((theirs - exact).abs().max()))
     assert float((ours - exact).abs().max()) <= bound
-    assert float((theirs - exact).abs().max()) < 2e-3  # the bound is one
-    if kind != "unipc":  # DDPMPipeline hands UniPC a generator, which it does not take
-        again = pipe(2, generator(5), **call).images.double()
-        torch.testing.assert_close(again, theirs, rtol=0, atol=1e-6)
+    assert float((theirs - exact).abs().max()) < 2e-3, "the reference is wrong"
 
 
 @torch.no_grad()
-def test_half_precision_is_no_further_from_float64_than_the_library():
-    pipe = shipped()
+def test_half_precision_error_within_that_of_diffusers(network):
+    pipe = shipped(network)
     half = quiet(diffusers.DDPMPipeline(copy.deepcopy(pipe.unet).half(), pipe.scheduler))
-    steps, num = 8, 2
+    steps, num = 4, 1
     theirs, ours = (
         p(num, generator(5), steps, output_type="pt").images for p in (half, fast(half))
     )
@@ -153,13 +162,13 @@ def test_half_precision_is_no_further_from_float64_than_the_library():
     for row, t in enumerate(table.timesteps):
         noise = draw() if table.draws(row) else torch.zeros_like(x)
         ddpm_fast.reverse_step_(x, wide(x, t).sample, table, row, noise=noise)
-    errors = [float((made.double() - images(x)).abs().max()) for made in (ours, theirs)]
+    errors = [float((result.double() - images(x)).abs().max()) for result in (ours, theirs)]
     assert errors[0] <= 1.2 * errors[1] + 1e-3  # half a unit in the last place of the image
 
 
 @pytest.mark.parametrize("sde", [False, True])
-def test_what_is_drawn_has_the_dtype_that_the_library_draws(sde, monkeypatch):
-    """That of the network, but for the noise of DPM-Solver's SDE."""
+def test_noise_is_drawn_in_the_dtype_of_diffusers(sde, monkeypatch):
+    """Noise has the dtype of the network, except that of DPM-Solver's SDE."""
     scheduler = diffusers.DDPMScheduler()
     if sde:
         scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
@@ -174,24 +183,27 @@ def test_what_is_drawn_has_the_dtype_that_the_library_draws(sde, monkeypatch):
     assert drawn == [torch.float16, *[torch.float32 if sde else torch.float16] * (3 if sde else 2)]
 
 
-@pytest.mark.parametrize("source", ["one", "list", "list-of-one", "none"])
-@pytest.mark.parametrize("make", [ddpm, ddim], ids=["ddpm", "ddim"])
+@pytest.mark.parametrize(
+    ("make", "source"),
+    [(ddpm, "one"), (ddpm, "list"), (ddim, "one"), (ddim, "list-of-one"), (ddim, "none")],
+)
 def test_generators_of_every_form(make, source):
     pipe, num = make(), 1 if source == "list-of-one" else 3
     quick = fast(pipe)
     results = []
     for called in (pipe, quick):
         torch.manual_seed(7)
-        given = {
+        source_of = {
             "one": generator(1),
             "list": [generator(1), generator(2), generator(3)],
             "list-of-one": [generator(1)],
             "none": None,
-        }[source]
+        }
+        given = source_of[source]
         extra = {"eta": 0.7} if make is ddim else {}
-        made = called(num, given, num_inference_steps=6, output_type="np", **extra).images
+        result = called(num, given, num_inference_steps=6, output_type="np", **extra).images
         after = [torch.randn(1, generator=g) for g in np.atleast_1d(np.array(given, dtype=object))]
-        results.append((made, after))
+        results.append((result, after))
     np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-4)
     assert results[0][1] == results[1][1]  # drawn from as often
 
@@ -209,8 +221,7 @@ def test_generators_of_every_form(make, source):
     ids=["ddim", "sde", "ddpm"],
 )
 @pytest.mark.parametrize("compat", ["diffusers", "corrected"])
-def test_what_a_factor_of_0_meets_is_drawn_too(make, compat):
-    """A chain of one step, whose noise is left out but drawn."""
+def test_noise_that_is_multiplied_by_0_is_drawn(make, compat):
     pipe, call = make()
     after = []
     for called in (pipe, fast(pipe, compat=compat)):
@@ -220,15 +231,12 @@ def test_what_a_factor_of_0_meets_is_drawn_too(make, compat):
     assert torch.equal(*after)
 
 
-@pytest.mark.parametrize("clipped", [None, True, False])
-def test_the_arguments_of_ddim(clipped):
+@pytest.mark.parametrize(("eta", "clipped"), [(0.0, None), (0.0, True), (1.0, False), (1.0, True)])
+def test_the_arguments_of_ddim(eta, clipped):
     pipe = ddim(diffusers.DDIMScheduler(timestep_spacing="trailing"))
-    for eta in (0.0, 1.0):
-        call = {"eta": eta, "use_clipped_model_output": clipped, "num_inference_steps": 7}
-        want, got = (
-            p(2, generator(1), output_type="np", **call).images for p in (pipe, fast(pipe))
-        )
-        np.testing.assert_allclose(got, want, atol=1e-4)
+    call = {"eta": eta, "use_clipped_model_output": clipped, "num_inference_steps": 7}
+    want, got = (p(2, generator(1), output_type="np", **call).images for p in (pipe, fast(pipe)))
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def test_a_learned_variance():
@@ -277,7 +285,7 @@ def test_output_types(make):
     assert type(quick(1, **call)) is type(pipe(1, **call))
 
 
-def test_the_progress_bar_is_the_pipelines_own(capsys):
+def test_the_progress_bar_is_that_of_the_pipeline(capsys):
     pipe = ddpm()
     pipe.set_progress_bar_config(disable=False, desc="drawing")
     quick = fast(pipe)
@@ -290,8 +298,7 @@ def test_the_progress_bar_is_the_pipelines_own(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_it_is_a_pipeline_of_diffusers(tmp_path):
-    """Its parts are those of the pipe, which is left as it was; it saves what anybody loads."""
+def test_it_shares_parts_and_saves_as_a_pipeline_of_diffusers(tmp_path):
     pipe = ddpm(FastDDPMScheduler(compat="corrected"))
     before = dict(pipe.__dict__)
     quick = fast(pipe)
@@ -309,7 +316,7 @@ def test_it_is_a_pipeline_of_diffusers(tmp_path):
     )
 
 
-def test_parts_that_are_replaced_or_changed_later():
+def test_parts_may_be_replaced_or_changed_later():
     quick = fast(ddpm())
     quick(1, generator(1), 3, output_type="np")
     with torch.no_grad():
@@ -324,13 +331,11 @@ def test_parts_that_are_replaced_or_changed_later():
     assert quick(1, num_inference_steps=3, output_type="np").images.shape == (1, 16, 16, 3)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
-def test_copies(copied):
+def test_copies():
     quick = accelerate(ddpm())
     want = quick(2, generator(1), 4, output_type="np").images
-    np.testing.assert_allclose(
-        copied(quick)(2, generator(1), 4, output_type="np").images, want, atol=1e-5
-    )
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(quick)))
+    np.testing.assert_allclose(copied(2, generator(1), 4, output_type="np").images, want, atol=1e-5)
 
 
 def test_a_compiled_network_is_unwrapped():
@@ -349,7 +354,7 @@ def test_inference_mode_and_autocast():
     np.testing.assert_allclose(inside, want, atol=1e-5)
 
 
-def test_the_report_says_what_runs():
+def test_the_report_names_network_and_shapes():
     quick = accelerate(ddpm())
     quick(2, num_inference_steps=2)
     assert "UNet2DModel on cpu" in quick.report()
@@ -360,7 +365,7 @@ def test_the_report_says_what_runs():
 
 
 def test_compat():
-    """The last trailing step of fixed_large noises the image, unless it is corrected."""
+    """With "diffusers" the last trailing step of fixed_large adds noise; with "corrected" not."""
     options = {"variance_type": "fixed_large", "timestep_spacing": "trailing"}
     pipe = ddpm(diffusers.DDPMScheduler(**options))
     want = pipe(2, generator(1), 10, output_type="np").images
@@ -372,8 +377,7 @@ def test_compat():
     np.testing.assert_array_equal(fast(own)(2, generator(1), 10, output_type="np").images, right)
 
 
-def test_philox_noise_is_each_images_own():
-    """Image k is the same bits in any batch; the generator gives the seed."""
+def test_philox_noise_depends_on_seed_and_index_only():
     pipe = ddpm()
     quick = fast(pipe, noise="philox", micro_batch=4)
     ten = quick(10, generator(3), 5, output_type="np").images

@@ -1,4 +1,4 @@
-"""Bad arguments of the fast schedulers: named, with what is accepted."""
+"""Arguments and options that the drop-in schedulers reject by name."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ EACH = pytest.mark.parametrize("kind", FAST)
 X, OUT = normals(0), normals(1)
 
 
-def made(kind="ddpm", steps=10, **options):
+def scheduled(kind="ddpm", steps=10, **options):
     scheduler = FAST[kind](**options)
     scheduler.set_timesteps(steps)
     return scheduler
 
 
-def step(kind="ddpm", **given):
-    arguments = {"model_output": OUT, "timestep": 500, "sample": X} | given
-    return made(kind).step(**arguments)
+def step(kind="ddpm", **change):
+    arguments = {"model_output": OUT, "timestep": 500, "sample": X} | change
+    return scheduled(kind).step(**arguments)
 
 
 BAD = [
@@ -53,24 +53,24 @@ def test_bad_arguments_of_step_are_named(bad):
     assert_named(step, bad)
 
 
-def test_a_learned_variance_must_be_there():
+def test_a_learned_variance_must_be_in_the_output():
     with pytest.raises(
         ValueError, match=r"model_output must have 2C channels .* got \[2, 3, 6, 5\]"
     ):
-        made(variance_type="learned_range").step(OUT, 500, X)
+        scheduled(variance_type="learned_range").step(OUT, 500, X)
 
 
-def test_ddim_before_its_timesteps_are_set_and_with_noise_twice():
+def test_ddim_without_timesteps_and_with_two_sources_of_noise():
     with pytest.raises(ValueError, match="num_inference_steps must be set by set_timesteps"):
         FastDDIMScheduler().step(OUT, 500, X)
     with pytest.raises(ValueError, match="generator must be None with variance_noise"):
-        made("ddim").step(OUT, 500, X, eta=0.5, generator=generator(1), variance_noise=OUT)
+        scheduled("ddim").step(OUT, 500, X, eta=0.5, generator=generator(1), variance_noise=OUT)
     with pytest.raises(ValueError, match=r"variance_noise must have the shape of sample"):
-        made("ddim").step(OUT, 500, X, eta=0.5, variance_noise=OUT[:1])
+        scheduled("ddim").step(OUT, 500, X, eta=0.5, variance_noise=OUT[:1])
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "match"),
     [
         (
             {"prediction_type": "flow_prediction"},
@@ -80,14 +80,14 @@ def test_ddim_before_its_timesteps_are_set_and_with_noise_twice():
     ],
 )
 @EACH
-def test_options_that_are_not_supported_are_refused_by_name(kind, options, words):
-    with pytest.raises(ValueError, match=words):
+def test_options_that_are_not_supported(kind, options, match):
+    with pytest.raises(ValueError, match=match):
         FAST[kind](**options)
 
 
 def test_bad_images_and_timesteps_of_add_noise():
     ours = FastDDPMScheduler()
-    for arguments, error, words in (
+    for arguments, error, match in (
         ((X, OUT, 5), TypeError, "timesteps must be an integer tensor"),
         ((X, OUT, torch.tensor([0.5])), TypeError, "timesteps must be .* float32"),
         (
@@ -105,13 +105,13 @@ def test_bad_images_and_timesteps_of_add_noise():
         ((None, OUT, torch.tensor([1])), TypeError, "original_samples must be"),
         ((X, OUT.to("meta"), torch.tensor([1])), ValueError, "noise must be on the device"),
     ):
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=match):
             ours.add_noise(*arguments)
 
 
 @EACH
 @pytest.mark.parametrize(
-    ("steps", "error", "words"),
+    ("steps", "error", "match"),
     [
         (0, ValueError, r"num_inference_steps must be an integer in \[1, 1000\]; got 0"),
         (-3, ValueError, "num_inference_steps must be an integer"),
@@ -120,23 +120,23 @@ def test_bad_images_and_timesteps_of_add_noise():
         (2.5, TypeError, "num_inference_steps must be an integer .*; got 2.5"),
     ],
 )
-def test_bad_numbers_of_steps(kind, steps, error, words):
-    ours = made(kind)
+def test_bad_numbers_of_steps(kind, steps, error, match):
+    ours = scheduled(kind)
     before = dict(ours.__dict__)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=match):
         ours.set_timesteps(steps)
     assert ours.__dict__ == before
 
 
 def test_bad_custom_timesteps():
-    for given, error, words in (
+    for timesteps, error, match in (
         ([], ValueError, "timesteps must have at least one element"),
         ([3, 2.5], TypeError, "timesteps must be an integer .*; got 2.5"),
         ([5, 900], ValueError, "descending"),
         ([1000, 5], ValueError, "must start before"),
     ):
-        with pytest.raises(error, match=words):
-            FastDDPMScheduler().set_timesteps(timesteps=given)
+        with pytest.raises(error, match=match):
+            FastDDPMScheduler().set_timesteps(timesteps=timesteps)
 
 
 def test_epsilon_at_zero_terminal_snr_leaves_the_scheduler_as_it_was():

@@ -1,4 +1,4 @@
-"""diffusers' schedulers beside our tables: pairs, closed-form models, and the peer's trajectory."""
+"""Schedulers of diffusers and the step tables that equal them, with models in closed form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEAN, VARIANCE = 0.2, 0.25  # of the data of the closed-form model
 
 
 def closed_form(schedule: NoiseSchedule, prediction: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The exact network for data N(0.2, 0.25), float64 inside (Eq. 15, Ho et al. 2020)."""
+    """Return the exact network for data N(0.2, 0.25), in float64 (Eq. 15, Ho et al. 2020)."""
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         abar = schedule.alphas_cumprod[t].view(-1, *[1] * (x.ndim - 1))
@@ -33,7 +33,7 @@ def closed_form(schedule: NoiseSchedule, prediction: str) -> Callable[[Tensor, T
 
 
 def rough(model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model with outputs that change from step to step, so that every past value counts."""
+    """Return a model with waves in its output, so that every past output matters."""
 
     def waved(x: Tensor, t: Tensor) -> Tensor:
         phase = t.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) / 37
@@ -44,7 +44,7 @@ def rough(model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor
 
 @dataclass(frozen=True)
 class Pair:
-    """A scheduler of diffusers, our table for it, and what its step takes besides."""
+    """A scheduler of diffusers, its step table, and further arguments of its step."""
 
     name: str
     scheduler: Any
@@ -64,7 +64,7 @@ class Pair:
     def trajectory(
         self, x: Tensor, noises: Tensor, model=None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The peer's states, x first, and the outputs of the model on the way."""
+        """Return the states of diffusers, `x` first, and the outputs of the model."""
         self.scheduler.set_timesteps(self.table.steps - (self.name == "plms"))
         assert self.scheduler.timesteps.tolist() == self.table.timesteps.tolist()
         states, outputs = [x], []
@@ -140,7 +140,7 @@ def inverse_pair(schedule, prediction, spacing="leading", clip=None) -> Pair:
 
 
 def pairs() -> list[Pair]:
-    """Every solver and option that both have."""
+    """Return a pair for every solver and option of both."""
     found = []
     for schedule in SCHEDULES:
         for prediction in ("epsilon", "x0", "v"):

@@ -1,4 +1,4 @@
-"""Small pipelines of diffusers, and how they are accelerated without timing."""
+"""Small pipelines of diffusers, accelerated without measurements."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OFF = Tuner(CPU, mode="off")
 
 def unet(**options) -> diffusers.UNet2DModel:
     torch.manual_seed(0)
-    given = {
+    defaults = {
         "sample_size": 8,
         "block_out_channels": (8, 16),
         "layers_per_block": 1,
@@ -31,7 +31,7 @@ def unet(**options) -> diffusers.UNet2DModel:
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     }
-    return diffusers.UNet2DModel(**given | options).eval()
+    return diffusers.UNet2DModel(**defaults | options).eval()
 
 
 def quiet(pipe):

@@ -1,4 +1,4 @@
-"""diffusers' schedulers beside the fast ones: options, models in closed form, trajectories."""
+"""Schedulers of diffusers and their drop-ins: options, models in closed form, trajectories."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from diffusers_peers import closed_form, rough
 SHAPE = (2, 3, 6, 5)
 FAST = {"ddpm": FastDDPMScheduler, "ddim": FastDDIMScheduler}
 THEIRS = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler}
-OURS_OF = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
+PREDICTION_NAMES = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 
-PREDICTIONS = {name: {"prediction_type": name} for name in OURS_OF}
+PREDICTIONS = {name: {"prediction_type": name} for name in PREDICTION_NAMES}
 COMMON: dict[str, dict[str, Any]] = {
     **PREDICTIONS,
     "unclipped": {"clip_sample": False},
@@ -72,9 +72,9 @@ def learned(options: dict[str, Any]) -> bool:
 
 
 def model_of(scheduler: Any) -> Any:
-    """The exact network for N(0.2, 0.25) under a scheduler, with waves; and a variance."""
+    """Return the exact network for N(0.2, 0.25) plus waves, and a variance if one is learned."""
     schedule = SimpleNamespace(alphas_cumprod=scheduler.alphas_cumprod.double())
-    network = rough(closed_form(schedule, OURS_OF[scheduler.config.prediction_type]))
+    network = rough(closed_form(schedule, PREDICTION_NAMES[scheduler.config.prediction_type]))
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         out = network(x, t.expand(len(x)))
@@ -82,25 +82,25 @@ def model_of(scheduler: Any) -> Any:
             return out
         variance = torch.sin(7 * x)
         if scheduler.config.variance_type == "learned":
-            variance = variance.abs() / 100  # the library takes its root
+            variance = variance.abs() / 100  # diffusers takes its square root
         return torch.cat([out, variance], dim=1)
 
     return model
 
 
-def trajectory(scheduler: Any, x: Tensor, **of_step: Any) -> list[tuple[Tensor, Tensor, Any]]:
-    """(state, output, what diffusers' step made of them) along diffusers' own chain."""
+def trajectory(scheduler: Any, x: Tensor, **step_options: Any) -> list[tuple[Tensor, Tensor, Any]]:
+    """Return (state, output, result of the step) along a chain of diffusers."""
     model, found = model_of(scheduler), []
     for row, t in enumerate(scheduler.timesteps):
         out = model(x, t)
-        made = scheduler.step(out, t, x, generator=generator(row), **of_step)
-        found.append((x, out, made))
-        x = made.prev_sample
+        result = scheduler.step(out, t, x, generator=generator(row), **step_options)
+        found.append((x, out, result))
+        x = result.prev_sample
     return found
 
 
 def assert_near(ours: Tensor, theirs: Tensor, relative: float = 1e-5, plus: float = 0.0) -> None:
-    """To a share of the largest value, and an absolute error besides."""
+    """Compare up to a share of the largest value plus an absolute error."""
     assert ours.dtype == theirs.dtype
     scale = float(theirs.nan_to_num(0, 0, 0).abs().max())
     torch.testing.assert_close(ours, theirs, rtol=0, atol=relative * scale + plus, equal_nan=True)
