@@ -15,7 +15,7 @@ pytest.importorskip("diffusers", reason="needs diffusers")
 import diffusers
 
 from ddpm_fast import NoiseSchedule, StepTable, reverse_step_
-from diffusers_peers import SCHEDULES, THEIR_PREDICTION, closed_form
+from diffusers_pairs import SCHEDULES, THEIR_PREDICTION, closed_form
 
 BACKEND = "cpu"
 F64 = torch.float64

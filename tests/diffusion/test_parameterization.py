@@ -11,7 +11,7 @@ import torch
 from ddpm_fast import ConvertedModel, NoiseSchedule, Sampler, StepTable, convert_prediction
 from ddpm_fast.diffusion.parameterization import PREDICTIONS
 from ddpm_fast.utils.cuda_graphs import capture_key
-from diffusers_peers import closed_form
+from diffusers_pairs import closed_form
 
 LINEAR = NoiseSchedule.linear()
 ZERO_SNR = LINEAR.rescale_zero_terminal_snr()

@@ -9,7 +9,7 @@ from cases import F32, F64, backends
 from ddpm_fast import DynamicThreshold, Sampler, StepTable, reverse_step_
 from ddpm_fast.ops.row import column
 from ddpm_fast.sampling.reverse_step import thresholds
-from diffusers_peers import SCHEDULES, closed_form, config
+from diffusers_pairs import SCHEDULES, closed_form, config
 
 LINEAR = SCHEDULES["linear"]
 ON = pytest.mark.parametrize("on", backends(), ids=str)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.diffusers import FastDDIMScheduler, FastDDPMScheduler
-from diffusers_peers import closed_form, rough
+from diffusers_pairs import closed_form, rough
 
 SHAPE = (2, 3, 6, 5)
 FAST = {"ddpm": FastDDPMScheduler, "ddim": FastDDIMScheduler}

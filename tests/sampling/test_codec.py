@@ -10,7 +10,7 @@ import torch
 
 from cases import F32, F64, same_bits
 from ddpm_fast import Codec, Sampler, StepTable, image_to_image, philox_normal, slerp
-from diffusers_peers import MEAN, SCHEDULES, VARIANCE, closed_form
+from diffusers_pairs import MEAN, SCHEDULES, VARIANCE, closed_form
 
 LINEAR = SCHEDULES["linear"]
 SHAPE = (2, 4, 3)

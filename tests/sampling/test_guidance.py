@@ -7,7 +7,7 @@ import torch
 
 from cases import F16, F32, F64, same_bits
 from ddpm_fast import Sampler, StepTable, UNet, reverse_step_
-from diffusers_peers import SCHEDULES
+from diffusers_pairs import SCHEDULES
 
 LINEAR = SCHEDULES["linear"]
 SHAPE = (3, 4, 4)

@@ -14,7 +14,7 @@ from cases import BackendOnDevice, backends
 pytest.importorskip("diffusers", reason="needs diffusers")
 
 from ddpm_fast import Sampler, reverse_step_
-from diffusers_peers import (
+from diffusers_pairs import (
     Pair,
     ddim_pair,
     dpm_pair,

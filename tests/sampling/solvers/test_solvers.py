@@ -12,7 +12,7 @@ from cases import F64
 from ddpm_fast import DynamicThreshold, NoiseSchedule, Sampler, StepTable
 from ddpm_fast.diffusion.parameterization import PREDICTIONS
 from ddpm_fast.ops.row import RowFlag, column
-from diffusers_peers import SCHEDULES, closed_form
+from diffusers_pairs import SCHEDULES, closed_form
 
 LINEAR, COSINE = SCHEDULES["linear"], SCHEDULES["cosine"]
 ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
