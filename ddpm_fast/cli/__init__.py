@@ -1,4 +1,4 @@
-"""The command line ``ddpm-fast``: sample, train, encode, decode, interpolate, bpd, noise, ..."""
+"""The command line `ddpm-fast`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from ddpm_fast import __version__
 from ddpm_fast.cli.bench import bench as bench_app
 from ddpm_fast.cli.bpd import bpd as bpd_command
-from ddpm_fast.cli.group import Commands
+from ddpm_fast.cli.group import Commands, with_options
 from ddpm_fast.cli.info import info as info_command
 from ddpm_fast.cli.latents import decode, encode, interpolate
 from ddpm_fast.cli.noise import noise as noise_command
@@ -29,8 +29,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"ddpm_fast {__version__}")
         raise typer.Exit
 
@@ -45,9 +45,9 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Sample from denoising diffusion models, and check the kernels that do it.
+    """Train denoising diffusion models and sample from them.
 
-    An error is one line on stderr and exit status 2.
+    An error is one line on stderr, and exit status 2.
     """
 
 
@@ -55,10 +55,10 @@ for command in (
     *(sample_command, train_command, encode, decode, interpolate),
     *(bpd_command, noise_command, verify_command, info_command),
 ):
-    app.command()(command)
+    app.command()(with_options(command))
 app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:
-    """Run the command line on sys.argv; ends the process."""
+    """Run the command of `sys.argv` and exit."""
     sys.exit(app(prog_name="ddpm-fast"))

@@ -14,12 +14,13 @@ import torch
 import typer
 
 from ddpm_fast.cli.devices import device_of
+from ddpm_fast.cli.group import HelpGroup
 from ddpm_fast.cli.model import DTYPES, DeviceOption
 from ddpm_fast.cli.output import check_file
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.figures import require_matplotlib
 
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(cls=HelpGroup, no_args_is_help=True, rich_markup_mode=None)
 
 _PACKAGES = ("diffusers", "denoising-diffusion-pytorch", "nvidia-cudnn-frontend")
 

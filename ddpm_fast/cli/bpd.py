@@ -1,8 +1,9 @@
-"""``ddpm-fast bpd``: the variational bound of a checkpoint on data, in bits per dimension."""
+"""`ddpm-fast bpd`: variational bound of a checkpoint on images, in bits per dimension."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,15 +15,11 @@ from ddpm_fast.bench.results import write_csv
 from ddpm_fast.cli.devices import device_text
 from ddpm_fast.cli.model import (
     DTYPES,
-    SHIPPED,
+    BatchOption,
     DataOption,
-    DeviceOption,
-    EngineOption,
-    LabelOption,
-    ModelOption,
-    OpenModel,
-    ProgressOption,
-    VariantOption,
+    ModelOptions,
+    NumOption,
+    SeedOption,
 )
 from ddpm_fast.cli.output import check_file, say
 from ddpm_fast.diffusion.likelihood import DECODERS, VariationalBound, variational_bound
@@ -38,58 +35,61 @@ from ddpm_fast.utils.figures import (
 from ddpm_fast.utils.images import read_images
 
 
+@dataclass(frozen=True)
+class BpdModelOptions(ModelOptions):
+    """Options of the model, which is evaluated in float32 by default."""
+
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"Dtype of the network: {', '.join(DTYPES)}. The bound is float32."),
+    ] = "float32"
+
+
 def bpd(
     data: DataOption,
-    model: ModelOption = SHIPPED,
-    variant: VariantOption = None,
-    num: Annotated[
-        int | None, typer.Option(min=1, help="The first images alone.", show_default="all")
-    ] = None,
+    model: BpdModelOptions,
+    num: NumOption = None,
     steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Steps, evenly spaced over the chain.", show_default="all"),
+        int | None, typer.Option(min=1, help="Evenly spaced timesteps.", show_default="all")
     ] = None,
     variance: Annotated[
         str | None,
-        typer.Option(help=f"Of each step: {', '.join(VARIANCES)}.", show_default="the model's"),
+        typer.Option(
+            help=f"Variance of a reverse step: {', '.join(VARIANCES)}.",
+            show_default="the model's",
+        ),
     ] = None,
     decoder: Annotated[
-        str, typer.Option(help=f"Of x_0: {' (256 values) or '.join(DECODERS)} (a density).")
+        str,
+        typer.Option(help=f"Decoder of x_0: {' (256 values) or '.join(DECODERS)} (a density)."),
     ] = "discretised",
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise, 64 bits.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
-    label: LabelOption = None,
-    device: DeviceOption = None,
-    dtype: Annotated[
-        str, typer.Option(help=f"Of the network: {', '.join(DTYPES)}. All else is float32.")
-    ] = "float32",
-    engine: EngineOption = True,
+    seed: SeedOption = 0,
+    batch: BatchOption = 64,
     out: Annotated[Path, typer.Option(help="A .csv with a row for each timestep.")] = Path(
         "out/bpd.csv"
     ),
     plot: Annotated[
         Path | None, typer.Option(help="Also draw the terms over the timesteps, as a .png.")
     ] = None,
-    progress: ProgressOption = True,
 ) -> None:
     """Bound the negative log-likelihood of images, in bits per dimension.
 
-    One forward pass for each image and each step. Image k has the same noise whatever --num,
+    Takes one forward pass for each image and step. The noise of image k does not depend on --num,
     --batch and --steps.
     """
     check_file("--out", out, ".csv")
     if plot is not None:
         check_file("--plot", plot, ".png")
         require_matplotlib()
-    opened = OpenModel.open(model, variant, device, dtype, engine)
+    opened = model.open()
     images = read_images(data, opened.sample_shape, num)
-    labels = opened.labels(label, len(images))
+    labels = opened.labels(model.label, len(images))
     kind: Any = variance or opened.variance
     chosen: Any = decoder
 
-    say("model", opened.in_words)
+    say("model", opened.description)
     say("data", f"{data}, {len(images)} image{'s' if len(images) > 1 else ''}")
-    say("device", opened.on(device_text(opened.device)))
+    say("device", opened.with_dtype(device_text(opened.device)))
     T = opened.schedule.T
     which = f"{steps or T} of {T}, variance {kind}, decoder {decoder}"
     say("steps", which)
@@ -107,11 +107,11 @@ def bpd(
         micro_batch=batch,
         pad=False,
         labels=None if labels is None else labels.to(opened.device),
-        progress=progress,
+        progress=model.progress,
     )
     rows, texts = summary(bound)
     say("time", f"{time.perf_counter() - begun:.1f} s")
-    if engine:
+    if model.engine:
         say("engine", opened.engine_report())
     for what, text in texts.items():
         say(what, text)
@@ -119,16 +119,18 @@ def bpd(
     write_csv(out, rows)
     say("wrote", str(out))
     if plot is not None:
-        below = f"{opened.in_words}, {data.name}, {len(images)} images, steps {which}"
+        below = f"{opened.description}, {data.name}, {len(images)} images, steps {which}"
         save_figure(draw(bound, below), plot)
         say("wrote", str(plot))
 
 
 def summary(bound: VariationalBound) -> tuple[list[dict[str, object]], dict[str, str]]:
-    """A row for each timestep, the last of the chain first, and the parts of the bound in words.
+    """Summarise a bound over the images.
 
-    Of each row, over the images: the mean of the term in bits per dimension, its standard error
-    (empty for a single image), and the means of the squared errors of x_0 and of epsilon.
+    Returns:
+        A row for each timestep, the largest first: mean of the term in bits per dimension, its
+        standard error (empty for a single image), and means of the squared errors of x_0 and
+        epsilon. And the text of each part of the bound.
     """
     columns = zip(
         bound.timesteps.tolist(),
@@ -158,7 +160,7 @@ def summary(bound: VariationalBound) -> tuple[list[dict[str, object]], dict[str,
 
 
 def standard_error(values: Tensor) -> Tensor:
-    """That of the mean over the images: [N, ...] -> [...], NaN for a single one."""
+    """Return the standard error of the mean over the images [N, ...]: [...], NaN for N = 1."""
     if len(values) == 1:
         return torch.full_like(values[0], float("nan"))
     return values.std(0) / len(values) ** 0.5
@@ -170,9 +172,9 @@ def _with_error(values: Tensor) -> str:
 
 
 def draw(bound: VariationalBound, below: str) -> Any:
-    """The mean of every term over t, on a logarithmic axis. Returns a matplotlib Figure.
+    """Draw the mean of each term over t, on a logarithmic axis; returns a matplotlib Figure.
 
-    A term that is not above 0, as L_0 of a density can be, has no place there.
+    A term that is not positive, as L_0 of a density can be, is left out.
     """
     figure, axes = new_figure(8.4, 4.8)
     axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""The option --device, and a device in words."""
+"""The option `--device`, and the description of a device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import torch
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of that name; by default the GPU where there is one."""
+    """Parse `--device`; None stands for a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: the text is no device.
+        RuntimeError: there is no GPU.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -25,7 +30,7 @@ def device_of(name: str | None) -> torch.device:
 
 
 def device_text(device: torch.device) -> str:
-    """A device with the name of the GPU, or the number of threads."""
+    """Describe a device, with the name of the GPU or the number of threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""``ddpm-fast info``: versions, devices, and what each backend can run on."""
+"""`ddpm-fast info`: versions, devices and available backends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddpm_fast import __version__
 from ddpm_fast.ops.dispatch import BACKENDS, interpreting, unavailable_reason
 from ddpm_fast.ops.registry import NOT_LOADED
 
-# The kinds of device a backend is for.
+# Kinds of device of each backend.
 _FOR = {
     "reference": ("cpu", "cuda"),
     "cpu": ("cpu",),
@@ -26,16 +26,13 @@ _FOR = {
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show versions, devices and backends.
-
-    Where a backend cannot run it says why, and what to do.
-    """
+    """Show versions, devices and backends; why a backend is not available, and what to do."""
     document = collect()
     typer.echo(json.dumps(document, indent=2) if as_json else as_text(document))
 
 
 def collect() -> dict[str, Any]:
-    """What `info` prints, ready for JSON; what is not there is None or empty."""
+    """Return what `info` prints, as JSON can hold it; missing values are None or empty."""
     return {
         "versions": {
             "ddpm_fast": __version__,
@@ -59,7 +56,7 @@ def _version(package: str) -> str | None:
 
 
 def _build() -> dict[str, Any] | None:
-    """What the extension was built with; None where it is not built."""
+    """Return the build facts of the extension; None if it is not built."""
     try:
         from ddpm_fast import _C
     except ImportError:
@@ -74,7 +71,7 @@ def _build() -> dict[str, Any] | None:
 
 
 def _cpu_kernels() -> dict[str, Any] | None:
-    """The instruction set in use, and those that run on this processor."""
+    """Return the instruction set in use, and those that this processor supports."""
     if NOT_LOADED["cpu"]:
         return None
     from ddpm_fast import _C
@@ -103,7 +100,7 @@ def _gpus() -> int:
 
 
 def _backend(name: str) -> dict[str, Any]:
-    """The devices that a backend runs on, and why not on others of the kinds it is for."""
+    """Return the devices that a backend runs on, and the reasons for others of its kinds."""
     gpus = [f"cuda:{index}" for index in range(_gpus())]
     ready, reasons = [], {}
     for kind in _FOR[name]:
@@ -121,7 +118,7 @@ def _backend(name: str) -> dict[str, Any]:
 
 
 def as_text(document: dict[str, Any]) -> str:
-    """The document of `collect` as lines for a person."""
+    """Format the document of `collect` as text."""
     lines = [f"{name:<12}{value or 'not there'}" for name, value in document["versions"].items()]
     build = document["build"]
     if build is None:

@@ -1,4 +1,4 @@
-"""The option --method: a solver by its name, with the options that it takes."""
+"""The option `--method`: solvers by name, and their options."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ddpm_fast.cli.model import OpenModel
 from ddpm_fast.diffusion.timesteps import SPACINGS
 from ddpm_fast.sampling.step_table import StepTable
 
-CPU_STEPS = 250  # of ancestral sampling
+CPU_STEPS = 250  # default of ancestral sampling on a CPU
 
 
 @dataclass(frozen=True)
 class _Method:
     make: Callable[..., StepTable]
-    steps: int | None  # by default; None: all
+    steps: int | None  # default; None: all
     takes: tuple[str, ...] = ()
 
 
@@ -32,7 +32,7 @@ METHODS = {
 
 
 def start_of(text: str | None) -> int | Literal["random"] | None:
-    """The option --start."""
+    """Parse `--start`. Raises ValueError."""
     if text is None:
         return None
     if text == "random":
@@ -43,7 +43,7 @@ def start_of(text: str | None) -> int | Literal["random"] | None:
 
 
 def spacing_of(text: str) -> str:
-    """The option --spacing."""
+    """Check `--spacing`. Raises ValueError."""
     if text not in SPACINGS:
         raise ValueError(f"--spacing must be {', '.join(SPACINGS)}; got {text!r}")
     return text
@@ -59,10 +59,24 @@ def table_of(
     eta: float | None = None,
     variance: str | None = None,
 ) -> tuple[StepTable, str]:
-    """The table of a method, and its choices in words.
+    """Create the step table of a method.
 
-    Raises ValueError for another method, for eta or variance where it takes none, and for a learned
-    variance of a network that has none.
+    Args:
+        model: Checkpoint.
+        method: A key of `METHODS`.
+        steps: Sampling steps. None: the method's default.
+        spacing: Spacing of the timesteps. None: the method's default.
+        clip: Clipping of x0.
+        start: Step that starts from noise. None: the last.
+        eta: Noise of ddim. None: 0.
+        variance: Variance of ddpm. None: the model's.
+
+    Returns:
+        The table, and a description of its options.
+
+    Raises:
+        ValueError: the method is unknown or does not have an option, or the network does not learn
+            the variance that is needed.
     """
     if method not in METHODS:
         raise ValueError(f"--method must be {', '.join(METHODS)}; got {method!r}")
@@ -73,20 +87,20 @@ def table_of(
             raise ValueError(f"--{name} is an option of --method {takers[0]}; got {method}")
     T = model.schedule.T
     length = min(start, T) if isinstance(start, int) else T
-    why = ""
+    reason = ""
     if steps is None:
         steps = min(length if chosen.steps is None else chosen.steps, length)
         if chosen.steps is None and model.device.type == "cpu" and steps > CPU_STEPS:
             steps = CPU_STEPS
-            why = f" (the default on a CPU; --steps {length} takes all)"
+            reason = f" (the default on a CPU; --steps {length} takes all)"
     options: dict[str, Any] = {} if spacing is None else {"spacing": spacing_of(spacing)}
-    words = f"{steps} of {T}{why}"
+    text = f"{steps} of {T}{reason}"
     if "variance" in chosen.takes:
         options["variance"] = variance or model.variance
-        words += f", variance {options['variance']}"
+        text += f", variance {options['variance']}"
     if "eta" in chosen.takes:
         options["eta"] = 0.0 if eta is None else eta
-        words += f", eta {options['eta']:g}"
+        text += f", eta {options['eta']:g}"
     table = chosen.make(
         model.schedule, steps, prediction=model.prediction, clip=clip, start=start, **options
     )
@@ -95,4 +109,4 @@ def table_of(
             "--variance must be posterior or beta for a network of C channels, which learns none;"
             f" got {options['variance']}{'' if variance else ' (of the model)'}"
         )
-    return table, words + ("" if start is None else f", start {start}")
+    return table, text + ("" if start is None else f", start {start}")

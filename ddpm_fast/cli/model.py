@@ -1,4 +1,4 @@
-"""A checkpoint as the commands use it: its options, checked, and the network that runs."""
+"""Checkpoints on the command line: shared options, and the network that runs."""
 
 from __future__ import annotations
 
@@ -20,61 +20,90 @@ from ddpm_fast.models.checkpoint.checkpoint import load
 SHIPPED = str(Path(__file__).resolve().parent.parent / "assets" / "triangles")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        help="Folder of a diffusers pipeline, or its repository on the Hub (owner/name).",
-        show_default="triangles",
-    ),
-]
-VariantOption = Annotated[
-    str | None, typer.Option(help="Of the model's weights, such as fp16.", show_default=False)
-]
 DataOption = Annotated[
     Path,
     typer.Option(
-        help="A .npy (uint8, or floats in [-1, 1]; [N, C, H, W] or [N, H, W]), or a folder of PNG"
-        " and JPEG pictures.",
+        help="Images: a .npy (uint8, or floats in [-1, 1]; [N, C, H, W] or [N, H, W]), or a folder"
+        " of image files.",
         show_default=False,
     ),
 ]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="the GPU, if any")
+NumOption = Annotated[
+    int | None, typer.Option(min=1, help="Use the first images only.", show_default="all")
 ]
-DtypeOption = Annotated[
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the noise, 64 bits.")]
+BatchOption = Annotated[
+    int, typer.Option(min=1, help="Images in a batch. It affects the last bits of each image.")
+]
+DeviceOption = Annotated[
     str | None,
-    typer.Option(
-        help=f"Of the network: {', '.join(DTYPES)}. The chain itself is float32.",
-        show_default="float16 on a GPU, float32 on a CPU",
-    ),
+    typer.Option(help="Device: cpu, cuda or cuda:N.", show_default="a GPU if there is one"),
 ]
 BackendOption = Annotated[
-    str, typer.Option(help="Of the updates: auto, reference, cpu, triton or cuda.")
+    str, typer.Option(help="Backend of the sampling steps: auto, reference, cpu, triton or cuda.")
 ]
-EngineOption = Annotated[
-    bool,
-    typer.Option(
-        help="Run the network as a fused plan where that is faster (a CPU times it) and there is"
-        " one: not of a ThesisUNet."
-    ),
-]
-ClipOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Of x0: none, a bound, or dynamic[:QUANTILE[:CAP]] (by the image).",
-        show_default="the model's",
-    ),
-]
-LabelOption = Annotated[
-    str | None,
-    typer.Option(help="Class of the images; several, after commas, take turns by the index."),
-]
-ProgressOption = Annotated[bool, typer.Option(help="Show a progress bar.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options of the commands that run a checkpoint's network."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Folder of a diffusers pipeline, or its repository on the Hub (owner/name).",
+            show_default="triangles",
+        ),
+    ] = SHIPPED
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the weights, such as fp16.", show_default=False)
+    ] = None
+    label: Annotated[
+        str | None,
+        typer.Option(
+            help="Class of the images. With several, separated by commas, image k gets the class"
+            " at k modulo their number."
+        ),
+    ] = None
+    device: DeviceOption = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Dtype of the network: {', '.join(DTYPES)}. Samples are float32.",
+            show_default="float16 on a GPU, float32 on a CPU",
+        ),
+    ] = None
+    engine: Annotated[
+        bool,
+        typer.Option(
+            help="Run the network by the fused engine where this is faster (measured on CPUs) and"
+            " possible (not for a ThesisUNet)."
+        ),
+    ] = True
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True
+
+    def open(self) -> OpenModel:
+        """Load the checkpoint (`OpenModel.open`)."""
+        return OpenModel.open(self.model, self.variant, self.device, self.dtype, self.engine)
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """What a command samples with. in_words: the model's name and the shape of its images."""
+    """A checkpoint with all that a command needs.
+
+    Attributes:
+        network: The network, or an `AcceleratedUNet` of it.
+        schedule: Noise schedule.
+        prediction: Prediction type of the network.
+        variance: Variance of the checkpoint's scheduler.
+        clip: Clipping of x0 of the checkpoint's scheduler.
+        sample_shape: (C, H, W).
+        device: Device of the network.
+        dtype: Name of the network's dtype.
+        classes: Number of labels; None for an unconditional network.
+        learns_variance: True if the network also predicts the variance.
+        description: Name of the model and shape of its images.
+    """
 
     network: Any
     schedule: NoiseSchedule
@@ -86,26 +115,34 @@ class OpenModel:
     dtype: str
     classes: int | None
     learns_variance: bool
-    in_words: str
+    description: str
 
     @classmethod
     def open(
         cls, model: str, variant: str | None, device: str | None, dtype: str | None, engine: bool
     ) -> OpenModel:
-        """Load a checkpoint. Raises ValueError where it lacks what a chain needs.
+        """Load a checkpoint.
 
-        engine: run the network as a plan, if it is one of which plans are made.
+        Args:
+            model: Folder or repository.
+            variant: Variant of the weights.
+            device: "cpu", "cuda" or "cuda:N". None: a GPU if there is one.
+            dtype: A key of `DTYPES`. None: "float16" on a GPU, "float32" on a CPU.
+            engine: Run a `UNet` by the engine.
+
+        Raises:
+            ValueError: an option is invalid, or the checkpoint lacks a scheduler or a sample size.
         """
-        place = device_of(device)
-        chosen = dtype or ("float16" if place.type == "cuda" else "float32")
+        target = device_of(device)
+        chosen = dtype or ("float16" if target.type == "cuda" else "float32")
         if chosen not in DTYPES:
             raise ValueError(f"--dtype must be {', '.join(DTYPES)}; got {dtype!r}")
-        # The engine rounds the weights itself, once; sums of them before.
+        # The engine rounds the weights once, after it has added some of them.
         checkpoint = load(
-            model, torch.float32 if engine else DTYPES[chosen], place, variant=variant
+            model, torch.float32 if engine else DTYPES[chosen], target, variant=variant
         )
         if engine and not isinstance(checkpoint.unet, UNet):
-            # The network itself, read in the dtype that it runs in, which must hold its weights.
+            # Load it again in the dtype that it runs in, which must be able to hold the weights.
             return cls.open(model, variant, device, dtype, engine=False)
         schedule, shape = checkpoint.schedule, checkpoint.sample_shape
         if schedule is None:
@@ -131,26 +168,30 @@ class OpenModel:
             variance=checkpoint.variance,
             clip=checkpoint.clip,
             sample_shape=shape,
-            device=place,
+            device=target,
             dtype=chosen,
             classes=config.num_classes,
             learns_variance=config.out_channels == 2 * shape[0],
-            in_words=f"{name}, {' x '.join(map(str, shape))}",
+            description=f"{name}, {' x '.join(map(str, shape))}",
         )
 
-    def on(self, where: str) -> str:
-        """Where a command runs, and the network's dtype if no engine chooses it."""
-        planned = isinstance(self.network, AcceleratedUNet)
-        return where if planned else f"{where}, network in {self.dtype}"
+    def with_dtype(self, device: str) -> str:
+        """Append the network's dtype to the name of a device, unless the engine chooses it."""
+        accelerated = isinstance(self.network, AcceleratedUNet)
+        return device if accelerated else f"{device}, network in {self.dtype}"
 
     def engine_report(self) -> str:
-        """What ran the network in the end, for a command that asked for the engine."""
+        """Describe what ran the network."""
         if isinstance(self.network, AcceleratedUNet):
             return self.network.report().splitlines()[-1]
         return f"none for a {type(self.network).__name__}, which runs as it is"
 
     def labels(self, text: str | None, num: int, first: int = 0) -> Tensor | None:
-        """The label of each of num images, of which the first has that index."""
+        """Return the labels of `num` images from index `first`, int64 [num], by `--label`.
+
+        Raises:
+            ValueError: the model needs labels or has none, or a label is out of range.
+        """
         if (text is None) != (self.classes is None):
             needed = f"0 to {(self.classes or 0) - 1}" if text is None else "none"
             got = "none" if text is None else repr(text)
@@ -165,7 +206,11 @@ class OpenModel:
 
 
 def clip_of(text: str | None, of_model: Clip) -> Clip:
-    """The option --clip."""
+    """Parse `--clip`; None stands for the clipping of the model.
+
+    Raises:
+        ValueError: the text is no clipping.
+    """
     if text is None:
         return of_model
     if text == "none":

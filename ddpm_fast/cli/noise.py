@@ -1,4 +1,4 @@
-"""``ddpm-fast noise``: one image noised under several schedules."""
+"""`ddpm-fast noise`: add noise to an image under several schedules."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from ddpm_fast.cli.model import SeedOption
 from ddpm_fast.cli.schedules import SCHEDULES, schedule_of
 from ddpm_fast.diffusion.forward import q_sample
 from ddpm_fast.ops.philox import STREAM_TRAINING, philox_normal
@@ -21,39 +22,42 @@ LARGEST = 128  # pixels of the longer side of an image that --size does not set
 
 
 def noise(
-    image: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, ...", show_default=False)],
+    image: Annotated[Path, typer.Argument(help="An image: PNG, JPEG, ...", show_default=False)],
     schedules: Annotated[
         str,
         typer.Option(
-            help=f"Comma-separated, of {', '.join(SCHEDULES)}; arguments after colons, such as "
-            "power:2 (the exponent) or linear:0.0001:0.02 (both ends of the betas)."
+            help=f"Noise schedules, separated by commas: {', '.join(SCHEDULES)}; arguments after"
+            " colons, as power:2 (the exponent) or linear:0.0001:0.02 (first and last beta)."
         ),
     ] = "linear,sine_wave,power:1.5,power:2,power:10",
     columns: Annotated[
-        int, typer.Option(min=2, max=T, help=f"Timesteps shown, evenly spaced over 0 .. {T - 1}.")
+        int,
+        typer.Option(min=2, max=T, help=f"Number of timesteps, evenly spaced over 0 .. {T - 1}."),
     ] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise, 64 bits.")] = 0,
+    seed: SeedOption = 0,
     size: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=4096,
-            help="Pixels of the longer side.",
+            help="Pixels of the image's longer side.",
             show_default=f"the image's, at most {LARGEST}",
         ),
     ] = None,
     scale: Annotated[
         int | None,
         typer.Option(
-            min=1, max=64, help="Pixels of the sheet per pixel.", show_default="small images grow"
+            min=1,
+            max=64,
+            help="Pixels of the sheet per pixel of the image.",
+            show_default="larger for small images",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The sheet, a .png.")] = Path("out/noise.png"),
+    out: Annotated[Path, typer.Option(help="File of the sheet, a .png.")] = Path("out/noise.png"),
 ) -> None:
-    """Noise an image under several schedules.
+    """Add noise to an image under several schedules.
 
-    A row for each, with x_t at a few timesteps t. Rows share their noise and so differ by the
-    schedule alone.
+    Each row shows x_t of a schedule at a few timesteps t. All rows use the same noise.
     """
     if out.suffix.lower() != ".png" or out.is_dir():
         raise ValueError(f"--out must be a .png file; got {str(out)!r}")
@@ -72,11 +76,11 @@ def noise(
 
 
 def _read_image(path: Path, size: int | None) -> Tensor:
-    """A picture as float32 [C, H, W] in [-1, 1]: C 1 for a grey one, else 3, on white."""
-    picture = open_image(path)
-    longer = max(picture.size)
+    """Read an image: float32 [C, H, W] in [-1, 1], C = 1 if grey and else 3, on white."""
+    opened = open_image(path)
+    longer = max(opened.size)
     wanted = min(longer, LARGEST) if size is None else size
     if wanted != longer:
-        shape = [max(1, round(side * wanted / longer)) for side in picture.size]
-        picture = picture.resize((shape[0], shape[1]), Image.Resampling.LANCZOS)
-    return to_tensor(picture)
+        shape = [max(1, round(side * wanted / longer)) for side in opened.size]
+        opened = opened.resize((shape[0], shape[1]), Image.Resampling.LANCZOS)
+    return to_tensor(opened)

@@ -1,4 +1,4 @@
-"""Where results go: samples into one sheet, one array or a folder; tables and figures in files."""
+"""Files that the commands write: samples as a sheet, an array or a folder; tables and figures."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ from ddpm_fast.utils.images import save_images, save_npy, save_png, sheet
 FORMATS = ("png", "npy")
 FormOption = Annotated[
     str | None,
-    typer.Option("--format", help=" or ".join(FORMATS) + ".", show_default="as --out, or png"),
+    typer.Option(
+        "--format", help=f"File format: {' or '.join(FORMATS)}.", show_default="as --out, or png"
+    ),
 ]
-# Endings that promise a kind of file that is not written; any other ending may be a folder's.
+# Suffixes of file formats that are not supported; other suffixes can be a folder's.
 _OTHER_FILES = {".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npz", ".pt"}
 
 
 def say(what: str, text: str) -> None:
-    """A line of a command's report."""
+    """Print a line of a command's report."""
     typer.echo(f"{what:<9}{text}")
 
 
 @dataclass(frozen=True)
 class Output:
-    """A place for samples and the form they take there.
+    """File or folder for samples.
 
-    path: of the file, or of the folder that gets one file per image (png) or samples.npy.
+    Attributes:
+        path: The file, or the folder for one file per image (png) or `samples.npy`.
+        form: "png" or "npy".
+        is_folder: True if `path` is a folder.
     """
 
     path: Path
@@ -40,9 +45,10 @@ class Output:
 
     @classmethod
     def parse(cls, out: str, form: str | None) -> Output:
-        """From --out and --format; a path that ends in .png or .npy is a file, others are folders.
+        """Parse `--out` and `--format`; paths that do not end in .png or .npy are folders.
 
-        Raises ValueError where the two contradict each other or name another kind of file.
+        Raises:
+            ValueError: they contradict each other, or the file format is not supported.
         """
         if form not in (None, *FORMATS):
             raise ValueError(f"--format must be png or npy; got {form!r}")
@@ -57,16 +63,16 @@ class Output:
         return cls(path, suffix.removeprefix("."), False)
 
     def check_channels(self, channels: int, model: str) -> None:
-        """That the form can hold images of a model. Raises ValueError."""
+        """Check that the format can hold images of a model. Raises ValueError."""
         if self.form == "png":
             check_drawable("--format png", channels, model, "; take --format npy")
 
     def prepare(self) -> None:
-        """Make the folder and check that it takes files. Raises OSError naming it."""
+        """Create the folder and check that it can be written to. Raises OSError."""
         prepare_folder(self.path if self.is_folder else self.path.parent)
 
     def write(self, samples: Tensor, first_sample: int, scale: int | None) -> str:
-        """Write the samples, float [N, C, H, W]; returns what was written, in words."""
+        """Write samples, float [N, C, H, W]; returns the names of the files."""
         if self.form == "npy":
             path = self.path / "samples.npy" if self.is_folder else self.path
             save_npy(samples.cpu().numpy(), path)
@@ -80,15 +86,17 @@ class Output:
 
 
 def check_drawable(option: str, channels: int, model: str, advice: str = "") -> None:
-    """That images of a model can be drawn. Raises ValueError naming the option that asks for it."""
+    """Check that images of a model have 1 or 3 channels. Raises ValueError naming the option."""
     if channels not in (1, 3):
-        raise ValueError(f"{option} draws 1 or 3 channels, {model} has {channels}{advice}")
+        raise ValueError(f"{option} needs 1 or 3 channels; {model} has {channels}{advice}")
 
 
 def check_file(option: str, path: Path, suffix: str) -> None:
-    """That a file can be made there, before the work begins.
+    """Check that a file can be created, before the work begins.
 
-    Raises ValueError naming the option for another ending or a folder, OSError from the disk.
+    Raises:
+        ValueError: naming the option, for another suffix or a folder.
+        OSError: the folder cannot be written to.
     """
     if path.suffix.lower() != suffix or path.is_dir():
         raise ValueError(f"{option} must be a {suffix} file; got {str(path)!r}")

@@ -1,4 +1,4 @@
-"""``ddpm-fast sample``: images from a checkpoint."""
+"""`ddpm-fast sample`: sample images from a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,21 +13,9 @@ from torch import Tensor
 
 from ddpm_fast.cli.devices import device_text
 from ddpm_fast.cli.methods import CPU_STEPS, METHODS, start_of, table_of
-from ddpm_fast.cli.model import (
-    SHIPPED,
-    BackendOption,
-    ClipOption,
-    DeviceOption,
-    DtypeOption,
-    EngineOption,
-    LabelOption,
-    ModelOption,
-    OpenModel,
-    ProgressOption,
-    VariantOption,
-    clip_of,
-)
+from ddpm_fast.cli.model import BackendOption, BatchOption, ModelOptions, SeedOption, clip_of
 from ddpm_fast.cli.output import FormOption, Output, check_drawable, say
+from ddpm_fast.diffusion.timesteps import SPACINGS
 from ddpm_fast.ops.row import column
 from ddpm_fast.sampling.sampler import Sampler
 from ddpm_fast.sampling.step_table import StepTable
@@ -38,68 +26,71 @@ STRIP_STATES = 10
 
 
 def sample(
-    model: ModelOption = SHIPPED,
-    variant: VariantOption = None,
+    model: ModelOptions,
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
-    method: Annotated[str, typer.Option(help=f"The solver: {', '.join(METHODS)}.")] = "ddpm",
+    method: Annotated[str, typer.Option(help=f"Solver: {', '.join(METHODS)}.")] = "ddpm",
     steps: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Steps of the chain.",
+            help="Sampling steps.",
             show_default=f"ddpm: all on a GPU, {CPU_STEPS} on a CPU; dpmpp, unipc: 20; others: 50",
         ),
     ] = None,
     spacing: Annotated[
         str | None,
         typer.Option(
-            help="Of the timesteps: linspace, leading, trailing or quad.",
+            help=f"Spacing of the timesteps: {', '.join(SPACINGS)}.",
             show_default="the method's",
         ),
     ] = None,
     eta: Annotated[
-        float | None, typer.Option(help="Of ddim: 0 no noise, 1 as much as ddpm.", show_default="0")
+        float | None,
+        typer.Option(help="Noise of ddim: 0 is none, 1 as much as ddpm.", show_default="0"),
     ] = None,
-    clip: ClipOption = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            help="Clipping of x0: none, a bound, or dynamic[:QUANTILE[:CAP]] for each image.",
+            show_default="the model's",
+        ),
+    ] = None,
     start: Annotated[
         str | None,
         typer.Option(
-            help="Step that begins with noise, 1 to the chain's length; or random, for each image.",
+            help="Step that starts from noise, from 1; or random, for each image.",
             show_default="the last",
         ),
     ] = None,
     variance: Annotated[
         str | None,
         typer.Option(
-            help="Of ddpm: posterior, beta (both also with _log), learned or learned_range.",
+            help="Variance of ddpm: posterior, beta (both also with _log), learned or"
+            " learned_range.",
             show_default="the model's",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise, 64 bits.")] = 0,
+    seed: SeedOption = 0,
     first_sample: Annotated[
         int, typer.Option(min=0, help="Index of the first image among those of the seed.")
     ] = 0,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Images at a time; sets the last bits of each.")
-    ] = 64,
-    label: LabelOption = None,
+    batch: BatchOption = 64,
     guidance: Annotated[
         float | None,
         typer.Option(help="Scale of classifier-free guidance; 1 is none.", show_default="none"),
     ] = None,
     null_label: Annotated[
         int | None,
-        typer.Option(min=0, help="Class that means none.", show_default="the last"),
+        typer.Option(
+            min=0, help="Class that stands for no label in guidance.", show_default="the last"
+        ),
     ] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
     backend: BackendOption = "auto",
-    engine: EngineOption = True,
     out: Annotated[
         str | None,
         typer.Option(
-            help="A .png (one sheet), a .npy (float32 [num, C, H, W], not clamped) or a folder "
-            "(00000.png and on, by index; or samples.npy).",
+            help="A .png (one sheet), a .npy (float32 [num, C, H, W], not clamped) or a folder"
+            " (00000.png and on, by index; or samples.npy).",
             show_default="out/<model>.png",
         ),
     ] = None,
@@ -107,27 +98,31 @@ def sample(
     scale: Annotated[
         int | None,
         typer.Option(
-            min=1, max=64, help="Pixels of a sheet per pixel.", show_default="small images grow"
+            min=1,
+            max=64,
+            help="Pixels of a sheet per pixel of an image.",
+            show_default="larger for small images",
         ),
     ] = None,
     trajectory: Annotated[
         Path | None,
-        typer.Option(help="Also write the first images' way from noise, as a .png."),
+        typer.Option(help="Also write the states of the first images over the steps, as a .png."),
     ] = None,
-    trajectory_num: Annotated[int, typer.Option(min=1, help="How many of them.")] = 8,
-    progress: ProgressOption = True,
+    trajectory_num: Annotated[
+        int, typer.Option(min=1, help="Number of images in the trajectory.")
+    ] = 8,
 ) -> None:
     """Sample images from a checkpoint.
 
-    By ancestral sampling (DDPM) unless --method says otherwise, whatever scheduler the folder
-    names. Image k of a seed is the same whatever --num and --first-sample.
+    The default method is ancestral sampling (DDPM); the folder's scheduler class is ignored. Image
+    k of a seed does not depend on --num and --first-sample.
     """
-    output = Output.parse(out or f"out/{Path(model).resolve().name}.{form or 'png'}", form)
+    output = Output.parse(out or f"out/{Path(model.model).resolve().name}.{form or 'png'}", form)
     _check_strip(trajectory, output)
-    opened = OpenModel.open(model, variant, device, dtype, engine)
+    opened = model.open()
     x0_clip = clip_of(clip, opened.clip)
     table, which = table_of(opened, method, steps, spacing, x0_clip, start_of(start), eta, variance)
-    labels = opened.labels(label, num, first_sample)
+    labels = opened.labels(model.label, num, first_sample)
     if guidance is not None:
         table = table.with_guidance(guidance)
         which += f", guidance {guidance:g}"
@@ -144,24 +139,26 @@ def sample(
         backend=backend,
         null_label=null_label,
     )
-    output.check_channels(opened.sample_shape[0], model)
+    output.check_channels(opened.sample_shape[0], model.model)
     if trajectory is not None:
-        check_drawable("--trajectory", opened.sample_shape[0], model)
+        check_drawable("--trajectory", opened.sample_shape[0], model.model)
     output.prepare()
     if trajectory is not None:
         prepare_folder(trajectory.parent)
 
-    say("model", opened.in_words)
-    say("backend", opened.on(f"{sampler.backend} on {device_text(opened.device)}"))
+    say("model", opened.description)
+    say("backend", opened.with_dtype(f"{sampler.backend} on {device_text(opened.device)}"))
     say("method", method)
     say("steps", which)
     say("images", f"{first_sample} .. {first_sample + num - 1} of seed {seed}, {batch} at a time")
     _note_padding(num, first_sample, batch)
     begun = time.perf_counter()
     strip_num = min(trajectory_num, num) if trajectory is not None else 0
-    samples, states, counts = _run(sampler, num, seed, first_sample, strip_num, progress, labels)
+    samples, states, counts = _run(
+        sampler, num, seed, first_sample, strip_num, model.progress, labels
+    )
     say("time", f"{time.perf_counter() - begun:.1f} s")
-    if engine:
+    if model.engine:
         say("engine", opened.engine_report())
     say("wrote", output.write(samples, first_sample, scale))
     if trajectory is not None:
@@ -181,9 +178,10 @@ def _check_strip(trajectory: Path | None, output: Output) -> None:
 def _note_padding(num: int, first_sample: int, batch: int) -> None:
     runs = ((first_sample + num - 1) // batch - first_sample // batch + 1) * batch
     if runs >= 2 * num:
+        images = f"{num} image{'s' if num > 1 else ''}"
         typer.echo(
-            f"note: {num} image{'s' if num > 1 else ''} cost as much as {runs}, because {batch} run"
-            " together; a smaller --batch is faster and changes their last bits",
+            f"note: {images} take as long as {runs} in batches of {batch}; a smaller --batch is"
+            " faster and changes the last bits",
             err=True,
         )
 
@@ -197,9 +195,12 @@ def _run(
     progress: bool,
     labels: Tensor | None,
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Samples, and of the first strip_num the states after so many steps [states, strip_num, ...].
+    """Sample, and record the states of the first images.
 
-    The states are recorded for the first micro-batches alone: those of all could fill the memory.
+    States are recorded for the first micro-batches only, to bound the memory.
+
+    Returns:
+        Samples [num, ...], states [S, strip_num, ...], and the numbers of steps after each state.
     """
     last = sampler.table.steps
     counts = sorted({round(i * last / (STRIP_STATES - 1)) for i in range(STRIP_STATES)})
@@ -221,27 +222,27 @@ def _run(
         parts.append(part.cpu())
         states = all_states[:, :strip_num].cpu()
     if num > recorded:
-        rest = sampler.sample(
+        part = sampler.sample(
             num - recorded,
             seed,
             first_sample + recorded,
             progress=progress,
             labels=None if labels is None else labels[recorded:],
         )
-        parts.append(rest.cpu())
+        parts.append(part.cpu())
     return torch.cat(parts), states, counts
 
 
 def _strip(
     states: Tensor, counts: list[int], table: StepTable, first_sample: int, scale: int | None
 ) -> Image.Image:
-    """A row for each sample, a column for each state, from noise to the image."""
+    """Draw a row for each sample and a column for each state, from noise to the image."""
     names = [f"{count} steps" for count in counts]
     if table.start != "random":
         names = [f"t = {t}" for t in table.timesteps[counts[:-1]].tolist()] + ["x_0"]
     rows = [str(first_sample + i) for i in range(states.shape[1])]
     if table.init_scale != 1:
-        # States of the variance-exploding form, as the network reads them.
+        # Scale states of the variance-exploding form as the network's input.
         scales = [1 / table.init_scale, *table.rows[:, column("Cin")].tolist()]
         states = states * torch.tensor([scales[i] for i in counts]).view(-1, 1, 1, 1, 1)
     images = states.transpose(0, 1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Noise schedules on the command line: a name, and its arguments after colons."""
+"""Noise schedules on the command line: a name, and arguments after colons."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ddpm_fast.diffusion.schedule import NoiseSchedule
 
-# What may follow the name, in order; the first `needed` of them must.
+# Function, names of its arguments in order, and how many of them are required.
 _ENDS = ("beta_start", "beta_end")
 SCHEDULES: dict[str, tuple[Callable[..., NoiseSchedule], tuple[str, ...], int]] = {
     "linear": (NoiseSchedule.linear, _ENDS, 0),
@@ -20,7 +20,11 @@ SCHEDULES: dict[str, tuple[Callable[..., NoiseSchedule], tuple[str, ...], int]] 
 
 
 def schedule_of(option: str, text: str, T: int) -> NoiseSchedule:
-    """The schedule of ``name`` or ``name:argument:...``. Raises ValueError naming the option."""
+    """Parse `name` or `name:argument:...`, the value of an option.
+
+    Raises:
+        ValueError: naming the option, for an unknown name or invalid arguments.
+    """
     name, *values = text.split(":")
     if name not in SCHEDULES:
         accepted = ", ".join(

@@ -1,4 +1,4 @@
-"""``ddpm-fast verify``: the kernels against the float64 reference."""
+"""`ddpm-fast verify`: compare the kernels to the float64 reference."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ import typer
 
 def verify(
     backend: Annotated[
-        list[str] | None, typer.Option(help="Only this backend; may be given several times.")
+        list[str] | None, typer.Option(help="Check this backend only; can be repeated.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print every check as JSON instead of the table.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every check as JSON.")] = False,
 ) -> None:
-    """Check every kernel against the float64 reference.
+    """Compare every kernel to the float64 reference: all operators, backends, dtypes and layouts.
 
-    All operators, backends, dtypes and layouts.
-
-    Exit status 1 on any miss. A backend that cannot run here is named with the reason.
+    The exit status is 1 if a check fails. For backends that are not available the reason is shown.
     """
     from ddpm_fast.verify import as_table
     from ddpm_fast.verify import verify as run_checks

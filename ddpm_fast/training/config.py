@@ -42,8 +42,10 @@ class TrainOptions:
     decay: Literal["none", "linear", "cosine"] = _option(
         "linear", "Decay of the learning rate to 0: none, linear or cosine."
     )
-    decay_share: float = _option(0.4, "Share of the steps, at the end, in which the rate decays.")
-    clip_norm: float | None = _option(1.0, "Largest norm of the gradient; none: not clipped.")
+    decay_share: float = _option(0.4, "Share of the steps, at the end, in which it decays.")
+    clip_norm: float | None = _option(
+        1.0, "Largest norm of the gradient; None, or 0 on the command line: not clipped.", none=0
+    )
     ema: float = _option(
         0.9995, "Decay of the averaged weights, which are saved and sampled; 0: none."
     )
@@ -65,7 +67,7 @@ class TrainOptions:
     precision: Literal["float32", "bfloat16", "float16"] = _option(
         "float32", "float32, or autocast to bfloat16 or float16."
     )
-    compile: bool = _option(False, "Compile the network by torch.compile.")
+    compile: bool = _option(False, "Compile the network by torch.compile.", flag=True)
 
     def __post_init__(self) -> None:
         for name, accepted in (

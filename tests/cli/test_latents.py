@@ -137,7 +137,7 @@ BAD = {
     "steps": ("encode", (*DATA, "--steps", 21), "steps must"),
     "spacing": ("encode", (*DATA, "--spacing", "x"), "--spacing must"),
     "shape": ("decode", ("data.npy",), "data.npy: must be [N, 1, 8, 8]; got [5, 8, 8]"),
-    "no-npy": ("decode", ("a.png",), "a.png: is no .npy"),
+    "no-npy": ("decode", ("a.png",), "a.png: must be a readable .npy"),
     "no-picture": ("interpolate", ("a.png", "c.png"), "c.png"),
     "size": ("interpolate", ("a.png", "big.png"), "big.png: must be 1 x 8 x 8; got 1 x 9 x 9"),
     "mode": ("interpolate", ("a.png", "b.png", "--mode", "slerp"), "mode must be one of"),

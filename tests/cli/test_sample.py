@@ -102,7 +102,7 @@ def test_fewer_samples_are_the_same_samples(tiny: Path) -> None:
     args = ("--num", 2, "--batch", 4, "--seed", 5, "--first-sample", 2)
     result = sample(tiny, *args, "--out", "tail.npy")
     np.testing.assert_array_equal(np.load("tail.npy"), np.load("all.npy")[2:])
-    assert "note: 2 images cost as much as 4" in result.stderr
+    assert "note: 2 images take as long as 4" in result.stderr
     sample(tiny, *args, "--seed", 6, "--out", "other.npy")
     assert not np.array_equal(np.load("tail.npy"), np.load("other.npy"))
 
@@ -288,7 +288,7 @@ def test_a_checkpoint_that_asks_for_more_is_refused(
 def test_only_an_array_takes_any_channels() -> None:
     ddpm_fast.save("model", tiny_unet(channels=2), tiny_schedule())
     result = sample(Path("model"), status=2)
-    assert "--format png draws 1 or 3 channels, model has 2" in error_of(result)
+    assert "--format png needs 1 or 3 channels; model has 2" in error_of(result)
     sample(Path("model"), "--num", 1, "--batch", 1, "--format", "npy")
     assert np.load("out/model.npy").shape == (1, 2, SIDE, SIDE)
 

@@ -95,7 +95,7 @@ def test_a_sheet_is_of_the_weights_of_its_epoch() -> None:
     assert first.startswith(b"\x89PNG")
     # Two steps an epoch: what is saved last is the third.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_held_out", held_out_of(1, Trainer._held_out))
+        patch.setattr(Trainer, "_held_out", failing_after(1, Trainer._held_out))
         train(*given, "--epochs", 2, "--save-steps", 1, "--resume", status=2)
     sheet.unlink()
     train(*given, "--epochs", 2, "--sample-every", 1, "--resume")
@@ -103,13 +103,15 @@ def test_a_sheet_is_of_the_weights_of_its_epoch() -> None:
     assert Path("run/samples/00002.png").is_file()
 
 
-def held_out_of(epoch: int, held_out: Callable[..., float | None]) -> Callable[..., float | None]:
-    """The held-out pass, which fails after that epoch."""
+def failing_after(
+    epoch: int, test_loss: Callable[..., float | None]
+) -> Callable[..., float | None]:
+    """A pass over the test images that fails after an epoch."""
 
     def found(trainer: Trainer) -> float | None:
         if trainer.epoch == epoch:
             raise RuntimeError("out of memory")
-        return held_out(trainer)
+        return test_loss(trainer)
 
     return found
 
