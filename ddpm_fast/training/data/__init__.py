@@ -1,7 +1,4 @@
-"""Images to train on: the thesis' triangles, scikit-learn's digits, folders of pictures.
-
-`load_data` finds them by name; `ImageData` is what it returns; `make_triangles` draws.
-"""
+"""Data sets of images: generated triangles, scikit-learn's digits, folders of images."""
 
 from ddpm_fast.training.data.dataset import ImageData, ImageSource
 from ddpm_fast.training.data.load import load_data

@@ -1,4 +1,4 @@
-"""A folder of images: each file is looked at once at the start, and decoded when it is used."""
+"""Folders of images: each file is decoded once to check it, and again whenever it is used."""
 
 from __future__ import annotations
 
@@ -17,105 +17,132 @@ from tqdm import tqdm
 
 from ddpm_fast.utils.images import SUFFIXES, decode_image
 
-NAMED = 5  # files that an error names before it counts the rest
+MAX_NAMED = 5  # files that an error message names
 
 _log = logging.getLogger("ddpm_fast")
 
 
 @dataclass(frozen=True)
-class FoundFile:
-    """What is known of a file once it has been decoded; ``fault`` is why it cannot be."""
+class ImageFile:
+    """Facts about a file that has been decoded.
+
+    Attributes:
+        path: The file.
+        size: Width and height in pixels.
+        grey: True for a greyscale image.
+        digest: SHA-256 of the file, in hex.
+        error: Reason why the file cannot be decoded; empty if it can be.
+    """
 
     path: Path
-    size: tuple[int, int] = (0, 0)  # width, height
+    size: tuple[int, int] = (0, 0)
     grey: bool = True
     digest: str = ""
-    fault: str = ""
+    error: str = ""
 
 
 def image_paths(folder: Path) -> list[Path]:
-    """The images below a folder by their suffix, sorted; names that begin with a dot are not read.
+    """Find images below a folder by their suffixes.
 
-    Links are followed. Raises NotADirectoryError for what is no folder.
+    Follows links. Names that begin with a dot are skipped.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Sorted paths.
+
+    Raises:
+        NotADirectoryError: `folder` is not a folder.
     """
     if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "this is no folder", str(folder))
+        raise NotADirectoryError(errno.ENOTDIR, "must be a folder", str(folder))
     found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
-            Path(place, name)
+            Path(parent, name)
             for name in names
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
     return sorted(found)
 
 
-def _look(path: Path) -> FoundFile:
+def _inspect(path: Path) -> ImageFile:
     try:
         content = path.read_bytes()
         image = decode_image(content)
-    except Exception as error:  # Pillow's decoders raise what they like
-        return FoundFile(path, fault=f"{type(error).__name__}: {error}")
-    return FoundFile(path, image.size, image.mode == "L", hashlib.sha256(content).hexdigest())
+    except Exception as error:  # Pillow's decoders raise exceptions of any type
+        return ImageFile(path, error=f"{type(error).__name__}: {error}")
+    return ImageFile(path, image.size, image.mode == "L", hashlib.sha256(content).hexdigest())
 
 
-def look_at(paths: Sequence[Path]) -> list[FoundFile]:
-    """Read and decode each file once, on several threads; a bar is shown where it takes long."""
+def inspect_files(paths: Sequence[Path]) -> list[ImageFile]:
+    """Decode each file once, on several threads, with a progress bar if it takes long."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        looks = pool.map(_look, paths)
-        return list(tqdm(looks, "reading images", len(paths), delay=2, leave=False))
+        found = pool.map(_inspect, paths)
+        return list(tqdm(found, "reading images", len(paths), delay=2, leave=False))
 
 
-def without_broken(files: Sequence[FoundFile], folder: Path, skip_broken: bool) -> list[FoundFile]:
-    """The files that can be decoded, at least one.
+def readable_files(files: Sequence[ImageFile], folder: Path, skip_broken: bool) -> list[ImageFile]:
+    """Return the files that can be decoded, at least one.
 
-    Raises ValueError naming the others, or logs each (logger ``ddpm_fast``, WARNING) where
-    ``skip_broken``. Raises ValueError where none is left.
+    Args:
+        files: Files of `inspect_files`.
+        folder: Their folder, for messages.
+        skip_broken: Log broken files (logger `ddpm_fast`, WARNING) instead of raising.
+
+    Raises:
+        ValueError: there is a broken file and `skip_broken` is False, or no file is left.
     """
     if not files:
-        raise ValueError(f"{folder} holds no images, which are named {' '.join(SUFFIXES)}")
-    broken = [file for file in files if file.fault]
+        raise ValueError(f"{folder} must contain images ({' '.join(SUFFIXES)}); got none")
+    broken = [file for file in files if file.error]
     if broken and not skip_broken:
-        names = "; ".join(f"{file.path} ({file.fault})" for file in broken[:NAMED])
-        more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+        names = "; ".join(f"{file.path} ({file.error})" for file in broken[:MAX_NAMED])
+        more = f"; and {len(broken) - MAX_NAMED} more" if len(broken) > MAX_NAMED else ""
         raise ValueError(
             f"{len(broken)} of {len(files)} images in {folder} cannot be read: {names}{more};"
-            " remove them, or go on without them by skip_broken (--skip-broken)"
+            " remove them, or skip them by skip_broken (--skip-broken)"
         )
     for file in broken:
-        _log.warning("skipped %s: %s", file.path, file.fault)
+        _log.warning("skipped %s: %s", file.path, file.error)
     if len(broken) == len(files):
         raise ValueError(f"none of the {len(files)} images in {folder} can be read")
-    return [file for file in files if not file.fault]
+    return [file for file in files if not file.error]
 
 
 def class_of(path: Path, folder: Path) -> str:
-    """The name of the sub-folder of ``folder`` that a file lies in, at any depth.
+    """Return the name of the sub-folder of `folder` that contains a file, at any depth.
 
-    Raises ValueError for a file that lies in the folder itself.
+    Raises:
+        ValueError: the file is in the folder itself.
     """
     first, *rest = path.relative_to(folder).parts
     if not rest:
         raise ValueError(
-            f"{path} lies in no sub-folder; with labels the sub-folders of {folder} are the classes"
+            f"{path} must be in a sub-folder of {folder}: the sub-folders are the classes"
         )
     return first
 
 
 class FolderImages:
-    """Files decoded as they are asked for; an `ImageSource`.
+    """`ImageSource` that decodes a file whenever its image is used.
 
-    files: at least one, each below ``folder`` and without a fault. transform: what makes a float32
-    tensor [C, H, W] of a picture in mode L or RGB. side: of the squares that it makes; None where
-    it keeps the size. channels: 1 or 3; None is 1 where all files are grey.
+    Args:
+        files: At least one file below `folder`, without an error.
+        folder: The folder.
+        transform: Converts an image in mode L or RGB to a float32 tensor [C, H, W].
+        side: Side of the square images of `transform`. None: it keeps the size.
+        channels: 1 or 3. None: 1 if all files are grey, else 3.
 
-    Raises ValueError naming two files of different sizes where the size is kept.
+    Raises:
+        ValueError: the size is kept and two files differ in size; the message names them.
     """
 
     def __init__(
         self,
-        files: Sequence[FoundFile],
+        files: Sequence[ImageFile],
         folder: Path,
         transform: Callable[[Image.Image], Tensor],
         side: int | None = None,
@@ -126,7 +153,7 @@ class FolderImages:
         other = next((file for file in files if file.size != first.size), None)
         if side is None and other is not None:
             raise ValueError(
-                "images must have one size, or be given one by resize (--resize);"
+                "images must have the same size, or be resized by resize (--resize);"
                 f" {first.path} has {_size_text(first)}, {other.path} {_size_text(other)}"
             )
         if channels is None:
@@ -145,19 +172,19 @@ class FolderImages:
         path = self._paths[index]
         try:
             decoded = decode_image(Path(path).read_bytes())
-        except Exception as error:  # Pillow's decoders raise what they like
-            raise ValueError(f"{path} cannot be read any more: {error}") from error
+        except Exception as error:  # Pillow's decoders raise exceptions of any type
+            raise ValueError(f"{path} can no longer be read: {error}") from error
         image = self._transform(decoded.convert(self._mode))
         if image.shape != self.sample_shape:
             raise ValueError(
-                f"{path} has become {list(image.shape)}; it was {list(self.sample_shape)}"
+                f"{path} must be {list(self.sample_shape)} as before; got {list(image.shape)}"
             )
         return image
 
     def digest(self) -> str:
-        """The SHA-256 of the files' names below the folder and their content."""
+        """Return the SHA-256 of the files' names below the folder and their content."""
         return self._digest
 
 
-def _size_text(file: FoundFile) -> str:
+def _size_text(file: ImageFile) -> str:
     return f"{file.size[0]} x {file.size[1]} pixels"

@@ -1,4 +1,4 @@
-"""Data by name: generated triangles, scikit-learn's digits, or a folder of images."""
+"""Load a data set by name: generated triangles, scikit-learn's digits, or a folder of images."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ddpm_fast.training.data.image_folder import (
     FolderImages,
     class_of,
     image_paths,
-    look_at,
-    without_broken,
+    inspect_files,
+    readable_files,
 )
-from ddpm_fast.training.data.transforms import to_images
-from ddpm_fast.training.data.triangles import CANVAS, FORMS, SIZE, kept_triangles
+from ddpm_fast.training.data.transforms import make_transform
+from ddpm_fast.training.data.triangles import CANVAS, FORMS, SIZE, cached_triangles
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.files import cache_dir
 from ddpm_fast.utils.optional import require
 
 DIGITS = "digits"
-DIGITS_WHITE = 16  # scikit-learn counts the ink of a pixel from 0 to 16
+DIGITS_WHITE = 16  # largest value of a pixel in scikit-learn's digits, 0 to 16 for white to black
 NAMES = (*FORMS, DIGITS)
 
 
@@ -42,60 +42,71 @@ def load_data(
     skip_broken: bool = False,
     cache: bool = True,
 ) -> ImageData:
-    """Images to train on, as `ImageData`: float32 [C, H, W] in [-1, 1] each.
+    """Load images to train on.
 
-    source:
-        ``triangles``, ``triangles-lowres``, ``triangles-array``: ``num`` images of
-            `make_triangles` by ``seed``, ``size`` pixels a side (None: 32). With ``cache`` they
-            are kept as .npy in $DDPM_FAST_CACHE (or the user's cache folder; ``off`` keeps
-            nothing) and read from there the next time.
-        ``digits``: scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, black on white.
-        anything else: the folder of that name (``./digits`` for one that has a name from above):
-            all images below it, sorted by path. Each is decoded once, so that a broken file is
-            named now and not in the middle of a training, and then again whenever it is used.
+    Args:
+        source: Name of a data set, or a folder:
 
-    num: of triangles alone. seed: an int from 0 on, for the triangles and for ``flip``. resize, of
-    digits and folders: the side of the square that images are brought to. crop, of folders: keep
-    the aspect, and cut out the middle. flip: mirror images left to right by a coin for each image
-    and epoch. channels: 1 or 3; None is 1 where all images are grey. labels: give labels too, the
-    digits or the sub-folders in the order of their names. skip_broken: log broken files instead
-    of raising.
+            - "triangles", "triangles-lowres" or "triangles-array": images of `make_triangles`. They
+              are cached as .npy in $DDPM_FAST_CACHE, or in the user's cache folder if it is unset;
+              "off" disables the cache.
+            - "digits": scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, black on white.
+            - anything else: a folder (`./digits` for one with a name from above). Its images, at
+              any depth, are sorted by path. Each is decoded once at the start, so that a broken
+              file is found before the training, and again whenever it is used.
+        num: Number of triangles.
+        seed: Seed of the triangles and of `flip`, at least 0.
+        size: Side of the triangles' images in pixels. None: 32.
+        resize: Side in pixels of the square that digits and files are resized to.
+        crop: Resize the shorter side of files, and crop the centre to a square.
+        flip: Flip each image left to right with probability 1/2, independently in each epoch.
+        channels: 1 or 3. None: 1 if all images are grey, else 3.
+        labels: Also load labels: the digits, or the sub-folders in the order of their names.
+        skip_broken: Log broken files instead of raising an error.
+        cache: Use the cache of triangles.
 
-    Raises TypeError or ValueError for an option that is out of range or that the source does not
-    have; FileNotFoundError or NotADirectoryError; ValueError for a folder without images, broken
-    files, images of different sizes without ``resize``, or files in no sub-folder with
-    ``labels``; ImportError naming what to install.
+    Returns:
+        Images, float32 [C, H, W] in [-1, 1] each.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an option is out of range or does not apply to the source; or a folder has no
+            images, broken files, images of different sizes without `resize`, or files in no
+            sub-folder with `labels`.
+        FileNotFoundError: there is no such folder.
+        NotADirectoryError: the source is a file.
+        ImportError: a package is missing; the message says how to install it.
     """
     if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"source must be a name or a folder; got {type(source).__name__}")
+        raise TypeError(f"source must be a str or a path; got {type(source).__name__}")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1, 3 or None; got {channels!r}")
     if resize is not None:
         checks.integer("resize", resize, 1, 1 << 15)
     checks.integer("seed", seed, 0, checks.SEED_END)
     if source in FORMS:
-        _refuse(source, resize=resize, crop=crop, labels=labels)
+        _reject_options(source, resize=resize, crop=crop, labels=labels)
         return _triangles(
             str(source), num, seed, SIZE if size is None else size, channels or 1, flip, cache
         )
     if source == DIGITS:
-        _refuse(source, size=size, crop=crop)
+        _reject_options(source, size=size, crop=crop)
         return _digits(resize, channels or 1, labels, flip, seed)
-    _refuse(source, size=size)
+    _reject_options(source, size=size)
     return _folder(Path(source), resize, crop, channels, labels, skip_broken, flip, seed)
 
 
-def _refuse(source: str | os.PathLike[str], **options: int | bool | None) -> None:
+def _reject_options(source: str | os.PathLike[str], **options: int | bool | None) -> None:
     for name, value in options.items():
         if value is not None and value is not False:
-            raise ValueError(f"{name} is no option of {source!s}; got {value!r}")
+            raise ValueError(f"{name} must not be set for {source!s}; got {value!r}")
 
 
 def _triangles(
     form: str, num: int, seed: int, size: int, channels: int, flip: bool, cache: bool
 ) -> ImageData:
     checks.integer("num", num, 1, 1 << 31)
-    images = kept_triangles(num, seed, form, cache_dir() if cache else None, size)
+    images = cached_triangles(num, seed, form, cache_dir() if cache else None, size)
     return ImageData(
         torch.from_numpy(images).expand(-1, channels, -1, -1),
         name=form,
@@ -110,7 +121,7 @@ def _digits(resize: int | None, channels: int, labels: bool, flip: bool, seed: i
     ink = torch.from_numpy(found.images.astype(np.float32))[:, None] / DIGITS_WHITE
     images = 1 - 2 * ink
     if resize is not None:
-        images = to_images(resize, crop=False)(1 - ink).clamp(-1, 1)
+        images = make_transform(resize, crop=False)(1 - ink).clamp(-1, 1)
     return ImageData(
         images.expand(-1, channels, -1, -1),
         name=DIGITS,
@@ -133,12 +144,12 @@ def _folder(
     seed: int,
 ) -> ImageData:
     if not folder.exists():
-        reason = f"neither a folder nor one of {', '.join(NAMES)}"
+        reason = f"must be a folder or one of {', '.join(NAMES)}"
         raise FileNotFoundError(errno.ENOENT, reason, str(folder))
-    transform = to_images(resize, crop)
+    transform = make_transform(resize, crop)
     paths = image_paths(folder)
     classes = sorted({class_of(path, folder) for path in paths}) if labels else []
-    files = without_broken(look_at(paths), folder, skip_broken)
+    files = readable_files(inspect_files(paths), folder, skip_broken)
     images = FolderImages(files, folder, transform, resize, channels)
     numbers = {name: number for number, name in enumerate(classes)}
     return ImageData(

@@ -1,4 +1,4 @@
-"""Resizing and cropping, by torchvision."""
+"""Resize and crop images by torchvision."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from ddpm_fast.utils import checks
 from ddpm_fast.utils.optional import require
 
 
-def to_images(resize: int | None, crop: bool) -> Callable[[Image.Image | Tensor], Tensor]:
-    """What turns a picture into a float32 tensor [C, H, W] in [-1, 1].
+def make_transform(resize: int | None, crop: bool) -> Callable[[Image.Image | Tensor], Tensor]:
+    """Return a function that converts an image to a float32 tensor [C, H, W] in [-1, 1].
 
-    It takes Pillow's images of mode L and RGB and float32 tensors [..., C, H, W] in [0, 1], whose
-    results may leave [-1, 1] a little where they are resized.
+    The function accepts Pillow's images in mode L or RGB, and float32 tensors [..., C, H, W] in
+    [0, 1], whose results may exceed [-1, 1] slightly if they are resized.
 
-    resize: the side of the result, an int from 1 on; None keeps the size. crop: keep the aspect,
-    make the shorter side ``resize`` and cut out the middle, where otherwise the whole is
-    squeezed into a square. Bicubic, with antialiasing.
+    Args:
+        resize: Side of the square result, at least 1; bicubic, with antialiasing. None: no resize.
+        crop: Resize the shorter side to `resize` and crop the centre. False: resize to a square,
+            without keeping the aspect ratio.
 
-    Raises ImportError without torchvision, ValueError for crop without resize.
+    Raises:
+        ImportError: torchvision is not installed.
+        ValueError: `crop` without `resize`.
     """
     v2 = require("torchvision", "a folder of images, or resize,", "torchvision.transforms.v2")
     steps: list[Callable] = [v2.PILToTensor()]
@@ -33,5 +36,5 @@ def to_images(resize: int | None, crop: bool) -> Callable[[Image.Image | Tensor]
         steps.append(v2.Resize(size, interpolation=bicubic, antialias=True))
         steps += [v2.CenterCrop([side, side])] if crop else []
     elif crop:
-        raise ValueError("crop needs resize, the side of the square that is cut out")
+        raise ValueError("resize must be the side of a square for crop; got None")
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])])

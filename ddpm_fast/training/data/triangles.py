@@ -1,7 +1,7 @@
-"""The triangles of Martinez Rojas 2023, sections 5 and 6.1: generated, and kept on disk if wanted.
+"""Triangles of Martinez Rojas 2023, sections 5 and 6.1: generated, with an optional cache.
 
-Three uniform random points on a canvas, filled with black on white. The thesis trains on three
-forms of them, here `FORMS`; the same seed gives the same triangles in each.
+A triangle has three uniform random corners on a canvas, and is filled with black on white. The
+thesis trains on three forms of them, `FORMS`; a seed gives the same triangles in each form.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ def _draw(corners: Corners, side: int) -> Image.Image:
     return bitmap
 
 
-def _reduced(corners: Corners, size: int, canvas: int) -> Pixels:
+def _draw_reduced(corners: Corners, size: int, canvas: int) -> Pixels:
     return np.asarray(_draw(corners, canvas).resize((size, size), Image.Resampling.LANCZOS))
 
 
-def _through_a_file(corners: Corners, size: int, canvas: int) -> Pixels:
+def _draw_jpeg(corners: Corners, size: int, canvas: int) -> Pixels:
     file = io.BytesIO()
     _draw((2 * corners + 1) * size // (2 * canvas), size).save(file, "JPEG")
     return np.asarray(Image.open(file))
 
 
-def _covered(corners: Corners, size: int, canvas: int) -> Pixels:
-    """By exact integers: positions are multiplied by 2 * canvas."""
+def _draw_exact(corners: Corners, size: int, canvas: int) -> Pixels:
+    """Draw by exact integers: positions are multiplied by 2 * canvas."""
     points = (2 * corners + 1) * size
     centres = (2 * np.arange(size) + 1) * canvas
     x, y = centres[None, :], centres[:, None]
     (left, top), (right, bottom) = points.min(0), points.max(0)
-    # The box matters where the corners lie on one line, all of which is on every side.
+    # The bounding box is needed for collinear corners, whose line is inside all three edges.
     within = (left <= x) & (x <= right) & (top <= y) & (y <= bottom)
     sides = [
         (bx - ax) * (y - ay) - (by - ay) * (x - ax)
@@ -64,9 +64,9 @@ def _covered(corners: Corners, size: int, canvas: int) -> Pixels:
 
 
 FORMS: dict[str, Callable[[Corners, int, int], Pixels]] = {
-    "triangles": _reduced,
-    "triangles-lowres": _through_a_file,
-    "triangles-array": _covered,
+    "triangles": _draw_reduced,
+    "triangles-lowres": _draw_jpeg,
+    "triangles-array": _draw_exact,
 }
 
 
@@ -75,22 +75,32 @@ def make_triangles(
 ) -> Images:
     """Draw filled triangles: background +1 (white), triangle -1 (black), one channel.
 
-    n: how many, at least 0. seed: an int from 0 on. The corners are three uniform random pixels
-    of a canvas x canvas bitmap each, in every form the same ones. size: the side of an image.
+    The same arguments give the same images (with one version of Pillow), and a smaller `n` the
+    first of them. Very thin triangles may leave an image blank.
 
-    form:
-        ``triangles``: drawn on the canvas and reduced to size x size by Lanczos; edges are smooth,
-            and what overshoots is cut off at white and black.
-        ``triangles-lowres``: drawn at size x size by Pillow, which knows black and white alone,
-            then written as an image file and read again. The file is a JPEG (in memory, Pillow's
-            quality of 75): its compression leaves the grey dots around the edges that the thesis
-            blames on drawing and converting at this size; it does not name its file format.
-        ``triangles-array``: noise-free; a pixel is -1 where its centre lies in the triangle or on
-            its edge, by exact integers, and +1 elsewhere.
+    Args:
+        n: Number of images, at least 0.
+        seed: Seed, at least 0. Corners are three uniform random pixels of the canvas, the same in
+            each form.
+        form: How a triangle is drawn:
 
-    Returns float32 [n, 1, size, size] in [-1, 1]. The same arguments give the same images (on one
-    version of Pillow), and a smaller n the first of them. Slivers may leave an image blank.
-    Raises ValueError or TypeError naming the argument.
+            - "triangles": on the canvas, and reduced to size x size by a Lanczos filter. Edges are
+              smooth, and overshoot is clipped to white and black.
+            - "triangles-lowres": by Pillow at size x size in black and white, and compressed as
+              JPEG in memory (Pillow's quality of 75). This gives the grey dots around the edges
+              that the thesis attributes to drawing and converting at this size; the thesis does
+              not name its file format.
+            - "triangles-array": without noise. A pixel is -1 if its centre is in the triangle or
+              on its edge, by exact integers, and +1 elsewhere.
+        size: Side of an image in pixels.
+        canvas: Side of the canvas in pixels.
+
+    Returns:
+        Images, float32 [n, 1, size, size] in [-1, 1].
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
     """
     checks.integer("n", n, 0, 1 << 31)
     checks.integer("seed", seed, 0, checks.SEED_END)
@@ -105,27 +115,37 @@ def make_triangles(
     return images / np.float32(127.5) - 1
 
 
-def kept_triangles(
+def cached_triangles(
     n: int, seed: int, form: str, folder: Path | None, size: int = SIZE, canvas: int = CANVAS
 ) -> Images:
-    """The images of `make_triangles`, read from a .npy in ``folder`` where they are there whole.
+    """Return the images of `make_triangles` from a cache.
 
-    Otherwise they are made, and written there. A folder that cannot be written to is logged
-    (logger ``ddpm_fast``, WARNING) and left; None keeps nothing.
+    Args:
+        n: Number of images.
+        seed: Seed.
+        form: A key of `FORMS`.
+        folder: Folder of the cache. If a file is missing or damaged, the images are generated and
+            written to it; an error in writing is logged (logger `ddpm_fast`, WARNING). None: no
+            cache.
+        size: Side of an image.
+        canvas: Side of the canvas.
+
+    Returns:
+        Images, float32 [n, 1, size, size].
     """
     if folder is None:
         return make_triangles(n, seed, form, size, canvas)
     name = f"{form}-n{n}-seed{seed}-size{size}-canvas{canvas}-pillow{pillow_version}.npy"
     path = folder / name
-    kept = _read(path, (n, 1, size, size))
-    if kept is not None:
-        return kept
+    cached = _read(path, (n, 1, size, size))
+    if cached is not None:
+        return cached
     images = make_triangles(n, seed, form, size, canvas)
     try:
         prepare_folder(folder)
         save_npy(images, path)
     except OSError as error:
-        _log.warning("images are not kept: %s", error)
+        _log.warning("images are not cached: %s", error)
     return images
 
 
@@ -135,10 +155,13 @@ def _read(path: Path, shape: tuple[int, ...]) -> Images | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
-        _log.warning("%s cannot be read and is made again: %s", path, error)
+        _log.warning("%s cannot be read and is generated again: %s", path, error)
         return None
-    whole = isinstance(images, np.ndarray) and (images.dtype, images.shape) == (np.float32, shape)
-    if not whole or not (np.abs(images) <= 1).all():
-        _log.warning("%s holds something else and is made again", path)
+    complete = isinstance(images, np.ndarray) and (images.dtype, images.shape) == (
+        np.float32,
+        shape,
+    )
+    if not complete or not (np.abs(images) <= 1).all():
+        _log.warning("%s contains other data and is generated again", path)
         return None
     return images

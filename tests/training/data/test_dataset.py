@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -111,7 +107,7 @@ def test_flips_depend_on_seed_epoch_and_image_alone() -> None:
     assert [resumed[i][0, 0, 0] > 0 for i in reversed(range(COUNT))] == second[::-1]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_give_the_same_images_and_follow_the_epoch(context: str) -> None:
     images = data(flip=True)
     loader = DataLoader(
@@ -183,17 +179,9 @@ def test_fingerprint_is_stable() -> None:
     digest = images.fingerprint
     images.set_epoch(5)
     assert images.fingerprint == digest
-    # Where nothing is augmented the seed decides nothing.
+    # Without flips the seed has no effect.
     assert data(seed=1).fingerprint == data().fingerprint
-    code = "import test_dataset as t; print(t.data(flip=True).fingerprint)"
-    found = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parent,
-    )
-    assert found.stdout.strip() == digest
+    assert digest == "edb988f859d7a7642af9b8e14e95e50bae7ddec89b6524f938ec64a32aee21ab"
 
 
 @pytest.mark.parametrize(
@@ -203,8 +191,8 @@ def test_fingerprint_is_stable() -> None:
         pytest.param(ramps() * torch.nan, {}, ValueError, r"\[-1, 1\]", id="nan"),
         pytest.param(ramps().double(), {}, TypeError, "images must be float32", id="dtype"),
         pytest.param(ramps()[0], {}, ValueError, r"\[N, C, H, W\]", id="dimensions"),
-        pytest.param(ramps(0), {}, ValueError, "none empty", id="empty"),
-        pytest.param(ramps(), {"labels": [0]}, ValueError, "together", id="no-class-names"),
+        pytest.param(ramps(0), {}, ValueError, "not empty", id="empty"),
+        pytest.param(ramps(), {"labels": [0]}, ValueError, "both be None", id="no-class-names"),
         pytest.param(ramps(), {"labels": [0], "class_names": ["a"]}, ValueError,
                      r"each of 24 images; got shape \[1\]", id="few-labels"),
         pytest.param(ramps(2), {"labels": [0, 1], "class_names": ["a"]}, ValueError,
@@ -223,10 +211,10 @@ def test_bad_input_is_named(
 @pytest.mark.parametrize(
     ("test", "message"),
     [
-        pytest.param(0.0, "above 0 and below 1", id="zero"),
-        pytest.param(1.0, "above 0 and below 1", id="one"),
-        pytest.param(0.01, "0.01 of 24 is 0", id="empty-test"),
-        pytest.param(0.99, "0.99 of 24 is 24", id="empty-train"),
+        pytest.param(0.0, r"in \(0, 1\)", id="zero"),
+        pytest.param(1.0, r"in \(0, 1\)", id="one"),
+        pytest.param(0.01, "got 0.01, which is 0 of 24", id="empty-test"),
+        pytest.param(0.99, "got 0.99, which is 24 of 24", id="empty-train"),
     ],
 )
 def test_a_split_that_leaves_nothing_is_refused(test: float, message: str) -> None:

@@ -158,5 +158,5 @@ def test_a_folder_that_cannot_be_written_to_is_logged(
     cache.write_text("no folder")
     with caplog.at_level(logging.WARNING, "ddpm_fast"):
         assert len(load_data("triangles-array", num=3)) == 3
-    assert "images are not kept" in caplog.text
+    assert "images are not cached" in caplog.text
     assert cache.read_text() == "no folder"
