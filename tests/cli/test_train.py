@@ -182,8 +182,8 @@ def test_a_checkpoint_is_trained_further() -> None:
 
 def test_data_that_cannot_be_trained_on() -> None:
     Path("empty").mkdir()
-    assert "empty holds no images" in refused("--data", "./empty")
-    assert "neither a folder nor one of" in refused("--data", "nosuch")
+    assert "empty must contain images" in refused("--data", "./empty")
+    assert "must be a folder or one of" in refused("--data", "nosuch")
     photos(*[(16, 16)] * 11, (20, 16))
     assert "--resize" in refused("--data", "./photos")
     Path("photos/a/torn.png").write_bytes(b"no picture")
@@ -200,7 +200,7 @@ def test_data_that_cannot_be_trained_on() -> None:
         (("--schedule", "steep"), "--schedule"),
         (("--network", "nosuch"), "nosuch"),
         (("--objective", "hybrid"), "objective 'hybrid' needs variance"),
-        (("--labels", "--data", "triangles-array"), "labels is no option of triangles-array"),
+        (("--labels", "--data", "triangles-array"), "labels must not be set for triangles-array"),
         (("--network", "thesis", "--variance", "learned"), "thesis"),
         (("--out", "/proc/nowhere/run"), "/proc/nowhere/run"),
         (("--device", "cuda:7"), "device must be cpu"),
