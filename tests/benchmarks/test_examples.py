@@ -1,4 +1,4 @@
-"""The examples run, and show what they say."""
+"""The examples run and write their figures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ NOTEBOOK = EXAMPLES / "encode_interpolate_decode.ipynb"
 EXPERIMENT = EXAMPLES / "triangles" / "run.py"
 
 
-def pictures(notebook) -> list[int]:
-    """How many pictures each cell of code shows."""
+def images(notebook) -> list[int]:
+    """Number of images in the output of each code cell."""
     return [
         sum("image/png" in output.get("data", {}) for output in cell.outputs)
         for cell in notebook.cells
@@ -25,8 +25,9 @@ def pictures(notebook) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_the_triangle_experiment_writes_its_report(tmp_path):
-    """One step of training for each schedule; the machine and its date beside the numbers."""
+    """With one training step for each schedule; the report names the machine and the date."""
     pytest.importorskip("accelerate", reason="needs accelerate")
     pytest.importorskip("scipy", reason="needs scipy")
     pytest.importorskip("matplotlib", reason="needs matplotlib")
@@ -44,10 +45,10 @@ def test_the_triangle_experiment_writes_its_report(tmp_path):
     rows = read_csv(tmp_path / "quality.csv")
     assert [row["schedule"] for row in rows] == ["linear", "sine wave", "x^1.5", "x^2", "x^10"]
     assert all(row["date"] and row["cpu"] and row["samples"] == "5" for row in rows)
-    told = (tmp_path / "README.md").read_text()
-    assert "20 images, 1 epochs of batch 64; 5 samples" in told
-    assert f"{rows[0]['cores']} cores of {rows[0]['cpu']}" in told
-    assert "no network has learnt triangles" in told
+    report = (tmp_path / "README.md").read_text()
+    assert "20 images, 1 epochs of batch 64; 5 samples" in report
+    assert f"{rows[0]['cores']} cores of {rows[0]['cpu']}" in report
+    assert "no network has learnt triangles" in report
 
 
 @pytest.mark.slow
@@ -55,10 +56,10 @@ def test_the_notebook_runs_and_draws():
     nbformat = pytest.importorskip("nbformat", reason="needs nbformat")
     nbclient = pytest.importorskip("nbclient", reason="needs nbclient")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    shown = pictures(notebook)
+    shown = images(notebook)
     assert sum(shown) >= 10
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
-    assert pictures(notebook) == shown
+    assert images(notebook) == shown
     (printed,) = [
         output.text
         for cell in notebook.cells

@@ -1,4 +1,4 @@
-"""Runs of the command line inside the test's process, on a tiny model."""
+"""Run the command line in the test's process, on a tiny model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddpm_fast import NoiseSchedule, UNet
 from ddpm_fast.cli import app
 
 T = 20
-SIDE = 8  # of an image, in pixels
+SIDE = 8  # pixels of an image's side
 
 
 def tiny_unet(seed: int = 0, channels: int = 1, **options: Any) -> UNet:
@@ -39,7 +39,7 @@ def run(*args: object, status: int = 0) -> Any:
 
 
 def error_of(result: Any) -> str:
-    """The one line of an error."""
+    """Return the line of an error; fails if there are more lines."""
     lines = result.stderr.splitlines()
     assert [line.startswith("error: ") for line in lines] == [True]
     return lines[0]

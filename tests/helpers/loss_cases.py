@@ -1,4 +1,4 @@
-"""Networks and batches for the tests of training, and the objectives written from the equations."""
+"""Networks and batches for the tests of losses, and objectives from the equations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T4 = torch.tensor([0, 1, 5, 7])
 
 
 class Network(torch.nn.Module):
-    """A few parameters, the timestep, and twice the channels where a variance is learned."""
+    """A small network that depends on the timestep, with 2C channels for a learned variance."""
 
     def __init__(self, learned: bool = False, channels: int = 2, dtype=F64) -> None:
         super().__init__()
@@ -35,13 +35,13 @@ class Network(torch.nn.Module):
 
 
 def batch(shape=SHAPE, dtype=F64, layout="contiguous"):
-    """x0 inside [-1, 1], and a noise."""
+    """x0 in [-1, 1] and noise."""
     x0, noise = (normals(shape, layout, dtype, seed, "cpu") for seed in (1, 2))
     return torch.tanh(x0), noise
 
 
 def levels(schedule, t, ndim=4):
-    """abar and beta of each sample in float64, from the betas alone."""
+    """abar and beta of each sample, float64, from the betas."""
     abar = (1 - schedule.betas).cumprod(0)[t]
     return [values.view(-1, *[1] * (ndim - 1)) for values in (abar, schedule.betas[t])]
 
@@ -57,7 +57,7 @@ def exact_target(prediction, x0, noise, t, schedule=SHORT):
 
 
 def exact_epsilon(prediction, out, x_t, t, schedule=SHORT):
-    """The epsilon that an output stands for."""
+    """Epsilon of a prediction, by the equations."""
     abar, _ = levels(schedule, t, x_t.ndim)
     return {
         "epsilon": lambda: out,
@@ -72,8 +72,10 @@ def mean(values):
 
 
 def exact_bound(prediction, variance, decoder, output, x0, x_t, t, schedule=SHORT):
-    """L_{t-1}, and L_0 at index 0, in bits per dimension, sample by sample: Eq. 5, 7, 11 and 13 of
-    Ho et al. 2020, Eq. 15 of Nichol & Dhariwal 2021."""
+    """L_{t-1}, or L_0 at index 0, of each sample in bits per dimension.
+
+    Eq. 5, 7, 11 and 13 of Ho et al. 2020, Eq. 15 of Nichol & Dhariwal 2021.
+    """
     betas = schedule.betas.tolist()
     abars = (1 - schedule.betas).cumprod(0).tolist()
     true = [0.0] + [betas[i] * (1 - abars[i - 1]) / (1 - abars[i]) for i in range(1, schedule.T)]
@@ -106,7 +108,7 @@ def exact_bound(prediction, variance, decoder, output, x0, x_t, t, schedule=SHOR
         elif decoder == "gaussian":
             nats = -p.log_prob(x0[n])
         else:
-            # Of the tail beyond the bin: near 1 a distribution function has no digits.
+            # From the tail, because the distribution function loses its digits near 1.
             far = (x0[n] - mean_p).abs()
             near, end = (torch.erfc((far - side / 255) / p.scale / 2**0.5) for side in (1, -1))
             nats = -((near - end) / 2).log()

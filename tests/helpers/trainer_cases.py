@@ -1,4 +1,4 @@
-"""Small networks and data for the tests of training."""
+"""Small networks and data sets for the tests of training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TINY = {
 
 
 class Squares(Dataset):
-    """Dark squares on white, some of them, at places of their own."""
+    """Images of a black square at a random position on white."""
 
     num_classes = None
     sample_shape = SHAPE
@@ -55,12 +55,12 @@ class Squares(Dataset):
         pass
 
     def split(self, test: float, seed: int):
-        cut = round(len(self) * (1 - test))
-        return Squares(images=self.images[:cut]), Squares(images=self.images[cut:])
+        num = round(len(self) * (1 - test))
+        return Squares(images=self.images[:num]), Squares(images=self.images[num:])
 
 
 class Labelled(Squares):
-    """Squares with the row of their corner as a label."""
+    """Squares whose label is the first row of the square."""
 
     num_classes = 5
 
@@ -69,8 +69,8 @@ class Labelled(Squares):
         return image, int((image[0] < 0).any(1).nonzero()[0])
 
     def split(self, test: float, seed: int):
-        cut = round(len(self) * (1 - test))
-        return Labelled(images=self.images[:cut]), Labelled(images=self.images[cut:])
+        num = round(len(self) * (1 - test))
+        return Labelled(images=self.images[:num]), Labelled(images=self.images[num:])
 
 
 def network(seed: int = 0, **options) -> UNet:
@@ -79,13 +79,13 @@ def network(seed: int = 0, **options) -> UNet:
 
 
 def options(**changed) -> TrainOptions:
-    """Two epochs of three steps, without a decay."""
+    """Options of two epochs of three steps, with a constant learning rate."""
     given = {"epochs": 2, "batch": 28, "lr": 1e-3, "warmup": 2, "decay": "none", "ema": 0.9}
     return TrainOptions(**given | changed)
 
 
 def losses(trainer) -> list[tuple[float, float, float, float | None]]:
-    """What a history says of the losses, with all digits."""
+    """Losses of each epoch, with all digits."""
     names = ("loss", "loss_min", "loss_max", "test_loss")
     return [tuple(row[name] for name in names) for row in trainer.history]
 

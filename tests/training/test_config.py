@@ -1,4 +1,4 @@
-"""The options of a training, and what is refused."""
+"""Options of a training, and combinations that are rejected."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
         ("compile", "no", "compile must be a bool"),
     ],
 )
-def test_bad_options_are_named(name, value, words):
+def test_invalid_options_are_named(name, value, words):
     with pytest.raises((ValueError, TypeError), match=words):
         TrainOptions(**{name: value})
 
 
-def test_options_go_through_json():
+def test_options_can_be_stored_as_json():
     chosen = options(betas=(0.8, 0.95), weighting="min_snr")
     assert TrainOptions.from_dict(chosen.to_dict()) == chosen
     kinds = TrainOptions(lr=np.float64(1e-3), seed=np.int64(3), betas=[np.float32(0.5), 0.9])
@@ -75,7 +75,7 @@ def test_options_go_through_json():
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )
-def test_what_does_not_fit_is_refused(tmp_path, change, error, words):
+def test_arguments_that_do_not_fit_are_rejected(tmp_path, change, error, words):
     with pytest.raises(error, match=words):
         trainer(tmp_path / "out", **change)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The order of a run: which image, timestep and noise a place gets."""
+"""Data order: images, timesteps and dropped labels by position."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from ddpm_fast.training import data_order
 
 
-def test_every_image_once_an_epoch_in_an_order_of_its_own():
+def test_an_epoch_has_every_image_once_in_a_new_order():
     epochs = [data_order.EpochOrder(100, 20, 3, e) for e in range(3)]
     orders = [torch.cat([i for i, _ in epoch.batches(0, 1)]) for epoch in epochs]
     for found in orders:
@@ -39,7 +39,7 @@ def test_processes_share_the_steps_of_one():
         data_order.epoch_size(7, 20, 8)
 
 
-def test_timesteps_are_uniform_and_each_places_own():
+def test_timesteps_are_uniform_and_depend_on_the_position_alone():
     found = data_order.random_timesteps(1, 0, 40_000, 10)
     counts = torch.bincount(found, minlength=10)
     assert float(((counts - 4000) ** 2 / 4000).sum()) < 27.9  # chi-squared, 9 degrees, p = 0.001

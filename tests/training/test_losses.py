@@ -1,4 +1,4 @@
-"""The training objectives: values and gradients against the equations, and known optima."""
+"""Training objectives: values and gradients of the equations, and known optima."""
 
 from __future__ import annotations
 
@@ -40,9 +40,14 @@ def noised(x0, noise, t, schedule=SHORT):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
-@pytest.mark.parametrize("dtype", [F32, F64], ids=["float32", "float64"])
-def test_simple_is_the_plain_expression_and_its_gradient(prediction, layout, dtype) -> None:
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        pytest.param("contiguous", F64, id="contiguous-float64"),
+        pytest.param("channels-last", F32, id="channels-last-float32"),
+    ],
+)
+def test_simple_equals_the_equation_and_its_gradient(prediction, layout, dtype) -> None:
     network, (x0, noise) = Network(dtype=dtype), batch(dtype=dtype, layout=layout)
     found = training_losses(network, x0, T4, SHORT, prediction=prediction, noise=noise)
     x_t = noised(x0, noise, T4).to(dtype)
@@ -58,10 +63,12 @@ def test_simple_is_the_plain_expression_and_its_gradient(prediction, layout, dty
     assert torch.equal(found.pred, network(found.x_t, T4))
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("variance", VARIANCES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_full_is_the_term_of_the_bound_and_its_gradient(prediction, variance, decoder) -> None:
+@pytest.mark.parametrize(
+    ("prediction", "variance", "decoder"),
+    [("epsilon", variance, decoder) for variance in VARIANCES for decoder in DECODERS]
+    + [(prediction, "learned_range", "discretised") for prediction in PREDICTIONS[1:]],
+)
+def test_full_equals_the_term_of_the_bound_and_its_gradient(prediction, variance, decoder) -> None:
     """Index 0 and others in one batch, through the mean and the variance."""
     network, (x0, noise) = Network("learned" in variance), batch()
     x0 = (0.9 * x0).requires_grad_()  # the outer bins have no upper or lower end
@@ -79,8 +86,7 @@ def test_full_is_the_term_of_the_bound_and_its_gradient(prediction, variance, de
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("variance", VARIANCES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("prediction", "variance"), zip(PREDICTIONS, VARIANCES, strict=True))
 def test_full_summed_over_t_is_the_variational_bound(prediction: str, variance: str) -> None:
     network = Network("learned" in variance)
     x0 = torch.randint(0, 256, (3, 2, 4, 4), generator=torch.Generator().manual_seed(1)).double()
@@ -100,8 +106,8 @@ def test_full_summed_over_t_is_the_variational_bound(prediction: str, variance: 
 
 
 @pytest.mark.parametrize("objective", ["full", "hybrid"])
-def test_a_term_is_the_same_whatever_timesteps_are_beside_it(objective: str) -> None:
-    """L_0 is left out of a batch that has none, on a CPU, where looking costs nothing."""
+def test_a_term_does_not_depend_on_the_other_timesteps_of_the_batch(objective: str) -> None:
+    """On a CPU the decoder is skipped if no sample is at index 0."""
     network, (x0, noise) = Network(learned=True), batch()
     options = {"objective": objective, "variance": "learned_range"}
     whole = training_losses(network, x0, T4, SHORT, noise=noise, **options).vb
@@ -113,8 +119,8 @@ def test_a_term_is_the_same_whatever_timesteps_are_beside_it(objective: str) -> 
 
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 @pytest.mark.parametrize("weight", [None, 0.25])
-def test_hybrid_teaches_the_variance_by_the_bound_and_the_mean_by_simple(variance, weight) -> None:
-    """L_simple + 0.001 L_vlb (Eq. 16, Nichol & Dhariwal 2021), of which one t in T is seen."""
+def test_hybrid_trains_the_variance_by_the_bound_and_the_mean_by_simple(variance, weight) -> None:
+    """L_simple + 0.001 L_vlb (Eq. 16, Nichol & Dhariwal 2021), estimated from one t of T."""
     network, (x0, noise) = Network(learned=True), batch()
     options = {"variance": variance, "noise": noise}
     given = {} if weight is None else {"vb_weight": weight}
@@ -139,8 +145,8 @@ def test_hybrid_teaches_the_variance_by_the_bound_and_the_mean_by_simple(varianc
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_score_matching_is_simple_by_its_value_and_gradient(prediction: str) -> None:
-    """Eq. 8 of Khungurn 2022 as printed, beside L_simple of the epsilon of the same network."""
+def test_score_matching_has_the_value_and_gradient_of_simple(prediction: str) -> None:
+    """Against Eq. 8 of Khungurn 2022, and L_simple of the epsilon of the same network."""
     network, (x0, noise) = Network(), batch()
     found = training_losses(
         network, x0, T4, SHORT, prediction=prediction, objective="score", noise=noise
@@ -153,13 +159,13 @@ def test_score_matching_is_simple_by_its_value_and_gradient(prediction: str) -> 
     abar, _ = levels(SHORT, T4)
     x_t = noised(x0, noise, T4)
     score = -epsilon(x_t, T4) / (1 - abar).sqrt()
-    printed = mean((noise + (1 - abar).sqrt() * score).square())
-    for exact in (simple, printed):
+    equation = mean((noise + (1 - abar).sqrt() * score).square())
+    for exact in (simple, equation):
         torch.testing.assert_close(found.loss, exact, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(grads(found.loss, network), grads(exact, network))
 
 
-def test_the_second_half_is_left_alone_where_no_variance_is_learned() -> None:
+def test_a_learned_variance_is_ignored_for_a_fixed_variance() -> None:
     x0, noise = batch()
     found = training_losses(Network(learned=True), x0, T4, SHORT, noise=noise)
     torch.testing.assert_close(
@@ -178,8 +184,8 @@ def integrated(schedule):
     return x0[:, None], nodes.repeat(20)[:, None], torch.outer(weights, weights).flatten()
 
 
-class Moved(torch.nn.Module):
-    """A model with an offset and a slope added to what it returns: 0 at the optimum."""
+class Perturbed(torch.nn.Module):
+    """A model with an offset and a slope added to its output; both are 0 at the optimum."""
 
     def __init__(self, model) -> None:
         super().__init__()
@@ -189,7 +195,6 @@ class Moved(torch.nn.Module):
         return self.model(x, t) + self.by[0] + self.by[1] * x
 
 
-@pytest.mark.parametrize("t", [0, 2, 7])
 @pytest.mark.parametrize(
     ("objective", "weighting"),
     [
@@ -200,13 +205,15 @@ class Moved(torch.nn.Module):
         ("full", None),
     ],
 )
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(
+    ("prediction", "t"), [("v", 0), ("v", 7), *((prediction, 2) for prediction in PREDICTIONS)]
+)
 def test_every_target_has_one_optimum(prediction, objective, weighting, t) -> None:
-    """The exact network has no gradient, and the irreducible loss: the variance of its target."""
+    """At the exact model the gradient is 0 and the loss the variance of its target."""
     best = best_epsilon(SHORT)
-    told = best if prediction == "epsilon" else ConvertedModel(best, SHORT, "epsilon", prediction)
+    exact = best if prediction == "epsilon" else ConvertedModel(best, SHORT, "epsilon", prediction)
     x0, noise, share = integrated(SHORT)
-    network = Moved(told)
+    network = Perturbed(exact)
     found = training_losses(
         network, x0, t, SHORT, prediction=prediction, objective=objective, weighting=weighting,
         variance="beta", decoder="gaussian", noise=noise,
@@ -231,7 +238,7 @@ def test_every_target_has_one_optimum(prediction, objective, weighting, t) -> No
     assert loss.item() == pytest.approx(irreducible, rel=1e-9)
     (slope,) = torch.autograd.grad(loss, network.by, create_graph=True)
     assert slope.abs().max() < 1e-9 * max(1.0, irreducible)
-    # It is a minimum: any step away from it costs.
+    # The optimum is a minimum.
     curvature = torch.stack([torch.autograd.grad(s, network.by, retain_graph=True)[0]
                              for s in slope])  # fmt: skip
     assert torch.linalg.eigvalsh(curvature).min() > 0
@@ -239,7 +246,7 @@ def test_every_target_has_one_optimum(prediction, objective, weighting, t) -> No
 
 @pytest.mark.parametrize("t", [1, 4])
 def test_the_best_learned_variance_is_that_of_the_mixed_posterior(t: int) -> None:
-    """q's own variance and that of its mean given x_t: where the bound has no gradient."""
+    """The bound has no gradient at the variance of q plus that of its mean given x_t."""
     x0, noise, share = integrated(SHORT)
     abar = float(SHORT.alphas_cumprod[t])
     x0_coef = S**2 * (1 - abar) / (S**2 * abar + 1 - abar)
@@ -257,14 +264,17 @@ def test_the_best_learned_variance_is_that_of_the_mixed_posterior(t: int) -> Non
         assert abs(float(slope)) < 1e-9
 
 
-# Gradients through the fused q_sample, and numbers that are none.
+# Gradients through the fused q_sample, and NaN.
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("made", [False, True], ids=["given", "made"])
-@pytest.mark.parametrize("objective", ["simple", "score", "full"])
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_gradcheck_in_x0_the_noise_and_the_parameters(prediction, objective, made, backend) -> None:
+@pytest.mark.parametrize(
+    ("prediction", "objective", "generated", "backend"),
+    [(p, o, False, "reference") for p in PREDICTIONS for o in ("simple", "score", "full")]
+    + [("epsilon", o, g, "cpu") for o in ("simple", "full") for g in (False, True)],
+)
+def test_gradcheck_in_x0_the_noise_and_the_parameters(
+    prediction, objective, generated, backend
+) -> None:
     network = Network(learned=True)
     x0, noise = (values[:3, :, :2, :2].contiguous() for values in batch())
     t = torch.tensor([0, 3, 7])
@@ -277,36 +287,38 @@ def test_gradcheck_in_x0_the_noise_and_the_parameters(prediction, objective, mad
             return torch.func.functional_call(network, dict(zip(names, parameters, strict=True)),
                                               (x, t))  # fmt: skip
 
-        given = None if made else noise
+        given = None if generated else noise
         return training_losses(model, 0.9 * x0, t, SHORT, noise=given, **options).loss
 
     inputs = [x0, noise, *network.parameters()]
     inputs = [value.detach().clone().requires_grad_() for value in inputs]
-    if made:
+    if generated:
         inputs[1] = noise
     if objective != "full":
         inputs[-2:] = [value.detach() for value in inputs[-2:]]  # of the variance
     assert torch.autograd.gradcheck(run, inputs, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["simple", "score", "full", "hybrid"])
-@pytest.mark.parametrize("place", [0, 2])
-def test_nan_stays_nan_and_reaches_no_other_sample(objective: str, place: int) -> None:
+@pytest.mark.parametrize(
+    ("objective", "sample"),
+    [("simple", 0), ("score", 0), ("full", 0), ("full", 2), ("hybrid", 2)],
+)
+def test_nan_stays_nan_and_reaches_no_other_sample(objective: str, sample: int) -> None:
     x0, noise = batch(dtype=F32)
     network = Network(learned=True, dtype=F32)
-    spoilt = torch.zeros(4, 4, 3, 5)
-    spoilt[place, 1, 2, 3] = math.nan  # one element of the prediction
+    nans = torch.zeros(4, 4, 3, 5)
+    nans[sample, 1, 2, 3] = math.nan  # one element of the prediction
 
     found = training_losses(
-        lambda x, t: network(x, t) + spoilt, x0, T4, SHORT, objective=objective,
+        lambda x, t: network(x, t) + nans, x0, T4, SHORT, objective=objective,
         variance="learned_range", noise=noise,
     )  # fmt: skip
     wrong = found.loss.isnan().tolist()
-    assert wrong == [i == place for i in range(4)]
+    assert wrong == [i == sample for i in range(4)]
 
 
-def test_a_decoder_that_is_not_taken_has_no_gradient_of_nan() -> None:
-    """Beside an x_0 that is far off early in training a bin is nothing, and its logarithm none."""
+def test_the_decoder_of_other_samples_gives_no_nan_gradient() -> None:
+    """The probability of a bin underflows if x_0 is far off, as early in training."""
     x0, noise = (values.float() for values in batch())
     t = torch.tensor([0, 500, 999, 999])
     out = (x0 + torch.tensor([0.1, 1e15, 1e15, 1.0]).view(4, 1, 1, 1)).requires_grad_()
@@ -339,7 +351,7 @@ def test_zero_terminal_snr_is_trained_through_v_and_x0() -> None:
 
 
 def test_small_errors_keep_their_digits_in_float32() -> None:
-    """Of a bound near its least value, at the full length of a chain."""
+    """For a bound near its minimum, over all 1000 timesteps."""
     x0 = 0.5 * normals((6, 3, 8, 8), "contiguous", F64, 3, "cpu")
     t = torch.tensor([0, 1, 10, 100, 500, 999])
     model = best_epsilon(SCHEDULE)

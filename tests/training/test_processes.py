@@ -1,4 +1,4 @@
-"""``ddpm-fast train`` as processes: killed and gone on with, two at once, and what it prints."""
+"""`ddpm-fast train` in processes of its own: its files, killed and resumed, and two at once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from PIL import Image
 pytest.importorskip("accelerate", reason="needs accelerate")
 
 import ddpm_fast
+
+pytestmark = pytest.mark.slow
 
 SMALL = (
     *("--data", "triangles-array", "--num", "80", "--network", "tiny", "--batch", "16"),
@@ -42,7 +44,7 @@ def run(*args, **options) -> subprocess.CompletedProcess:
 
 
 def losses(out: Path) -> list[list[str]]:
-    """The digits of a history, as they are written."""
+    """Losses of a history, as text with all digits."""
     with (out / "history.csv").open() as file:
         return [
             [row[n] for n in ("loss", "loss_min", "loss_max", "test_loss")]
@@ -52,13 +54,13 @@ def losses(out: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run that nothing stopped."""
+    """An uninterrupted training."""
     out = tmp_path_factory.mktemp("whole") / "run"
     run(out, "--sample-every", "2", "--sample-steps", "3")
     return out
 
 
-def test_what_a_run_leaves(whole):
+def test_files_of_a_training(whole):
     found = sorted(str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file())
     assert found == [
         "checkpoint/model_index.json",
@@ -74,13 +76,13 @@ def test_what_a_run_leaves(whole):
     assert len(losses(whole)) == 4
     assert ddpm_fast.load(whole / "checkpoint").sample_shape == (1, 32, 32)
     for name in ("loss.png", "samples/00004.png"):
-        with Image.open(whole / name) as picture:
-            picture.load()
-            assert min(picture.size) > 100
+        with Image.open(whole / name) as image:
+            image.load()
+            assert min(image.size) > 100
 
 
-def test_a_run_that_is_killed_goes_on_to_the_same_losses(whole, tmp_path):
-    """By kill -9, now and then, at no point of ours; saved within epochs of four steps."""
+def test_a_killed_training_is_resumed_with_the_same_losses(whole, tmp_path):
+    """Killed at arbitrary points by SIGKILL; saved within epochs of four steps."""
     out = tmp_path / "run"
     for attempt in range(6):
         resume = ("--resume",) if (out / "state.pt").exists() else ()

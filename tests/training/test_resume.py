@@ -1,4 +1,4 @@
-"""A run that was stopped, at any point, and goes on."""
+"""Resumed trainings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ from trainer_cases import Squares, losses, network, options, run, same_weights, 
 
 
 @pytest.mark.parametrize(
-    "chosen", [{}, {"ema": 0.0}, {"precision": "bfloat16"}, {"precision": "float16"}], ids=str
+    "chosen",
+    [
+        {},
+        {"precision": "float16"},
+        pytest.param({"ema": 0.0}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bfloat16"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
-def test_a_run_that_goes_on_has_the_losses_of_one_that_was_not_stopped(tmp_path, chosen):
+def test_a_resumed_training_has_the_losses_of_an_uninterrupted_one(tmp_path, chosen):
     """Bit for bit, dropout included."""
     model = lambda: network(dropout=0.3)  # noqa: E731
     whole = run(trainer(tmp_path / "a", model(), chosen=options(epochs=4, **chosen)))
@@ -35,9 +42,9 @@ def test_a_run_that_goes_on_has_the_losses_of_one_that_was_not_stopped(tmp_path,
     assert same_weights(second.averaged, whole.averaged)
 
 
-@pytest.mark.parametrize("last", [1, 4, 5, 7])
-def test_a_run_that_goes_on_within_an_epoch(tmp_path, last):
-    """Saved after every second of an epoch's three steps and stopped in step `last`; 6 ends one."""
+@pytest.mark.parametrize("last", [pytest.param(1, marks=pytest.mark.slow), 5, 7])
+def test_a_training_is_resumed_within_an_epoch(tmp_path, last):
+    """Saved every two steps of epochs of three, and stopped in step `last`; 6 ends an epoch."""
     chosen = options(epochs=3)
     model = lambda: network(dropout=0.3)  # noqa: E731
     whole = run(trainer(tmp_path / "a", model(), chosen=chosen))
@@ -65,7 +72,7 @@ def test_a_run_that_goes_on_within_an_epoch(tmp_path, last):
     assert same_weights(second.averaged, whole.averaged)
 
 
-def test_what_a_run_cannot_go_on_with_is_named(tmp_path):
+def test_changed_options_of_a_resumed_training_are_named(tmp_path):
     run(trainer(tmp_path))
     state = (tmp_path / STATE).read_bytes()
     for change, words in (
@@ -92,7 +99,7 @@ def test_what_a_run_cannot_go_on_with_is_named(tmp_path):
     assert len(longer.history) == 3
 
 
-def test_a_folder_that_holds_a_run_is_not_begun_anew(tmp_path):
+def test_a_training_is_not_overwritten(tmp_path):
     run(trainer(tmp_path))
     with pytest.raises(FileExistsError, match=r"holds a training \(state.pt\); resume it"):
         trainer(tmp_path)
@@ -112,21 +119,21 @@ def test_a_damaged_state_is_named(tmp_path, damage):
         trainer(tmp_path, resume=True)
 
 
-def test_nothing_in_a_state_is_executed(tmp_path):
+def test_no_code_in_a_state_is_executed(tmp_path):
     run(trainer(tmp_path))
 
     class Trap:
         def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "sprung"),)
+            return os.mkdir, (str(tmp_path / "executed"),)
 
     torch.save({"format": 1, "options": Trap()}, tmp_path / STATE)
     with pytest.raises(ValueError, match="no whole training state"):
         trainer(tmp_path, resume=True)
-    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("file", [STATE, HISTORY])
-def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch, file):
+def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch, file):
     made = trainer(tmp_path, chosen=options(epochs=3))
     steps = made.run(progress=False)
     next(steps)
@@ -150,8 +157,8 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch, file):
     assert losses(again) == losses(whole)
 
 
-def test_what_was_killed_before_its_checkpoint_gets_it(tmp_path, monkeypatch):
-    """The state of the last epoch is on disk, its checkpoint is not."""
+def test_a_missing_checkpoint_is_written_when_resumed(tmp_path, monkeypatch):
+    """The state of the last epoch was saved, its checkpoint was not."""
     made = trainer(tmp_path)
     steps = made.run(progress=False)
     next(steps)
@@ -181,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert run(trainer(tmp_path, chosen=options(epochs=3), resume=True)).epoch == 3
 
 
-def test_a_last_step_that_spoils_the_weights_is_not_saved(tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """All losses of its epoch are finite."""
     made = trainer(tmp_path, chosen=options(epochs=3, test_share=0.0))
     steps = made.run(progress=False)
@@ -189,20 +196,20 @@ def test_a_last_step_that_spoils_the_weights_is_not_saved(tmp_path):
     good = (tmp_path / STATE).read_bytes()
     step = made._train_step
 
-    def spoiled(*args):
+    def damaged(*args):
         loss = step(*args)
         if made.step == 5:
             with torch.no_grad():
                 made.network.conv_out.bias.fill_(math.inf)
         return loss
 
-    made._train_step = spoiled
+    made._train_step = damaged
     with pytest.raises(RuntimeError, match="the weights are not finite after step 5"):
         next(steps)
     assert (tmp_path / STATE).read_bytes() == good
 
 
-def test_the_optimizer_is_fused_by_the_device_and_not_by_the_state(tmp_path):
+def test_the_device_decides_if_the_optimizer_is_fused(tmp_path):
     made = trainer(tmp_path, chosen=options(epochs=2, precision="float16"))
     steps = made.run(progress=False)
     next(steps)
@@ -213,7 +220,7 @@ def test_the_optimizer_is_fused_by_the_device_and_not_by_the_state(tmp_path):
     assert not again._optimizer.param_groups[0]["fused"]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
     run(trainer(tmp_path))
     (tmp_path / ".ddpm_fast.0badcafe.tmp").write_bytes(b"half")
     (tmp_path / f".{CHECKPOINT}.0badcafe.old").mkdir()

@@ -1,4 +1,4 @@
-"""ImageData: items, flips by seed, epoch and image, workers, splits and fingerprints."""
+"""ImageData: items, flips, workers, splits and fingerprints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COUNT = 24
 
 
 def ramps(count: int = COUNT) -> Tensor:
-    """Image i rises from left to right and holds i in its first channel's corner."""
+    """Images that rise from left to right, with the index in the second channel."""
     images = torch.linspace(-1, 1, 4).expand(count, 2, 3, 4).clone()
     images[:, 1, 0, :] = torch.arange(count)[:, None] / 100
     return images
@@ -55,8 +55,8 @@ def test_items_have_labels_where_there_are_classes() -> None:
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_batch_is_its_items(flip: bool) -> None:
-    """In memory and from a source, of the whole and of a part, in any order, more than once."""
+def test_a_batch_equals_its_items(flip: bool) -> None:
+    """From memory and from a source, of all and of a part, in any order, with repetition."""
 
     class Source:
         sample_shape = (2, 3, 4)
@@ -89,12 +89,12 @@ def test_a_batch_is_its_items(flip: bool) -> None:
             plain.batch([COUNT])
 
 
-def test_flips_depend_on_seed_epoch_and_image_alone() -> None:
+def test_flips_depend_only_on_seed_epoch_and_image() -> None:
     images = data(flip=True, seed=3)
     first = flipped(images)
     assert 4 < sum(first) < COUNT - 4
-    for i, turned in enumerate(first):
-        expected = ramps()[i].flip(-1) if turned else ramps()[i]
+    for i, mirrored in enumerate(first):
+        expected = ramps()[i].flip(-1) if mirrored else ramps()[i]
         assert torch.equal(images[i], expected)
     images.set_epoch(1)
     second = flipped(images)
@@ -125,7 +125,7 @@ def test_workers_give_the_same_images_and_follow_the_epoch(context: str) -> None
     assert not torch.equal(*seen)
 
 
-def test_split_shares_no_image_and_flips_no_test_image() -> None:
+def test_parts_are_disjoint_and_test_images_are_not_flipped() -> None:
     whole = data(flip=True, seed=3)
     train, test = whole.split(0.25, seed=1)
     assert (len(train), len(test)) == (18, 6)
@@ -134,8 +134,8 @@ def test_split_shares_no_image_and_flips_no_test_image() -> None:
     ]
     assert sorted(numbers) == list(range(COUNT))
     assert numbers[:18] == sorted(numbers[:18])
-    coins = flipped(whole)
-    assert flipped(train) == [coins[number] for number in numbers[:18]]
+    flips = flipped(whole)
+    assert flipped(train) == [flips[number] for number in numbers[:18]]
     assert not any(flipped(test))
     other = whole.split(0.25, seed=2)[1]
     assert other.fingerprint != test.fingerprint
@@ -150,7 +150,7 @@ def test_split_keeps_labels_with_their_images() -> None:
         assert part.num_classes == COUNT
 
 
-def test_fingerprint_tells_data_apart() -> None:
+def test_fingerprints_of_different_data_differ() -> None:
     changed = ramps()
     changed[3, 0, 0, 0] = -0.5
     names, labels = ["a", "b"], [0, 1] * (COUNT // 2)
@@ -201,7 +201,7 @@ def test_fingerprint_is_stable() -> None:
         pytest.param(ramps(), {"seed": -1}, ValueError, "seed must", id="seed"),
     ],
 )  # fmt: skip
-def test_bad_input_is_named(
+def test_invalid_arguments_are_named(
     images: Tensor, options: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -217,11 +217,11 @@ def test_bad_input_is_named(
         pytest.param(0.99, "got 0.99, which is 24 of 24", id="empty-train"),
     ],
 )
-def test_a_split_that_leaves_nothing_is_refused(test: float, message: str) -> None:
+def test_an_empty_part_is_rejected(test: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data().split(test)
 
 
-def test_an_epoch_is_an_int_from_0() -> None:
+def test_a_negative_epoch_is_rejected() -> None:
     with pytest.raises(ValueError, match="epoch must be an integer in"):
         data().set_epoch(-1)

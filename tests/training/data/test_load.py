@@ -25,7 +25,7 @@ def random_image(width: int = 8, height: int = 8, mode: str = "RGB", seed: int =
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes of colour images, and what is no image."""
+    """Two classes of colour images, and other files."""
     top = tmp_path / "images"
     for i, name in enumerate(("cats/b.png", "cats/a.PNG", "dogs/deep/c.png", "dogs/d.bmp")):
         path = top / name
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     return top
 
 
-def test_triangles_are_those_that_are_made() -> None:
+def test_triangles_equal_make_triangles() -> None:
     images = load_data("triangles-lowres", num=6, seed=4, size=16, channels=3)
     assert (images.name, len(images), images.sample_shape) == ("triangles-lowres", 6, (3, 16, 16))
     expected = make_triangles(6, 4, "triangles-lowres", 16)
@@ -91,7 +91,7 @@ def test_sub_folders_are_labels(folder: Path) -> None:
         load_data(folder, labels=True)
 
 
-def test_labels_stand_where_a_class_is_broken(folder: Path) -> None:
+def test_labels_do_not_change_if_a_class_is_skipped(folder: Path) -> None:
     for path in (folder / "cats").glob("[ab].*"):
         path.write_bytes(b"")
     images = load_data(folder, labels=True, skip_broken=True)
@@ -120,7 +120,7 @@ def test_channels_follow_the_files(tmp_path: Path) -> None:
     np.testing.assert_array_equal(to_uint8(grey[None])[0, :, :, 0], expected)
 
 
-def test_resize_squeezes_and_crop_cuts_the_middle(tmp_path: Path) -> None:
+def test_resize_to_a_square_and_crop_of_the_centre(tmp_path: Path) -> None:
     values = np.zeros((8, 16), np.uint8)
     values[:, 4:12] = 255
     Image.fromarray(values).save(tmp_path / "wide.png")
@@ -141,9 +141,9 @@ def test_mixed_sizes_need_resize(folder: Path) -> None:
     assert len(list(load_data(folder, resize=6, crop=True))) == 5
 
 
-def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held on its side
+    exif[0x0112] = 6  # rotated by 90 degrees
     random_image(8, 4).save(tmp_path / "a.png", exif=exif)
     (image,) = load_data(tmp_path)
     expected = np.asarray(random_image(8, 4).rotate(-90, expand=True))
@@ -192,7 +192,7 @@ def test_an_error_names_the_first_few_of_many_broken_files(tmp_path: Path) -> No
         load_data(tmp_path, skip_broken=True)
 
 
-def test_a_file_that_changes_later_is_named(folder: Path) -> None:
+def test_a_file_that_changes_after_loading_is_named(folder: Path) -> None:
     images = load_data(folder)
     path = folder / "cats" / "a.PNG"
     random_image(9, 9).save(path)
@@ -203,7 +203,7 @@ def test_a_file_that_changes_later_is_named(folder: Path) -> None:
         images[0]
 
 
-def test_fingerprint_of_a_folder_is_its_content(folder: Path) -> None:
+def test_fingerprint_of_a_folder_depends_on_its_content_alone(folder: Path) -> None:
     before = load_data(folder).fingerprint
     moved = folder.parent / "elsewhere" / folder.name
     moved.parent.mkdir()
@@ -216,13 +216,13 @@ def test_fingerprint_of_a_folder_is_its_content(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [False, True])
-def test_a_folder_without_images_is_refused(tmp_path: Path, labels: bool) -> None:
+def test_a_folder_without_images_is_rejected(tmp_path: Path, labels: bool) -> None:
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(ValueError, match=r"must contain images \(\.jpg"):
         load_data(tmp_path, labels=labels)
 
 
-def test_what_is_no_folder_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_and_a_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"must be a folder or one of triangles, .*'triangle'"
     ):
@@ -258,7 +258,7 @@ def test_a_path_is_a_folder_whatever_its_name(
         pytest.param(".", {"size": 8}, ValueError, "size must not be set", id="size-of-folder"),
     ],
 )
-def test_bad_options_are_named(
+def test_invalid_options_are_named(
     source: object, options: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

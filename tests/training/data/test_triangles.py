@@ -1,4 +1,4 @@
-"""The thesis' triangles: what each form draws, seeds, and what is kept on disk."""
+"""Triangles: pixels of each form, seeds and the cache."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ FORMS = ("triangles", "triangles-lowres", "triangles-array")
 
 
 def draw(form: str, corners: list[tuple[int, int]], size: int, canvas: int) -> np.ndarray:
-    """Rows of one triangle, black as 1, white as 0."""
+    """Pixels of one triangle; black is 1, white 0."""
     pixels = triangles.FORMS[form](np.array(corners), size, canvas)
     return (255 - pixels.astype(int)) / 255
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_images_depend_on_the_seed_alone(form: str) -> None:
+def test_images_depend_only_on_the_seed(form: str) -> None:
     images = make_triangles(40, 0, form)
     assert images.shape == (40, 1, 32, 32)
     assert images.dtype == np.float32
@@ -41,7 +41,7 @@ def test_images_depend_on_the_seed_alone(form: str) -> None:
         pytest.param([(0, 0), (2, 1), (3, 3)], ["#...", ".##.", "..#.", "...#"], id="thin"),
     ],
 )
-def test_array_form_fills_the_pixels_whose_centres_lie_within(
+def test_array_form_fills_pixels_whose_centres_are_inside(
     corners: list[tuple[int, int]], rows: list[str]
 ) -> None:
     expected = [[float(mark == "#") for mark in row] for row in rows]
@@ -65,12 +65,12 @@ def test_array_form_agrees_with_barycentric_coordinates() -> None:
         np.testing.assert_array_equal(got[decided], (margin > 0)[decided])
 
 
-def test_the_forms_show_the_same_triangles() -> None:
+def test_all_forms_have_the_same_triangles() -> None:
     smooth, drawn, array = (make_triangles(64, 3, form) for form in FORMS)
     assert np.unique(array).tolist() == [-1, 1]
     for other, differing in ((smooth, 0.004), (drawn, 0.03)):
         assert ((other < 0) != (array < 0)).mean() < differing
-    # Grey dots, and next to the triangle alone: blocks of 8 x 8 without ink stay white.
+    # JPEG's grey dots are near the triangle only: blocks of 8 x 8 without it stay white.
     grey = (np.abs(drawn) < 0.99) & (np.abs(drawn) > 0)
     blocks = drawn.reshape(64, 4, 8, 4, 8)
     empty = (array.reshape(64, 4, 8, 4, 8) > 0).all((2, 4)) & (blocks > 0).all((2, 4))
@@ -88,7 +88,7 @@ def test_the_forms_show_the_same_triangles() -> None:
         pytest.param({"canvas": 0}, "canvas must", id="no-canvas"),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_triangles(**{"n": 1, "seed": 0} | arguments)
 
@@ -100,7 +100,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
-def test_images_are_kept_and_read_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = load_data("triangles-array", num=5, seed=2)
     (file,) = cache.iterdir()
     assert file.name.startswith("triangles-array-n5-seed2-size32-canvas720-")
@@ -117,7 +117,7 @@ def test_other_arguments_have_another_file(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("off", ["argument", "environment"])
-def test_nothing_is_kept_unasked(cache: Path, monkeypatch: pytest.MonkeyPatch, off: str) -> None:
+def test_the_cache_can_be_disabled(cache: Path, monkeypatch: pytest.MonkeyPatch, off: str) -> None:
     if off == "environment":
         monkeypatch.setenv("DDPM_FAST_CACHE", "off")
     monkeypatch.setenv("HOME", str(cache))
@@ -126,7 +126,7 @@ def test_nothing_is_kept_unasked(cache: Path, monkeypatch: pytest.MonkeyPatch, o
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "shape", "dtype", "nan", "npz"])
-def test_a_damaged_file_is_made_again(
+def test_a_damaged_file_is_generated_again(
     cache: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     expected = load_data("triangles-array", num=3)
