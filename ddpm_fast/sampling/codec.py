@@ -1,4 +1,4 @@
-"""Images in and out of a model's latent space: encode, decode, interpolate, image to image."""
+"""Latent codes of images: encode, decode, interpolate, and image to image."""
 
 from __future__ import annotations
 
@@ -25,12 +25,22 @@ MODES = ("latent-slerp", "latent-lerp", "stochastic")
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """Spherical interpolation of each sample, [N, ...] (Eq. 67, Song et al. 2020).
+    """Interpolate each sample on the sphere (Eq. 67, Song et al. 2020).
 
     (sin((1 - w) theta) a + sin(w theta) b) / sin theta, theta the angle between a and b as vectors;
-    linear where they are parallel. Arithmetic is in float64; returns the dtype of a.
+    linear where they are parallel. Arithmetic is in float64.
 
-    Raises TypeError or ValueError naming the argument.
+    Args:
+        a: Floating-point [N, ...], at weight 0.
+        b: Of the shape and device of `a`, at weight 1.
+        weight: A finite number.
+
+    Returns:
+        The interpolation, with the shape and dtype of `a`.
+
+    Raises:
+        TypeError: An argument has another type or dtype.
+        ValueError: An argument has another shape or device, or is not finite.
     """
     a = checks.batch("a", a)
     b = checks.like("b", b, "a", a, checks.FLOATS)
@@ -41,9 +51,9 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     angle = cosine.acos()
     parallel = (angle.sin() < 1e-7) | (lengths == 0)
     sine = torch.where(parallel, 1, angle.sin())
-    of_a = torch.where(parallel, 1 - weight, ((1 - weight) * angle).sin() / sine)
-    of_b = torch.where(parallel, weight, (weight * angle).sin() / sine)
-    return (of_a[:, None] * flat_a + of_b[:, None] * flat_b).view(a.shape).to(a.dtype)
+    a_coef = torch.where(parallel, 1 - weight, ((1 - weight) * angle).sin() / sine)
+    b_coef = torch.where(parallel, weight, (weight * angle).sin() / sine)
+    return (a_coef[:, None] * flat_a + b_coef[:, None] * flat_b).view(a.shape).to(a.dtype)
 
 
 def image_to_image(
@@ -55,18 +65,34 @@ def image_to_image(
     labels: Tensor | int | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """New images near given ones: noise them part of the way and come back (Meng et al. 2022).
+    """Noise images part of the way and denoise them (Meng et al. 2022).
 
-    The images are noised to the first timestep of the sampler's table, which should begin below the
-    top: ``start=`` of every solver, or a list of timesteps. The more of the chain is run, the less
-    of an image is kept. images: float32 [num, *sample_shape], in [-1, 1]; schedule: the table's.
-    The noise of x_t is that of x_T in `Sampler.sample`, so that image k of a seed is the same in
-    any batch. Returns float32 like images. Raises as `Sampler.sample` and `q_sample`.
+    The images are noised to the first timestep of the sampler's table, which should be below T - 1:
+    `start` of a solver, or listed timesteps. The more of the chain is run, the less of an image is
+    kept. The noise is that of x_T in `Sampler.sample`: image k of a seed is the same in any batch.
+
+    Args:
+        sampler: The sampler.
+        images: float32 or float64 [num, *sample_shape], in [-1, 1].
+        schedule: Noise schedule of the table.
+        seed: Seed in [0, 2^64).
+        first_sample: Index of the first image.
+        labels: As for `Sampler.sample`.
+        progress: Show a progress bar.
+
+    Returns:
+        Images, as by `Sampler.sample`.
+
+    Raises:
+        TypeError: As `Sampler.sample` and `q_sample`.
+        ValueError: As `Sampler.sample` and `q_sample`.
     """
     images = checks.batch("images", images, (torch.float32, torch.float64))
     table = sampler.table
     if table.start in ("random", "data"):
-        raise ValueError(f"sampler's table must begin at a noise level; it begins at {table.start}")
+        raise ValueError(
+            f"sampler's table must begin at a noise level; got one that begins at {table.start}"
+        )
     images = images.to(sampler.device, sampler.state_dtype)
     t = int(table.timesteps[0])
     x_t, _ = q_sample_philox(images, t, schedule, seed, STREAM_X_T, first_sample)
@@ -76,20 +102,28 @@ def image_to_image(
 
 
 class Codec:
-    """A model's latent codes: images to noise by the ODE of DDIM, and back.
+    """Encode images as latent codes by the ODE of DDIM, and decode them.
 
-    Encoding runs ``StepTable.ddim_inverse``, decoding ``StepTable.ddim`` with eta = 0 over the same
-    timesteps, so that decode(encode(x)) is x up to the error of the steps.
+    `encode` runs `StepTable.ddim_inverse`, `decode` runs `StepTable.ddim` with eta = 0 over the
+    same timesteps; decode(encode(x)) is x up to the discretisation error.
 
-    model, sample_shape, and options (micro_batch, device, dtype, backend, null_label, ...): as
-    `Sampler` takes them; only the wanted samples are run (pad is False). schedule, steps,
-    prediction, clip, spacing: as `StepTable.ddim` takes them (steps: None for listed timesteps; at
-    most as many as there are timesteps below a code's); "linspace" and "trailing" reach exactly the
-    timestep of a code, "leading" and "quad" end below it. A clip, off unless given, makes encoding
-    lossy. variance: of the ancestral chain that the mode "stochastic" of interpolate ends with.
-    guidance: the scale of classifier-free guidance in every chain (`StepTable.with_guidance`).
+    Args:
+        model: As for `Sampler`.
+        schedule: Noise schedule of T timesteps.
+        sample_shape: As for `Sampler`.
+        steps: Number of timesteps, at most the number below the timestep of a code. None: with
+            listed timesteps.
+        prediction: Kind of the model output.
+        clip: As for `StepTable.ddim`. With a clip the encoding is lossy.
+        spacing: As for `timesteps`. "linspace" and "trailing" reach exactly the timestep of a code;
+            "leading" and "quad" end below it.
+        variance: Variance of the ancestral chain of the interpolation mode "stochastic".
+        guidance: Scale of classifier-free guidance in all chains (`StepTable.with_guidance`).
+        **options: Options of `Sampler`, such as micro_batch, device, dtype, backend and null_label.
 
-    Raises TypeError or ValueError naming the argument.
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -120,10 +154,21 @@ class Codec:
         labels: Tensor | int | None = None,
         progress: bool = True,
     ) -> Tensor:
-        """The latent codes of images [N, *sample_shape] in [-1, 1]: float32 of that shape.
+        """Encode images as latent codes.
 
-        t: the timestep of the codes, 0-based; None: the top of the chain, where codes of data that
-        the model knows look like N(0, I).
+        Args:
+            images: float32 or float64 [N, *sample_shape], in [-1, 1].
+            t: Timestep of the codes, 0-based. None: the highest of the chain, where codes of data
+                that the model was trained for are close to N(0, I).
+            labels: As for `Sampler.sample`.
+            progress: Show a progress bar.
+
+        Returns:
+            Latent codes of the shape of `images`.
+
+        Raises:
+            TypeError: An argument has another type or dtype.
+            ValueError: An argument has another shape, or is out of range.
         """
         return self._run("encode", images, t, labels, progress)
 
@@ -134,7 +179,21 @@ class Codec:
         labels: Tensor | int | None = None,
         progress: bool = True,
     ) -> Tensor:
-        """The images of latent codes [N, *sample_shape], float32; t as for encode."""
+        """Decode latent codes into images.
+
+        Args:
+            latents: float32 or float64 [N, *sample_shape].
+            t: Timestep of the codes, as for `encode`.
+            labels: As for `Sampler.sample`.
+            progress: Show a progress bar.
+
+        Returns:
+            Images of the shape of `latents`.
+
+        Raises:
+            TypeError: An argument has another type or dtype.
+            ValueError: An argument has another shape, or is out of range.
+        """
         return self._run("decode", latents, t, labels, progress)
 
     def interpolate(
@@ -148,17 +207,29 @@ class Codec:
         labels: Tensor | int | None = None,
         progress: bool = True,
     ) -> Tensor:
-        """Images between x_a (weight 0) and x_b (weight 1): float32 [weights, N, *sample_shape].
+        """Interpolate between images.
 
-        x_a, x_b: [N, *sample_shape] in [-1, 1]. weights: finite numbers. mode:
-        "latent-slerp": encode both, interpolate on the sphere, decode (Song et al. 2020, D.5);
-        "latent-lerp": the same along a line, which passes closer to 0 than codes lie;
-        "stochastic": noise both to timestep t, interpolate along a line, and run the ancestral
-        chain from there (Section 4.3, Ho et al. 2020). The noise of image k of a seed is the same
-        for every weight.
-        t: 0-based timestep; None: the top of the chain, for "stochastic" half of it.
+        Args:
+            x_a: Images at weight 0, float32 or float64 [N, *sample_shape], in [-1, 1].
+            x_b: Images at weight 1, of the shape of `x_a`.
+            weights: A finite number, or a sequence of them.
+            mode: "latent-slerp": interpolate latent codes on the sphere (Song et al. 2020, D.5).
+                "latent-lerp": linearly, which passes closer to 0 than latent codes do.
+                "stochastic": noise both images to timestep t, interpolate linearly, and run the
+                ancestral chain from there (Section 4.3, Ho et al. 2020); the noise of image k of a
+                seed is the same for all weights.
+            t: Timestep of the codes, 0-based. None: the highest of the chain; T // 2 for
+                "stochastic".
+            seed: Seed of the noise of "stochastic".
+            labels: As for `Sampler.sample`, one for each pair.
+            progress: Show a progress bar.
 
-        Raises TypeError or ValueError naming the argument.
+        Returns:
+            Images [weights, N, *sample_shape].
+
+        Raises:
+            TypeError: An argument has another type or dtype.
+            ValueError: An argument has another shape, or is out of range.
         """
         checks.choice("mode", mode, MODES)
         dtypes = (torch.float32, torch.float64)
@@ -215,13 +286,13 @@ class Codec:
         T, steps, spacing = self.schedule.T, self.steps, self._spacing
         start = None if t is None else checks.integer("t", t, 0, T) + 1
         if start is not None and isinstance(spacing, list):
-            spacing = [kept for kept in spacing if kept < start]
+            spacing = [each for each in spacing if each < start]
             if t not in spacing:
                 raise ValueError(f"t must be one of the listed timesteps of spacing; got {t}")
         elif start is not None and steps is not None:
             steps = min(steps, start)
             if steps == 1 and spacing == "linspace":
-                spacing = "trailing"  # a single one is t, not 0
+                spacing = "trailing"  # the single timestep is t, not 0
         make: Any = StepTable.ddim if way == "decode" else StepTable.ddim_inverse
         return self._guided(make(self.schedule, steps, spacing=spacing, start=start, **self._chain))
 
@@ -243,7 +314,7 @@ class Codec:
 
 
 def _repeated(labels: Tensor | int | None, times: int) -> Tensor | int | None:
-    """Labels of a batch for several copies of it, one after the other."""
+    """Return the labels of `times` copies of a batch, one after another."""
     if not isinstance(labels, Tensor):
         return labels
     return labels.repeat(times, *[1] * (labels.ndim - 1))

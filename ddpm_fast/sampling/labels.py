@@ -1,4 +1,4 @@
-"""The labels of a conditional model: what a caller gives, as what the slots of a loop read."""
+"""Labels of conditional models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from ddpm_fast.utils import checks
 
 
 def as_null_label(null: Tensor | int | None, labels: Tensor) -> Tensor:
-    """The null label, as one of the labels."""
+    """Return the null label, checked against the labels.
+
+    Args:
+        null: An int for integer labels [N], or a tensor with the shape and dtype of one label.
+        labels: Labels [N, ...].
+
+    Returns:
+        The null label on the device and in the dtype of `labels`.
+
+    Raises:
+        ValueError: `null` is not a label.
+    """
     if isinstance(null, Tensor):
         fits = null.shape in (labels.shape[1:], ()) and null.dtype == labels.dtype
         got = f"{checks.dtype_name(null.dtype)} {checks.shape_text(null)}"

@@ -1,4 +1,4 @@
-"""Noise that the kernel does not make: drawn from generators, or given as a tensor."""
+"""Noise from generators or from a tensor, instead of the kernel's Philox noise."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from ddpm_fast.utils import checks
 
 @dataclass(frozen=True)
 class GeneratorNoise:
-    """Noise drawn from torch generators in diffusers' order: x_T, then each row that draws.
+    """Noise from torch generators, drawn in the order of diffusers: x_T, then each row with noise.
 
-    generators: one, which draws whole micro-batches one after another, so that a single one gets
-    the numbers of a diffusers pipeline of that batch size; or one for each sample (a list of one
-    counts as that one). On another device than the samples they draw there. x_T_dtype, step_dtype:
-    what is drawn in; None is the dtype of the state. float16 noise holds other numbers.
+    Attributes:
+        generators: One generator, which draws whole micro-batches one after another, so that it
+            gives the numbers of a diffusers pipeline of that batch size; or one for each sample (a
+            list of one counts as a single one). They draw on their own device.
+        x_T_dtype: Dtype of the starting noise. None: that of the state. float16 gives other
+            numbers.
+        step_dtype: Dtype of the noise of the steps. None: that of the state.
 
-    Raises TypeError, ValueError for something else.
+    Raises:
+        TypeError: An item is not a generator.
+        ValueError: The list is empty.
     """
 
     generators: torch.Generator | Sequence[torch.Generator]
@@ -33,22 +38,28 @@ class GeneratorNoise:
         object.__setattr__(self, "generators", _generators("generators", self.generators))
 
     def serves(self, num: int) -> bool:
-        """Whether there is a generator for each of num samples."""
+        """Return True if there is a generator for each of `num` samples."""
         return isinstance(self.generators, torch.Generator) or len(self.generators) == num
 
-    def draw(self, like: Tensor, place: slice, dtype: torch.dtype | None) -> Tensor:
-        """Normals of the shape of ``like``, the samples at ``place`` of a call."""
+    def draw(self, like: Tensor, samples: slice, dtype: torch.dtype | None) -> Tensor:
+        """Return standard normals of the shape of `like`.
+
+        Args:
+            like: Tensor of the shape and device of the samples.
+            samples: Positions of the samples in the call.
+            dtype: Dtype of the noise. None: that of `like`.
+        """
         dtype = dtype or like.dtype
         if isinstance(self.generators, torch.Generator):
             return _normals(like.shape, self.generators, dtype)
         one = (1, *like.shape[1:])
         return torch.cat(
-            [_normals(one, each, dtype).to(like.device) for each in self.generators[place]]
+            [_normals(one, each, dtype).to(like.device) for each in self.generators[samples]]
         )
 
 
 def _generators(name: str, value: Any) -> torch.Generator | tuple[torch.Generator, ...]:
-    """One generator, or one for each of two samples and more."""
+    """Return one generator, or a tuple of one for each of at least two samples."""
     if not isinstance(value, Sequence):
         return checks.instance(name, value, torch.Generator)
     if not value:
@@ -62,33 +73,50 @@ def _normals(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtyp
 
 
 class DrawnNoise:
-    """`GeneratorNoise` for the rows of a table."""
+    """`GeneratorNoise` for the rows of a table.
+
+    Args:
+        noise: The generators.
+        table: The table.
+    """
 
     def __init__(self, noise: GeneratorNoise, table: StepTable) -> None:
         self._noise, self._table = noise, table
 
-    def x_T(self, x: Tensor, place: slice) -> Tensor:
-        """The starting points of the samples at ``place``, of the shape of x."""
-        return self._noise.draw(x, place, self._noise.x_T_dtype)
+    def x_T(self, x: Tensor, samples: slice) -> Tensor:
+        """Return the starting noise of the samples, of the shape of `x`."""
+        return self._noise.draw(x, samples, self._noise.x_T_dtype)
 
-    def fill(self, target: Tensor, place: slice, done: int, first_rows: list[int]) -> None:
-        """Write the noise of the step after ``done`` steps; what is not drawn meets S = 0."""
+    def fill(self, target: Tensor, samples: slice, done: int, first_rows: list[int]) -> None:
+        """Write the noise of a step. Rows for which nothing is drawn have S = 0.
+
+        Args:
+            target: Buffer of the noise.
+            samples: Positions of the samples in the call.
+            done: Number of steps taken.
+            first_rows: First row of each sample.
+        """
         if self._table.start == "random" or self._table.draws(done):
-            target.copy_(self._noise.draw(target, place, self._noise.step_dtype))
+            target.copy_(self._noise.draw(target, samples, self._noise.step_dtype))
 
 
 class TensorNoise:
-    """A tensor [steps, num, ...]: row i of the table adds noise[i]."""
+    """Noise from a tensor: row i of the table adds noise[i].
+
+    Args:
+        noise: Tensor [steps, num, ...].
+        table: The table.
+    """
 
     def __init__(self, noise: Tensor, table: StepTable) -> None:
         self._noise, self._table = noise, table
 
-    def x_T(self, x: Tensor, place: slice) -> None:
-        """None: the starting points are not part of the tensor."""
+    def x_T(self, x: Tensor, samples: slice) -> None:
+        """Return None: the tensor has no starting noise."""
 
-    def fill(self, target: Tensor, place: slice, done: int, first_rows: list[int]) -> None:
-        """Write the noise of the step after ``done`` steps for the samples at ``place``."""
-        noise = self._noise[:, place]
+    def fill(self, target: Tensor, samples: slice, done: int, first_rows: list[int]) -> None:
+        """Write the noise of a step; arguments as for `DrawnNoise.fill`."""
+        noise = self._noise[:, samples]
         if self._table.start != "random":
             target.copy_(noise[done])
             return
@@ -98,9 +126,10 @@ class TensorNoise:
 
 
 def as_noise(noise: Any) -> str | GeneratorNoise | Tensor:
-    """A sampler's argument noise: "philox", `GeneratorNoise` or a tensor.
+    """Return the argument `noise` of a sampler: "philox", a `GeneratorNoise` or a tensor.
 
-    Raises TypeError for anything else.
+    Raises:
+        TypeError: It is something else.
     """
     if isinstance(noise, (Tensor, GeneratorNoise)) or noise == "philox":
         return noise
@@ -115,7 +144,7 @@ def as_noise(noise: Any) -> str | GeneratorNoise | Tensor:
 def source_of(
     noise: str | GeneratorNoise | Tensor, table: StepTable
 ) -> DrawnNoise | TensorNoise | None:
-    """What fills the noise of a loop for a table; None where the kernel makes it."""
+    """Return the source that fills the noise of a loop; None for noise from the kernel."""
     if isinstance(noise, GeneratorNoise):
         return DrawnNoise(noise, table)
     return TensorNoise(noise, table) if isinstance(noise, Tensor) else None

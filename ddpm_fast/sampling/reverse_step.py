@@ -1,10 +1,8 @@
-"""The three fused updates: q_sample, q_posterior and the in-place reverse step.
+"""The reverse step: one row of a step table, applied in place.
 
-Each is one kernel in the backends cpu, triton and cuda, and plain PyTorch in reference. Inputs may
-be contiguous, channels-last, sliced or expanded, with any number of dimensions; outputs keep the
-strides of the input they stand for. Arithmetic is in float32 (float64 for float64 inputs), whatever
-the dtype of the tensors. Index t is step t + 1 of the papers. On the CPU a timestep outside the
-schedule is a ValueError; on a GPU it is clamped, because looking would make the host wait.
+One kernel in the backends cpu, triton and cuda, and plain PyTorch in reference. Inputs may be
+contiguous, channels-last, sliced or expanded, with any number of dimensions. Arithmetic is in
+float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
@@ -35,22 +33,35 @@ def reverse_step_(
     memory: StepMemory | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """One reverse step in place: row ``step`` of a table applied to the state x; returns x.
+    """Apply row `step` of a table to the state x in place.
 
-    x: [N, ...] float32 (float64 in reference and cpu). model_output: the shape of x, or twice its
-    channels for a network with a learned variance, float32, float16 or bfloat16 (float64 where x
-    is); model_output2: the unconditional one beside it, for a table with guidance. memory: what a
-    multistep solver keeps, `StepTable.memory` of x, made once and handed to every step. step: int64
-    [N] or an int, the row of each sample; a sample whose row lies outside the table is left alone,
-    so that chains of unequal length share a batch. Noise, where the table has any: `noise` of the
-    shape and dtype of x, or `rng` from `philox_rng`, to make it in the kernel (row i uses stream
-    rng[1] + i); it is not read where the table has none. model_input: written with x' in its own
-    dtype (float32, float16, bfloat16), the tensor that the network reads next. pred_x0: dtype of x,
-    written with the clipped x_0.
+    The equation of a row is in `ddpm_fast.ops.row`.
 
-    The equation of a row is in `ddpm_fast.ops.row`. Raises TypeError or ValueError naming the
-    argument,
-    RuntimeError where the backend cannot run.
+    Args:
+        x: State [N, ...], float32 (float64 in reference and cpu). Overwritten with x'.
+        model_output: Output of the model, float32, float16 or bfloat16 (float64 if `x` is): the
+            shape of `x`, or twice its channels for a learned variance.
+        table: The step table.
+        step: Row of each sample, int64 [N], or one int. A sample whose row is outside the table is
+            not changed, so chains of different length can share a batch.
+        noise: Noise, with the shape and dtype of `x`. Ignored if the table has no noise; otherwise
+            exactly one of `noise` and `rng` is required.
+        rng: Result of `philox_rng`: the kernel generates the noise; row i uses stream rng[1] + i.
+        model_input: Tensor of the shape of `x`, float32, float16 or bfloat16. Overwritten with the
+            next model input.
+        pred_x0: Tensor of the shape and dtype of `x`. Overwritten with the clipped x_0.
+        model_output2: Unconditional model output, for a table with guidance.
+        memory: Buffers of a multistep solver: `table.memory(x)`, the same in every step of a chain.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        x.
+
+    Raises:
+        TypeError: An argument has another type or dtype.
+        ValueError: An argument has another shape or device, is missing or superfluous, or overlaps
+            a tensor that is written.
+        RuntimeError: The backend cannot run.
     """
     wide = (torch.float64,)
     x = in_place.writable("x", checks.batch("x", x, (torch.float32, torch.float64)))
@@ -62,7 +73,7 @@ def reverse_step_(
         noise = rng = None
     elif (noise is None) == (rng is None):
         raise ValueError(
-            "this table adds noise: give either noise or rng;"
+            "noise or rng must be given for a table with noise, and only one of them;"
             f" got {'neither' if noise is None else 'both'}"
         )
     if noise is not None:
@@ -99,14 +110,14 @@ def _outputs(
     table: StepTable,
     dtypes: tuple[torch.dtype, ...],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The prediction, the learned v, and the second prediction; None where there is none."""
+    """Return the prediction, the learned v, and the second prediction; None for missing ones."""
     checks.batch("model_output", model_output, dtypes)
     checks.same_device("model_output", model_output, "x", x)
     out, v = split_learned_variance("model_output", model_output, x, table.learned)
     if (model_output2 is not None) != table.guided:
-        needed = "a table with guidance needs it" if table.guided else "the table has no guidance"
-        got = "nothing" if model_output2 is None else "a tensor"
-        raise ValueError(f"model_output2: {needed}; got {got}")
+        wanted = "a tensor for a table with" if table.guided else "None for a table without"
+        got = "None" if model_output2 is None else "a tensor"
+        raise ValueError(f"model_output2 must be {wanted} guidance; got {got}")
     if model_output2 is None:
         return out, v, None
     checks.like("model_output2", model_output2, "model_output", model_output, dtypes)
@@ -116,7 +127,7 @@ def _outputs(
 def _memory(
     memory: StepMemory | None, x: Tensor, table: StepTable
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The second state and the past values, checked."""
+    """Check the memory; return the second state and the past values."""
     second, history = memory if memory is not None else (None, None)
     shapes = {
         "second": (second, list(x.shape) if table.flags & RowFlag.SECOND else None),
@@ -149,13 +160,22 @@ def _rng(rng: Tensor, x: Tensor) -> Tensor:
 
 
 def thresholds(
-    how: DynamicThreshold,
+    config: DynamicThreshold,
     x: Tensor,
     out: Tensor,
     out2: Tensor | None,
     rows: Tensor,
     step: Tensor,
 ) -> Tensor:
-    """The threshold s of each sample [N] in a step, in the dtype of x."""
+    """Return the threshold s of each sample in a step, [N] in the dtype of `x`.
+
+    Args:
+        config: Dynamic thresholding.
+        x: State [N, ...].
+        out: Model output.
+        out2: Second model output under guidance, or None.
+        rows: Rows of the table on the device of `x`.
+        step: Row of each sample, int64 [N].
+    """
     row = rows.index_select(0, step.clamp(0, rows.shape[0] - 1))
-    return dynamic_threshold(how, predicted_x0(row, x, out, out2)[1])
+    return dynamic_threshold(config, predicted_x0(row, x, out, out2)[1])

@@ -1,4 +1,4 @@
-"""Sampling: the chains of any number of samples, micro-batch by micro-batch."""
+"""Sampling of any number of images, in micro-batches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ddpm_fast.diffusion.model_output import model_placement
 from ddpm_fast.ops import get_backend
 from ddpm_fast.ops.philox import STREAM_START, random_words
 from ddpm_fast.sampling.labels import as_null_label
@@ -25,43 +26,58 @@ Noise = Literal["philox"] | torch.Generator | Sequence[torch.Generator] | Genera
 
 
 class Progress(Protocol):
-    """A bar that is told of the steps that were taken, such as tqdm's."""
+    """Progress bar, such as that of tqdm."""
 
     def update(self, n: int) -> object:
-        """``n`` more steps were taken."""
+        """Advance by `n` steps."""
 
 
 class Sampler:
-    """Runs a step table with a model.
+    """Run a step table with a model.
 
-    model: any callable ``model(x, t)``, or ``model(x, t, labels)`` where `sample` gets labels: x
-    [B, *sample_shape] in ``dtype``, channels-last in memory for images, t int64 [B], labels
-    [B, ...]; returns the prediction that the table was made for, of x's shape, or with twice the
-    channels, the second half a learned variance (float32, float16 or bfloat16; or an object whose
-    ``.sample`` is that tensor). Under guidance B is twice the micro-batch: one call for both. It
-    must not write to x. Switching it to eval mode is the caller's.
-    sample_shape: the shape of one sample, such as (3, 32, 32).
-    null_label: the label of the unconditional model, for tables with guidance: an int, or a tensor
-    of the shape of one sample's label.
-    micro_batch: how many samples go through the model together. It is part of a sample's identity:
-    sample k always sits in slot k % micro_batch, beside the samples that belong there, because the
-    slot and the batch size change the last bits of a convolution.
-    device, dtype: default to those of the model's parameters, or to its attributes `device` and
-    `dtype` where it is no nn.Module. The state is float32 whatever dtype
-    the model reads; with dtype float64 all is float64 (backends reference and cpu).
-    backend: "auto" or one of reference, cpu, triton, cuda.
-    noise: "philox": counter-based, so that sample k of a seed is the same in any batch.
-    torch.Generator, or one for each sample of a call: drawn from in diffusers' order, micro-batch
-    after micro-batch; `GeneratorNoise` says how, and takes dtypes. A tensor
-    [steps, num, *sample_shape]: row i of the table adds noise[i].
-    graph: "auto" captures the step in a CUDA graph on a GPU, and warns and goes on without where
-    the model cannot be captured; True insists; False never does. The bits are the same.
-    pad: False skips the samples that were not asked for, for fewer forwards of a last, smaller
-    micro-batch; the last bits of its samples then depend on its size.
-    loops_kept: how many loops, each with its buffers and its captured graph, are kept for later
-    calls: one for each batch size and kind of table (see `with_table`).
+    Args:
+        model: Callable `model(x, t)`, or `model(x, t, labels)` when `sample` gets labels: x [B,
+            *sample_shape] in `dtype`, channels-last in memory for images, t int64 [B], labels [B,
+            ...]. Returns the prediction of the table, or an object whose `sample` is it, with the
+            shape of x, or with twice the channels, the second half a learned variance; float32,
+            float16 or bfloat16. Under guidance B is twice the micro-batch. The model must not write
+            to x. The sampler does not switch it to eval mode.
+        table: The step table.
+        sample_shape: Shape of one sample, such as (3, 32, 32).
+        micro_batch: Number of samples in a forward pass. It determines the last bits of a sample:
+            sample k is always in slot k % micro_batch, beside the same samples, because slot and
+            batch size change the last bits of a convolution.
+        device: Device of the chains. None: that of the model's parameters, or its attribute
+            `device`.
+        dtype: Dtype of the model input. None: that of the model's parameters, or its attribute
+            `dtype`. The state is float32, or float64 for float64 (backends reference and cpu).
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        noise: "philox": counter-based, so sample k of a seed is the same in any batch. A
+            torch.Generator, one for each sample of a call, or a `GeneratorNoise`: drawn in the
+            order of diffusers. A tensor [steps, num, *sample_shape]: row i of the table adds
+            noise[i].
+        graph: "auto": capture the step in a CUDA graph on a GPU; if the model cannot be captured,
+            warn and run eagerly. True: raise instead. False: run eagerly. The bits are the same.
+        pad: Pad micro-batches with samples that were not requested. False: fewer forward passes;
+            the last bits of the samples in a smaller micro-batch depend on its size.
+        loops_kept: Number of loops, with their buffers and graphs, that are cached between calls:
+            one for each batch size and kind of table (`with_table`).
+        null_label: Label of the unconditional model, for tables with guidance: an int, or a tensor
+            of the shape of one label.
 
-    Raises TypeError or ValueError naming the argument, RuntimeError where the backend cannot run.
+    Attributes:
+        sample_shape: Shape of one sample.
+        micro_batch: Number of samples in a forward pass.
+        device: Device of the chains.
+        dtype: Dtype of the model input.
+        state_dtype: Dtype of the state.
+        backend: Name of the backend.
+        pad: Micro-batches are padded.
+
+    Raises:
+        TypeError: An argument has another type.
+        ValueError: An argument is out of range.
+        RuntimeError: The backend cannot run.
     """
 
     def __init__(
@@ -99,7 +115,7 @@ class Sampler:
         self._loops = LoopCache(model, self.device, self._graph, self._loops_kept)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: buffers and graphs are made anew."""
+        """Return the state without buffers and graphs."""
         return {name: value for name, value in self.__dict__.items() if name != "_loops"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -107,15 +123,28 @@ class Sampler:
         self._loops = LoopCache(self._model, self.device, self._graph, self._loops_kept)
 
     def with_table(self, table: StepTable) -> Sampler:
-        """A sampler of the same model and options for another table, sharing buffers and graphs.
+        """Return a sampler with another table, which shares buffers and graphs with this one.
 
         A table of the same length and the same terms replays the graph that is already captured.
-        Both samplers may be used from any thread; they take turns.
+        Both samplers may be used from any thread; their calls run one at a time.
+
+        Args:
+            table: The step table.
+
+        Raises:
+            TypeError: `table` is not a StepTable.
         """
         return self._with(_table=checks.instance("table", table, StepTable))
 
     def with_noise(self, noise: Noise) -> Sampler:
-        """As `with_table`, for another source of noise."""
+        """Return a sampler with another source of noise; otherwise as `with_table`.
+
+        Args:
+            noise: As for the constructor.
+
+        Raises:
+            TypeError: `noise` is of another type.
+        """
         return self._with(_noise=as_noise(noise))
 
     def _with(self, **changed: Any) -> Sampler:
@@ -125,17 +154,17 @@ class Sampler:
 
     @property
     def model(self) -> Model:
-        """The model; fixed, because captured graphs hold it."""
+        """The model. It cannot be replaced: captured graphs refer to it."""
         return self._model
 
     @property
     def table(self) -> StepTable:
-        """The step table; fixed."""
+        """The step table; read-only."""
         return self._table
 
     @property
     def noise(self) -> str | GeneratorNoise | Tensor:
-        """The source of noise; fixed."""
+        """The source of noise; read-only."""
         return self._noise
 
     @overload
@@ -175,22 +204,34 @@ class Sampler:
         return_steps: Sequence[int] | None = None,
         labels: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Samples first_sample .. first_sample + num - 1 of a seed, float32 [num, *sample_shape].
+        """Sample images.
 
-        With the noise "philox", ``sample(10)[7]`` and ``sample(1, first_sample=7)[0]`` are the same
-        bits, and so is any other cut of the same samples. Values are as the chain leaves them,
-        about [-1, 1] for images; nothing is clamped afterwards. A NaN that the model makes stays.
+        With Philox noise, `sample(10)[7]` and `sample(1, first_sample=7)[0]` are the same bits, and
+        so is any other division into calls. One call at a time uses the buffers: calls from other
+        threads wait, and on a GPU the work of a call starts after that of the previous call, on any
+        stream.
 
-        x_T: the starting states, float32 [num, *sample_shape]; by default made from the seed (or
-        drawn from the generator), times the table's init_scale. A table that begins at data needs
-        them. labels: for a conditional model, [num, ...], or an int for all. progress: shows a bar,
-        which never waits for the GPU; or a bar of the caller's own.
-        return_steps: numbers of steps in 0 .. table.steps; returns also the states after so many
-        steps, float32 [len(return_steps), num, *sample_shape], 0 being x_T.
+        Args:
+            num: Number of samples.
+            seed: Seed in [0, 2^64).
+            first_sample: Index of the first sample of the seed.
+            x_T: Starting states, floating-point [num, *sample_shape]. Default: noise from the seed
+                or the generator, times the table's init_scale. Required by a table that begins at
+                data.
+            progress: Show a progress bar, which does not synchronise with the GPU; or a `Progress`.
+            return_steps: Numbers of steps in [0, table.steps]; also return the states after them.
+            labels: Labels of a conditional model, [num, ...], or one int for all samples.
 
-        One call at a time uses the buffers: calls from other threads wait, and on a GPU the work of
-        a call on another stream begins where that of the last one ends.
-        Raises TypeError or ValueError naming the argument, also for what the model returns.
+        Returns:
+            Samples first_sample .. first_sample + num - 1, float32 (float64 for float64 samplers)
+            [num, *sample_shape]: for images about [-1, 1], not clamped. NaN from the model is kept.
+                With
+            `return_steps` also the states [len(return_steps), num, *sample_shape]; 0 is x_T.
+
+        Raises:
+            TypeError: An argument or the model's return value has another type or dtype.
+            ValueError: An argument or the model's return value has another shape or device, or is
+                out of range.
         """
         num = checks.integer("num", num, 0, 1 << 40)
         checks.integer("seed", seed, 0, checks.SEED_END)
@@ -198,14 +239,17 @@ class Sampler:
         wanted = self._check_return_steps(return_steps)
         shape = (num, *self.sample_shape)
         if x_T is not None:
-            _check_given("x_T", x_T, shape)
+            _check_shape("x_T", x_T, shape)
         elif self.table.start == "data":
-            raise ValueError("x_T: this table begins at data, which x_T must give; got None")
+            raise ValueError("x_T must be given for a table that begins at data; got None")
         classes, null = self._check_labels(labels, num)
         if isinstance(self.noise, Tensor):
-            _check_given("noise", self.noise, (self.table.steps, *shape))
+            _check_shape("noise", self.noise, (self.table.steps, *shape))
         if isinstance(self.noise, GeneratorNoise) and not self.noise.serves(num):
-            raise ValueError(f"noise must have one generator, or one for each of {num} samples")
+            raise ValueError(
+                f"noise must have one generator, or one for each of {num} samples; got"
+                f" {len(cast(Sequence[Any], self.noise.generators))}"
+            )
         result = checks.empty_samples(num, self.sample_shape, self.state_dtype, self.device)
         states = result.new_empty((len(return_steps), *shape)) if return_steps is not None else None
         batches = list(micro_batches(num, first_sample, self.micro_batch, self.pad))
@@ -213,7 +257,7 @@ class Sampler:
             for batch in batches:
                 cached = self._loop(batch.size, classes)
                 if cached.warning is not None:
-                    # The caller's line: above it are the two decorators of this method.
+                    # Attributed to the caller of this method and its two decorators.
                     warnings.warn(cached.warning, stacklevel=4)
                 if classes is not None:
                     cached.loop.label(batch.take(classes, num), null)
@@ -237,12 +281,12 @@ class Sampler:
         loop.start(seed, batch.first_sample, rows)
         x = loop.x[batch.slots]
         source = source_of(self.noise, self.table)
-        given = x_T[batch.samples] if x_T is not None else None
-        drawn = source.x_T(x, batch.samples) if source is not None and given is None else None
+        start = x_T[batch.samples] if x_T is not None else None
+        drawn = source.x_T(x, batch.samples) if source is not None and start is None else None
         if drawn is not None:
-            given = drawn * self.table.init_scale
-        if given is not None:
-            x.copy_(given)
+            start = drawn * self.table.init_scale
+        if start is not None:
+            x.copy_(start)
             loop.refresh_input()
         first_rows = [0] * x.shape[0] if rows is None else rows[batch.slots].tolist()
         count = self.table.steps - min(first_rows)
@@ -263,14 +307,14 @@ class Sampler:
             done = stop
             record(done)
         for steps in wanted:
-            if steps > count:  # chains of random length, all ended
+            if steps > count:  # random starts: all chains have ended
                 record(steps)
         bar.update(self.table.steps - count)
         return x
 
     def _loop(self, batch: int, labels: Tensor | None) -> CachedLoop:
-        """The buffers of a batch size and what advances them, set to the table of this sampler."""
-        makes_noise = isinstance(self.noise, str)
+        """Return the cached loop of a batch size, with the table of this sampler."""
+        generates_noise = isinstance(self.noise, str)
 
         def make() -> StepLoop:
             return StepLoop(
@@ -281,20 +325,20 @@ class Sampler:
                 self.sample_shape,
                 self.device,
                 self.dtype,
-                makes_noise=makes_noise,
+                generates_noise=generates_noise,
                 labels=labels,
             )
 
-        of_labels = None if labels is None else (labels.dtype, tuple(labels.shape[1:]))
-        key = batch, makes_noise, of_labels, StepLoop.kind(self.table)
-        kept = self._loops.loop(key, make)
-        kept.loop.load(self.table)
-        return kept
+        labels_key = None if labels is None else (labels.dtype, tuple(labels.shape[1:]))
+        key = batch, generates_noise, labels_key, StepLoop.kind(self.table)
+        cached = self._loops.loop(key, make)
+        cached.loop.load(self.table)
+        return cached
 
     def _check_labels(
         self, labels: Tensor | int | None, num: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The label of each sample [num, ...], and under guidance the null label, on the device."""
+        """Return the label of each sample, and under guidance the null label."""
         if self.table.guided and (labels is None or self._null_label is None):
             missing = "labels" if labels is None else "null_label"
             raise ValueError(f"{missing} must be given for a table with guidance; got None")
@@ -304,27 +348,27 @@ class Sampler:
         return classes, as_null_label(self._null_label, classes)
 
     def _start_rows(self, batch: MicroBatch, seed: int) -> Tensor | None:
-        """Each sample's first row for a chain of random length, uniform over the table."""
+        """Return the first row of each sample of a random start, uniform over the table."""
         if self.table.start != "random":
             return None
         words = random_words(seed, STREAM_START, batch.first_sample, batch.size)
         return (words * self.table.steps) >> 32
 
     def _check_return_steps(self, steps: Sequence[int] | None) -> dict[int, list[int]] | None:
-        """Step count -> the places in the trajectory that record it."""
+        """Return the positions in the trajectory that record each number of steps."""
         if steps is None:
             return None
         if not isinstance(steps, Sequence):
             raise TypeError(f"return_steps must be a sequence of ints; got {type(steps).__name__}")
-        places: dict[int, list[int]] = {}
+        positions: dict[int, list[int]] = {}
         for i, value in enumerate(steps):
             count = checks.integer(f"return_steps[{i}]", value, 0, self.table.steps + 1)
-            places.setdefault(count, []).append(i)
-        return places
+            positions.setdefault(count, []).append(i)
+        return positions
 
 
 def _bar(progress: bool | Progress, steps: int) -> AbstractContextManager[Progress]:
-    """The bar of a call, shown, silent or the caller's own."""
+    """Return the progress bar of a call."""
     if not isinstance(progress, bool):
         return nullcontext(progress)
     return tqdm(total=steps, desc="sampling", unit="step", disable=not progress)
@@ -333,26 +377,22 @@ def _bar(progress: bool | Progress, steps: int) -> AbstractContextManager[Progre
 def _placement(
     model: Model, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype asked for, else the model's: of its parameters or its attributes."""
-    of_model: Any = model
-    if isinstance(model, torch.nn.Module):
-        of_model = next((p for p in model.parameters() if p.is_floating_point()), None)
-    of_device, of_dtype = getattr(of_model, "device", None), getattr(of_model, "dtype", None)
+    """Return the given device and dtype, by default those of the model."""
+    model_device, model_dtype = model_placement(model)
     if device is None:
-        fallback = "cuda" if torch.cuda.is_available() else "cpu"
-        device = of_device if isinstance(of_device, torch.device) else fallback
+        device = model_device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = checks.device("device", device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if dtype is None:
-        dtype = of_dtype if isinstance(of_dtype, torch.dtype) else torch.float32
+        dtype = model_dtype or torch.float32
     if dtype not in checks.FLOATS:
         accepted = ", ".join(checks.dtype_name(d) for d in checks.FLOATS)
         raise TypeError(f"dtype must be {accepted}; got {dtype}")
     return device, dtype
 
 
-def _check_given(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     checks.floating(name, value)
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must be {list(shape)}; got {checks.shape_text(value)}")

@@ -20,16 +20,29 @@ Model = Callable[..., Any]
 
 
 class StepLoop:
-    """The state of ``batch`` samples and one step of their chains.
+    """Buffers of a micro-batch and one step of its chains.
 
-    Every tensor is allocated here and keeps its address, so that a step can be captured in a CUDA
-    graph: the state x [batch, ...] and what a multistep solver keeps beside it, the network's input
-    (x itself where the dtypes agree), labels, the row of each sample in ``step``, and the noise,
-    either a buffer that the caller fills or made in the kernel from ``rng``. Under guidance the
-    input holds the batch twice, and so does each call of the network: with its labels, then with
-    the null label. A step allocates nothing that outlives it and does not wait for the GPU.
+    All tensors are allocated in the constructor and keep their addresses, so that a step can be
+    captured in a CUDA graph. A step allocates nothing that outlives it and does not synchronise
+    with the GPU. Under guidance the model input holds the batch twice, and each call of the model
+    evaluates both: with the labels, then with the null label.
 
-    labels: those of a batch, for their shape, dtype and device; None for a model without.
+    Args:
+        model: The model.
+        table: The step table.
+        run: Backend of the fused step.
+        batch: Number of samples.
+        sample_shape: Shape of one sample.
+        device: Device of the buffers.
+        dtype: Dtype of the model input.
+        generates_noise: The kernel generates the noise; otherwise the caller fills `noise`.
+        labels: Labels of a batch, for their shape, dtype and device; None for an unconditional
+            model.
+
+    Attributes:
+        x: State [batch, ...]; the same memory as the model input if their dtypes agree.
+        step_index: Next row of each sample, int64 [batch].
+        noise: Noise of the next step, filled by the caller; None if the kernel generates it.
     """
 
     def __init__(
@@ -41,7 +54,7 @@ class StepLoop:
         sample_shape: tuple[int, ...],
         device: torch.device,
         dtype: torch.dtype,
-        makes_noise: bool,
+        generates_noise: bool,
         labels: Tensor | None = None,
     ) -> None:
         self._model, self._run, self._flags = model, run, int(table.flags)
@@ -61,36 +74,40 @@ class StepLoop:
         rows, timesteps = self._tables(table)
         self._rows, self._timesteps = rows.clone(), timesteps.clone()
         noisy = table.uses_noise
-        self.noise = torch.zeros_like(self.x) if noisy and not makes_noise else None
-        self._rng = philox_rng(0, device=device) if noisy and makes_noise else None
+        self.noise = torch.zeros_like(self.x) if noisy and not generates_noise else None
+        self._rng = philox_rng(0, device=device) if noisy and generates_noise else None
         self._labels = (
             labels.new_zeros(times * batch, *labels.shape[1:]) if labels is not None else None
         )
 
     @staticmethod
     def kind(table: StepTable) -> Hashable:
-        """What a loop is made for: tables of one kind may be loaded into it one after another."""
+        """Return a key; tables with the same key can be loaded into one loop."""
         rows = table.steps, int(table.flags), table.uses_noise, table.start == "random"
         return *rows, table.threshold, table.init_scale != 1
 
     def load(self, table: StepTable) -> None:
-        """Go by another table of the same kind from here on."""
+        """Replace the table by another one of the same kind."""
         if table is not self._table:
-            for mine, given in zip((self._rows, self._timesteps), self._tables(table), strict=True):
-                mine.copy_(given, non_blocking=True)
+            buffers = self._rows, self._timesteps
+            for buffer, values in zip(buffers, self._tables(table), strict=True):
+                buffer.copy_(values, non_blocking=True)
             self._table = table
 
     def _tables(self, table: StepTable) -> tuple[Tensor, Tensor]:
-        """The rows of a table, and the timestep of every value of the step counter."""
+        """Return the rows of a table, and the timestep of every value of the step counter."""
         rows, timesteps = table.to(self.x.device, self.x.dtype)
-        # A chain of random length that has ended goes on counting beside longer ones.
-        rest = timesteps[-1:].expand(table.steps if table.start == "random" else 0)
-        return rows, torch.cat([timesteps, rest])
+        # The counter of a chain that has ended still advances, beside longer ones.
+        ended = timesteps[-1:].expand(table.steps if table.start == "random" else 0)
+        return rows, torch.cat([timesteps, ended])
 
     def start(self, seed: int, first_sample: int, start_rows: Tensor | None) -> None:
-        """Begin the chains of samples first_sample .. with x_T from Philox.
+        """Begin the chains with x_T from Philox.
 
-        start_rows: int64 [batch], each sample's first row; None: row 0.
+        Args:
+            seed: Seed of the noise.
+            first_sample: Index of the sample in slot 0.
+            start_rows: First row of each sample, int64 [batch]. None: row 0.
         """
         device = self.x.device
         self._run.philox_normal_(self.x, philox_rng(seed, STREAM_X_T, first_sample, device))
@@ -98,27 +115,32 @@ class StepLoop:
             self.x.mul_(self._table.init_scale)
         if self._rng is not None:
             self._rng.copy_(philox_rng(seed, STREAM_STEPS, first_sample), non_blocking=True)
-        for kept in self._memory:
-            if kept is not None:
-                kept.zero_()  # a coefficient of 0 meets finite numbers in the first rows
+        for buffer in self._memory:
+            if buffer is not None:
+                buffer.zero_()  # the first rows multiply it by 0, so it must be finite
         self.rewind()
         if start_rows is not None:
             self.step_index.copy_(start_rows)
         self.refresh_input()
 
     def label(self, labels: Tensor, null: Tensor | None) -> None:
-        """The labels of the batch [batch, ...], and under guidance the null label."""
+        """Set the labels.
+
+        Args:
+            labels: Labels of the batch [batch, ...].
+            null: Null label, under guidance; else None.
+        """
         if self._labels is not None:
             self._labels[: len(labels)].copy_(labels)
             if null is not None:
                 self._labels[len(labels) :].copy_(null)
 
     def rewind(self) -> None:
-        """Back to row 0 in every sample."""
+        """Reset the step counter to row 0."""
         self.step_index.zero_()
 
     def refresh_input(self) -> None:
-        """Bring the network's input up to date after x was written from outside."""
+        """Recompute the model input after the caller changed x."""
         if self._target is not None:
             scale = self._table.init_scale
             self._target.copy_(self.x if scale == 1 else self.x / scale)
@@ -130,15 +152,15 @@ class StepLoop:
             self._input[batch:].copy_(self._input[:batch])
 
     def step(self) -> None:
-        """One step: the network, the fused update, the counter."""
+        """Run one step: the model, the fused update, the counter."""
         t = self._timesteps.index_select(0, self.step_index)
         if len(self._input) > len(self.x):
             t = t.repeat(2)
         arguments = () if self._labels is None else (self._labels,)
         out, v, out2 = self._outputs(self._model(self._input, t, *arguments))
-        how, s = self._table.threshold, None
-        if how is not None:
-            s = thresholds(how, self.x, out, out2, self._rows, self.step_index)
+        threshold, s = self._table.threshold, None
+        if threshold is not None:
+            s = thresholds(threshold, self.x, out, out2, self._rows, self.step_index)
         self._run.reverse_step_(
             self.x,
             out,
@@ -158,24 +180,23 @@ class StepLoop:
         self.step_index.add_(1)
 
     def advance(self, steps: int) -> None:
-        """So many steps, one after the other."""
+        """Run several steps eagerly."""
         for _ in range(steps):
             self.step()
 
     def _outputs(self, out: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The prediction, the learned v and the unconditional prediction of a call, checked."""
+        """Return the prediction, the learned v and the unconditional prediction, checked."""
         out = model_tensor(out)
         if out.device != self.x.device:
             raise ValueError(
                 f"model must return a tensor on {self.x.device}, the device of its input;"
-                f" it returned one on {out.device}"
+                f" got one on {out.device}"
             )
         accepted = checks.FLOATS[:3] if self.x.dtype == torch.float32 else checks.FLOATS[3:]
         if out.dtype not in accepted:
             raise TypeError(
                 f"model must return {' or '.join(map(checks.dtype_name, accepted))} for a"
-                f" {checks.dtype_name(self.x.dtype)} state; it returned"
-                f" {checks.dtype_name(out.dtype)}"
+                f" {checks.dtype_name(self.x.dtype)} state; got {checks.dtype_name(out.dtype)}"
             )
         batch = len(self.x)
         both, v = split_learned_variance(

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import (
@@ -128,7 +128,7 @@ POSTERIOR_COEFS = SCHEDULE.posterior_mean_coef1, SCHEDULE.posterior_mean_coef2
 
 @ON
 @pytest.mark.parametrize("name", ["odd-hw", "partial-block", "five-dim"])
-def test_made_noise_does_not_depend_on_the_layout(on, name):
+def test_generated_noise_does_not_depend_on_the_layout(on, name):
     inputs = [
         sample_inputs("q_sample_philox", Case(name, layout), on.device) for layout in WRITABLE
     ]
@@ -178,7 +178,7 @@ def test_nan_and_infinity_stay_in_their_element(on):
 
 @ON
 def test_timesteps_outside_the_schedule_never_read_outside_it(on):
-    """The compiled CPU kernels refuse them; the others, which cannot look, clamp them."""
+    """The CPU kernels raise; the others clamp, because a check would synchronise."""
     x0, noise = (normals((3, 4), "contiguous", F32, s, on.device) for s in (1, 2))
     coefs = SCHEDULE.q_sample_coefs(on.device)
     t = torch.tensor([-(2**62), 1000, 2**62], device=on.device)
@@ -206,6 +206,7 @@ def strided(draw, shape, seed):
 
 
 @ON
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_shape_and_strides(on, data):
     shape = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6))

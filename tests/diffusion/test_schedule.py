@@ -390,6 +390,7 @@ def test_default_device_and_dtype_do_not_matter():
     assert got == expected
 
 
+@pytest.mark.slow
 def test_coefficient_tables_compile_without_a_graph_break():
     s = NoiseSchedule.linear()
 

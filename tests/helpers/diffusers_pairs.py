@@ -1,4 +1,4 @@
-"""Schedulers of diffusers and the step tables that equal them, with models in closed form."""
+"""Pairs of a diffusers scheduler and a step table, closed-form models, and trajectories."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from torch import Tensor
 
@@ -139,9 +140,13 @@ def inverse_pair(schedule, prediction, spacing="leading", clip=None) -> Pair:
     return Pair(f"inverse-{spacing}-clip{clip}", scheduler, table, schedule, prediction)
 
 
-def pairs() -> list[Pair]:
-    """Return a pair for every solver and option of both."""
-    found = []
+def pairs() -> list[Any]:
+    """Return test parameters: every solver and option that both packages have.
+
+    Options do not depend on the schedule or the prediction: all of them are tested with one, and
+    one pair of each solver with the others. The rest of the product is slow.
+    """
+    found: list[Any] = []
     for schedule in SCHEDULES:
         for prediction in ("epsilon", "x0", "v"):
             of = schedule, prediction
@@ -162,4 +167,12 @@ def pairs() -> list[Pair]:
             ]
         of = schedule, "epsilon"
         found += [inverse_pair(*of), inverse_pair(*of, "trailing", clip=1.0), plms_pair(*of)]
-    return found
+    first: set[tuple[str, str, str]] = set()
+    parameters = []
+    for pair in found:
+        key = pair.table.name.split("(")[0], pair.schedule, pair.prediction
+        default = key[1:] == ("linear", "epsilon") or key not in first
+        first.add(key)
+        marks = () if default else pytest.mark.slow
+        parameters.append(pytest.param(pair, id=str(pair), marks=marks))
+    return parameters

@@ -225,7 +225,7 @@ BAD = {
             X,
             LINEAR,
         ),
-        "must begin at a noise level; it begins at data",
+        "must begin at a noise level; got one that begins at data",
     ),
     "no-x_T": (
         lambda: Sampler(

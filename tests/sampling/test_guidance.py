@@ -184,11 +184,11 @@ BAD = {
     "scales": (lambda: DDPM.with_guidance([1.0, 2.0]), "one for each of 6 rows; got 2"),
     "one-output": (
         step(DDPM.with_guidance(2.0), noise=X),
-        "model_output2: a table with guidance needs it; got nothing",
+        "model_output2 must be a tensor for a table with guidance; got None",
     ),
     "two-outputs": (
         step(DDPM, noise=X, model_output2=X),
-        "model_output2: the table has no guidance; got a tensor",
+        "model_output2 must be None for a table without guidance; got a tensor",
     ),
     "no-memory": (step(UNIPC), r"memory.second must be \[2, 3, 4, 4\].*got None"),
     "memory-of-another": (
