@@ -283,6 +283,7 @@ def test_bad_arguments_are_named_with_what_is_accepted(bad):
 
 def test_a_backend_that_does_not_take_float64_says_so():
     with pytest.raises(
-        TypeError, match="backend triton takes float32, float16, bfloat16; got float64"
+        TypeError,
+        match="tensors must be float32, float16, bfloat16 for backend triton; got float64",
     ):
         sampled(X.double(), noise=X.double(), backend="triton")

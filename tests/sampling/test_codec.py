@@ -231,7 +231,7 @@ BAD = {
         lambda: Sampler(
             closed_form(LINEAR, "v"), StepTable.ddim_inverse(LINEAR, 5), SHAPE, 2, "cpu"
         ).sample(2),
-        "x_T: this table begins at data",
+        "x_T must be given for a table that begins at data",
     ),
 }
 
