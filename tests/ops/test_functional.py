@@ -9,7 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cases import BF16, F16, F32, F64, assert_named, backends, normals, relative_error, same_bits
+from cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    assert_named,
+    backends,
+    kernel_backends,
+    normals,
+    relative_error,
+    same_bits,
+)
 from ddpm_fast.ops import functional as network
 from ddpm_fast.ops.dispatch import DTYPES
 from ddpm_fast.ops.functional import attention, group_norm
@@ -256,7 +267,7 @@ def test_a_stale_graph_is_noticed(on):
         kept.sum().backward()
 
 
-@ON
+@pytest.mark.parametrize("on", kernel_backends(), ids=str)
 def test_in_inference_mode_and_compiled(on):
     args = terms("vector row residual affine silu", on.device)
     want, total = group_norm(**args, return_sum=True, backend=on.name)

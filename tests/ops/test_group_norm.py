@@ -167,7 +167,7 @@ BAD = [
     ({4: torch.zeros(2, dtype=torch.int32)}, "row must be int64"),
     ({7: torch.ones(31)}, "weight must be"),
     ({8: torch.ones(32, dtype=F16)}, "bias must have the dtype"),
-    ({2: torch.zeros(2, 8, 4, 4), 5: torch.zeros(2, 32, 4, 4)}, "one source"),
+    ({2: torch.zeros(2, 8, 4, 4), 5: torch.zeros(2, 32, 4, 4)}, "two sources"),
 ]
 
 

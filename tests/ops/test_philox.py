@@ -98,18 +98,21 @@ def test_a_million_normals_without_torch_are_pinned():
 INTERPRETED = BackendOnDevice("triton", "cpu")
 
 
-@pytest.mark.parametrize(
+FAST_KERNELS_ON = pytest.mark.parametrize(
     "on",
     [
         pytest.param(b, id=str(b), marks=[pytest.mark.slow] if b == INTERPRETED else [])
         for b in kernel_backends()
     ],
 )
+
+
+@FAST_KERNELS_ON
 def test_a_million_normals_are_pinned(on):
     assert digest(pinned_by(on, PINNED["num"])) == PINNED["sha256"]
 
 
-@pytest.mark.parametrize("on", kernel_backends(), ids=str)
+@FAST_KERNELS_ON
 def test_the_first_sample_of_the_million_is_pinned(on):
     assert digest(pinned_by(on, 1)) == PINNED["sha256_of_first_sample"]
 

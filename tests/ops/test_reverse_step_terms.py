@@ -77,7 +77,7 @@ def test_every_layout_and_dtype(on, case):
     assert strides == {name: getattr(step, name).stride() for name in STATE}
 
 
-@ON
+@KERNELS_ON
 @pytest.mark.parametrize(
     ("channels", "dtype"),
     [*((channels, F16) for channels in (1, 2, 3, 4, 5, 17)), (3, F32), (5, BF16), (3, F64)],

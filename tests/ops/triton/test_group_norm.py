@@ -34,7 +34,20 @@ def in_shares(monkeypatch):
     plans.plan_of.cache_clear()
 
 
-@pytest.mark.parametrize("case", HALVES_AND_SINGLE, ids=str)
+SLOW = {  # like another case, but for what other backends' tests cover
+    *("no-silu", "cifar", "one-sample", "group-of-12", "odd-channels", "vector-unaligned"),
+    *("residual", "total", "vector", "modulation", "two-sources", "vector-two-sources"),
+    *("layout-channels-last", "layout-transposed", "layout-unaligned", "modulation-unaligned"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=str(case), marks=[pytest.mark.slow] if case.name in SLOW else [])
+        for case in HALVES_AND_SINGLE
+    ],
+)
 def test_every_case_is_as_good_as_torch(case):
     assert_as_good_as_torch(arguments(case, DEVICE), OP)
 
