@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.diffusion.noise_levels import NoiseLevels
+from ddpm_fast.diffusion.parameterization import epsilon_factors, x0_factors
 from ddpm_fast.diffusion.thresholding import Clip, clip_bound
-from ddpm_fast.ops.row import ROW_WIDTH, column
+from ddpm_fast.sampling.solvers.table import pack_rows
 
 
 def noise_levels(
@@ -91,15 +92,10 @@ def ddim_rows(levels: NoiseLevels, clip: Clip, eta: float, rederive_epsilon: boo
     """
     sigma = eta * levels.posterior_variance.sqrt()
     direction = (1 - levels.abar_prev - sigma.square()).sqrt().double()
-    signal, noise = levels.abar.sqrt().double(), levels.one_minus_abar.sqrt().double()
+    kind = "x0" if rederive_epsilon else levels.prediction
+    x_coef, other = epsilon_factors(kind, levels.abar, levels.one_minus_abar, torch.float64)
     none = torch.zeros_like(direction)
-    x_coef, x0_coef, out_coef = {
-        "epsilon": (none, none, none + 1),
-        "x0": (1 / noise, none, -signal / noise),
-        "v": (noise, none, signal),
-    }[levels.prediction]
-    if rederive_epsilon:
-        x_coef, x0_coef, out_coef = 1 / noise, -signal / noise, none
+    x0_coef, out_coef = (other, none) if rederive_epsilon else (none, other)
     columns = {
         "Xx": direction * x_coef,
         "Xx0": levels.abar_prev.sqrt().double() + direction * x0_coef,
@@ -115,15 +111,10 @@ def _rows(levels: NoiseLevels, clip: Clip, columns: dict[str, Tensor]) -> Tensor
     If abar is 0, the x0 of an epsilon is infinite as in diffusers, with the sign of x - epsilon,
     which clipping preserves.
     """
-    signal, noise = levels.abar.sqrt().double(), levels.one_minus_abar.sqrt().double()
-    one, none = torch.ones_like(signal), torch.zeros_like(signal)
-    P, Q, ratio = {
-        "epsilon": (1 / signal, -noise / signal, -noise),
-        "x0": (none, one, none),
-        "v": (signal, -noise, torch.where(signal != 0, -noise / signal, 0)),
-    }[levels.prediction]
+    P, Q = x0_factors(levels.prediction, levels.abar, levels.one_minus_abar, torch.float64)
+    ratio = torch.where(P != 0, Q / P, 0)
+    if levels.prediction == "epsilon":
+        ratio = -levels.one_minus_abar.sqrt().double()
+    one = torch.ones_like(P)
     common = {"G0": one, "Cin": one, "P": P, "Q": Q, "ratio": ratio, "clip": clip_bound(clip) * one}
-    rows = one.new_zeros(len(one), ROW_WIDTH)
-    for name, values in (common | columns).items():
-        rows[:, column(name)] = values.double()
-    return rows
+    return pack_rows(common | columns)
