@@ -61,7 +61,15 @@ _ATEN_MODULES = {"attention_": "ddpm_fast.ops.aten", "conv_": "ddpm_fast.ops.ate
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape [N] to [N, 1, ...] with the number of dimensions of `like`."""
+    """Reshape [N] to broadcast over samples.
+
+    Args:
+        values: One value for each sample, [N].
+        like: Samples [N, ...].
+
+    Returns:
+        View [N, 1, ...] with the number of dimensions of `like`.
+    """
     return values.view(-1, *[1] * (like.ndim - 1))
 
 

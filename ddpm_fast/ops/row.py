@@ -160,7 +160,12 @@ def _clips(clip: Tensor) -> bool:
 
 
 def complete(rows: Tensor, depth: int) -> Tensor:
-    """Return the rows with the derived columns: slot, for a depth of the ring, and ratio."""
+    """Return rows with the derived columns slot and ratio.
+
+    Args:
+        rows: [steps, ROW_WIDTH].
+        depth: Slots of the ring of past values.
+    """
     rows = rows.clone()
     push, P, Q = (rows[:, _COLUMNS[name]] for name in ("push", "P", "Q"))
     rows[:, _COLUMNS["slot"]] = (push.cumsum(0) - push) % max(depth, 1)

@@ -50,8 +50,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def instance(name: str, value: Any, kind: type[Kind]) -> Kind:
     """Return `value` if it is an instance of `kind`.
 
+    Args:
+        name: Name of the argument in messages.
+        value: Any object.
+        kind: Accepted type.
+
     Raises:
-        TypeError: it is not.
+        TypeError: `value` is of another type.
     """
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}; got {type(value).__name__}")
@@ -117,8 +122,13 @@ def real(
 def choice(name: str, value: Any, accepted: Collection[str]) -> str:
     """Return `value` if it is one of the accepted names.
 
+    Args:
+        name: Name of the argument in messages.
+        value: Any object.
+        accepted: Accepted names.
+
     Raises:
-        ValueError: it is not; the message lists them.
+        ValueError: `value` is not accepted; the message lists the names.
     """
     if not isinstance(value, str) or value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")
@@ -126,10 +136,14 @@ def choice(name: str, value: Any, accepted: Collection[str]) -> str:
 
 
 def device(name: str, value: Any) -> torch.device:
-    """Return `value` as a device; None is torch's default device.
+    """Return `value` as a device.
+
+    Args:
+        name: Name of the argument in messages.
+        value: A torch.device, its name, or None for torch's default device.
 
     Raises:
-        ValueError: it is no device.
+        ValueError: `value` is no device.
     """
     try:
         return torch.get_default_device() if value is None else torch.device(value)
@@ -142,9 +156,13 @@ def device(name: str, value: Any) -> torch.device:
 def sample_shape(name: str, value: Any) -> tuple[int, ...]:
     """Return `value` as the shape of one sample, such as (3, 32, 32).
 
+    Args:
+        name: Name of the argument in messages.
+        value: Sequence of ints >= 0, with a product of at most 2^34.
+
     Raises:
         TypeError: `value` is no sequence of ints.
-        ValueError: a size is negative, or there are more than 2^34 elements.
+        ValueError: a size is negative, or there are too many elements.
     """
     try:
         shape = tuple(operator.index(size) for size in value)
@@ -207,15 +225,28 @@ def _fits(value: Tensor, shape: Sequence[int | str]) -> bool:
 
 
 def images(name: str, value: Any) -> Tensor:
-    """Return `value` if it is a floating-point tensor [N, C, H, W]; raise as `batch` does."""
+    """Return `value` if it is a floating-point tensor [N, C, H, W].
+
+    Args:
+        name: Name of the argument in messages.
+        value: Any object.
+
+    Raises:
+        TypeError: `value` is no strided floating-point tensor.
+        ValueError: `value` has another number of dimensions.
+    """
     return batch(name, value, shape=("N", "C", "H", "W"))
 
 
 def floating(name: str, value: Any) -> Tensor:
     """Return `value` if it is a floating-point tensor, of any shape.
 
+    Args:
+        name: Name of the argument in messages.
+        value: Any object.
+
     Raises:
-        TypeError: it is not.
+        TypeError: `value` is no floating-point tensor.
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = dtype_name(value.dtype) if isinstance(value, Tensor) else type(value).__name__
@@ -226,7 +257,14 @@ def floating(name: str, value: Any) -> Tensor:
 def like(
     name: str, value: Any, other_name: str, other: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> Tensor:
-    """Return `value` if it is a batch of one of `dtypes` with the shape and device of `other`.
+    """Return `value` if it is a batch with the shape and device of another tensor.
+
+    Args:
+        name: Name of the argument in messages.
+        value: Any object.
+        other_name: Name of the other tensor in messages.
+        other: The other tensor.
+        dtypes: Accepted dtypes.
 
     Raises:
         TypeError: `value` is no strided tensor, or of another dtype.
@@ -242,10 +280,16 @@ def like(
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Tensor:
-    """Return `value` if it is on the device of `other`.
+    """Return `value` if it is on the device of another tensor.
+
+    Args:
+        name: Name of the argument in messages.
+        value: A tensor.
+        other_name: Name of the other tensor in messages.
+        other: The other tensor.
 
     Raises:
-        ValueError: it is not.
+        ValueError: `value` is on another device.
     """
     if value.device != other.device:
         raise ValueError(
@@ -323,7 +367,17 @@ def sample_labels(labels: Tensor | int | None, num: int, device: torch.device) -
 def empty_samples(
     num: int, sample_shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None
 ) -> Tensor:
-    """Return an uninitialised batch [num, *sample_shape], channels-last for 4-D and 5-D batches."""
+    """Allocate a batch [num, *sample_shape], channels-last for 4-D and 5-D batches.
+
+    Args:
+        num: Number of samples.
+        sample_shape: Shape of one sample.
+        dtype: Dtype of the batch.
+        device: Device of the batch. None: torch's default.
+
+    Returns:
+        An uninitialised tensor.
+    """
     shape = (num, *sample_shape)
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}
     memory_format = channels_last.get(len(shape), torch.contiguous_format)

@@ -67,13 +67,23 @@ def new_figure(width: float, height: float, counts: Sequence[int] | None = None)
 
 
 def add_title(figure: Any, title: str, below: str) -> None:
-    """Add a title, and a line in small print at the bottom."""
+    """Add a title, and a line in small print at the bottom.
+
+    Args:
+        figure: A figure of `new_figure`.
+        title: Text of the title.
+        below: Text at the bottom.
+    """
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     figure.supxlabel(below, x=0.01, ha="left", fontsize=8, color=FAINT)
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a figure as PNG with `files.atomic_write`; creates missing folders.
+
+    Args:
+        figure: A figure of `new_figure`.
+        path: Name of the file; an existing file is replaced.
 
     Raises:
         OSError: the file cannot be written.

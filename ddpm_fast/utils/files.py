@@ -127,8 +127,12 @@ def swap_names(a: Path, b: Path) -> bool:
 
     Python has no call for it. glibc has renameat2, which some file systems refuse.
 
+    Args:
+        a: A folder.
+        b: Another folder.
+
     Returns:
-        False where it cannot be done, or `b` does not exist.
+        False if the names cannot be swapped, or `b` does not exist.
     """
     call = getattr(ctypes.CDLL(None), "renameat2", None)
     if call is None:
@@ -173,9 +177,13 @@ def _parse(text: str) -> Any:
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON object whole (see `atomic_write`); creates the folder, not its parents.
 
+    Args:
+        path: Name of the file; an existing file is replaced.
+        document: The object.
+
     Raises:
-        TypeError: the document holds what JSON has not.
-        ValueError: the document holds what `read_json` does not accept.
+        TypeError: `document` has values that JSON does not have.
+        ValueError: `document` has values that `read_json` does not accept.
         OSError: the file cannot be written.
     """
     text = json.dumps(document, indent=2, sort_keys=True)

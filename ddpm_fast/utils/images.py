@@ -154,7 +154,11 @@ def _with_names(
 
 
 def save_png(image: Image.Image, path: PathLike) -> None:
-    """Write a PIL image as PNG with `atomic_write`; replaces an existing file.
+    """Write a PIL image as PNG with `files.atomic_write`.
+
+    Args:
+        image: The image.
+        path: Name of the file; an existing file is replaced.
 
     Raises:
         OSError: with the path and the reason, if the file cannot be written.
@@ -167,7 +171,11 @@ def save_png(image: Image.Image, path: PathLike) -> None:
 
 
 def save_npy(array: np.ndarray, path: PathLike) -> None:
-    """Write an array as .npy (format 1.0, C order) with `atomic_write`; replaces an existing file.
+    """Write an array as .npy (format 1.0, C order) with `files.atomic_write`.
+
+    Args:
+        array: An array of numbers.
+        path: Name of the file; an existing file is replaced.
 
     Raises:
         TypeError: the array holds Python objects, which would be pickled.

@@ -7,10 +7,14 @@ from torch import Tensor
 
 
 def writable(name: str, value: Tensor) -> Tensor:
-    """Return `value` if an operator can write to it in place: no two elements share memory.
+    """Return `value` if an operator can write to it in place.
+
+    Args:
+        name: Name of the argument in messages.
+        value: A tensor. No two of its elements may share memory.
 
     Raises:
-        ValueError: it is expanded, or requires grad.
+        ValueError: `value` is expanded, or requires grad.
     """
     if any(
         size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)
@@ -26,6 +30,10 @@ def without_overlap(value: Tensor, *targets: Tensor | None) -> Tensor:
 
     The same view is accepted: an update reads each element before it writes it. In a compiled
     graph, torch.compile handles aliases.
+
+    Args:
+        value: A tensor that is read.
+        targets: Tensors that are written; None is ignored.
     """
     if torch.compiler.is_compiling():
         return value

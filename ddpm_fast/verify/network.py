@@ -186,7 +186,16 @@ _OPERATORS: dict[str, Callable[[_Case], _Results]] = {
 def network_checks(
     run: Backend, device: torch.device, dtype: torch.dtype
 ) -> Iterator[NetworkCheck]:
-    """Check every operator of the U-Net on every layout, for one backend and dtype."""
+    """Check every operator of the U-Net on every layout.
+
+    Args:
+        run: The backend.
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
+
+    Returns:
+        An iterator over the checks.
+    """
     for op, operate in _OPERATORS.items():
         for layout in NETWORK_LAYOUTS:
             # The convolutions do not accept slices of channels.

@@ -43,9 +43,13 @@ def q_sample(x0: Tensor, t: Tensor, noise: Tensor, coefs: Tensor) -> Tensor:
 
 
 def q_sample_philox(x0: Tensor, t: Tensor, coefs: Tensor, rng: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `q_sample` with noise generated from rng, and the noise in the dtype of x0.
+    """Return `q_sample` with generated noise, and the noise in the dtype of x0.
 
-    rng: int64 [3]: seed, stream, first sample.
+    Args:
+        x0: See `q_sample`.
+        t: See `q_sample`.
+        coefs: See `q_sample`.
+        rng: int64 [3]: seed, stream, first sample.
     """
     noise = torch.empty_like(x0, requires_grad=False)
     philox_normal_(noise, rng)
@@ -251,7 +255,12 @@ def _past_values(
 
 
 def philox_normal_(out: Tensor, rng: Tensor) -> None:
-    """Fill `out` [N, ...] with the normals of (seed, stream, first_sample)."""
+    """Fill a tensor with standard normals.
+
+    Args:
+        out: [N, ...]; written.
+        rng: int64 [3]: seed, stream, first sample.
+    """
     seed, stream, first = rng.unbind()
     out.copy_(normals(out, seed, stream.expand(out.shape[0]), first))
 

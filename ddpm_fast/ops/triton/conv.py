@@ -315,20 +315,11 @@ def conv(
     config: Config | None = None,
     split_k_locks: Tensor | None = None,
 ) -> None:
-    """Run `conv_` with a configuration, by default the first of `configurations`.
+    """Run `conv_` with a configuration.
 
-    Args:
-        out: As in `conv_`, like all arguments but the last two.
-        x: See `conv_`.
-        x2: See `conv_`.
-        weight: See `conv_`.
-        bias: See `conv_`.
-        residual: See `conv_`.
-        stride: See `conv_`.
-        padding: See `conv_`.
-        config: Configuration of the kernel.
-        split_k_locks: int32 zeros, one for each tile, zero again at the end. Used if
-            config.split > 1; allocated if None. Concurrent calls must not share them.
+    The arguments up to padding are those of `reference.conv_`. config is by default the first of
+    `configurations`. split_k_locks are int32 zeros, one for each tile, and zero again at the end.
+    They are used if config.split > 1, and allocated if None. Concurrent calls must not share them.
     """
     if out.numel() == 0:
         return
