@@ -328,7 +328,6 @@ def step_inputs(
     layout: of the state and what is shaped as it; other: of the network's. The rows of the samples
     differ. generated: pass the state of the generator instead of noise.
     """
-
     state = partial(normals, shape, layout, F32, device=device)
     network = partial(normals, shape, other, dtype, device=device)
     depth = history_depth(flags)

@@ -19,8 +19,10 @@ IDS = ["linear", "cosine", "respaced"]
 @pytest.mark.parametrize(("objective", "gamma"), [("simple", 5.0), ("score", 1.0)])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_min_snr_equals_the_paper(prediction: str, objective: str, gamma: float) -> None:
-    """min(SNR, gamma) of x_0, divided by SNR for epsilon and by SNR + 1 for v (Section 3.4, Hang
-    et al. 2023); of a score the error is that of epsilon over 1 - abar."""
+    """Section 3.4, Hang et al. 2023: min(SNR, gamma) for x_0, divided by SNR or SNR + 1 for others.
+
+    The error of a score is that of epsilon over 1 - abar.
+    """
     x0, noise = batch()
     found = training_losses(
         Network(), x0, T, SCHEDULE, prediction=prediction, objective=objective,
