@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from ddpm_fast.cli.devices import device_of
-from ddpm_fast.cli.group import HelpGroup
+from ddpm_fast.cli.group import HelpGroup, with_options
 from ddpm_fast.cli.model import DTYPES, DeviceOption
 from ddpm_fast.cli.output import check_file
 from ddpm_fast.utils import checks
@@ -29,18 +28,18 @@ _PACKAGES = ("diffusers", "denoising-diffusion-pytorch", "nvidia-cudnn-frontend"
 class Options:
     """Options that the measuring commands share."""
 
-    network: Annotated[str, typer.Option(help="cifar32, ddpm256 or triangles.")] = "cifar32"
+    network: Annotated[str, typer.Option(help="Network: cifar32, ddpm256 or triangles.")] = (
+        "cifar32"
+    )
     batch: Annotated[
         list[int] | None,
-        typer.Option(
-            min=1, help="Images in a batch; may be given several times.", show_default="1"
-        ),
+        typer.Option(min=1, help="Images in a batch; can be repeated.", show_default="1"),
     ] = None
     device: DeviceOption = None
     dtype: Annotated[
         str | None,
         typer.Option(
-            help=f"Of the network: {', '.join(DTYPES)}.",
+            help=f"Dtype of the network: {', '.join(DTYPES)}.",
             show_default="float16 on a GPU, float32 on a CPU",
         ),
     ] = None
@@ -58,9 +57,7 @@ class Options:
     ] = None
     baselines: Annotated[
         bool,
-        typer.Option(
-            "--peers/--no-peers", help="Also time what is replaced, where it is installed."
-        ),
+        typer.Option("--peers/--no-peers", help="Also time the baselines that are installed."),
     ] = True
     limit: Annotated[
         float | None,
@@ -68,29 +65,12 @@ class Options:
     ] = None
     out: Annotated[
         Path | None,
-        typer.Option(help="The CSV.", show_default="out/bench_<what>_<network>_<device>.csv"),
+        typer.Option(
+            help="File of the results, a .csv.",
+            show_default="out/bench_<what>_<network>_<device>.csv",
+        ),
     ] = None
     plot: Annotated[Path | None, typer.Option(help="Also draw the results, as a .png.")] = None
-
-
-def _command(function: Callable[..., None]) -> None:
-    """Register a command `function(options, **own)` with the fields of `Options` as options."""
-    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-    hints = get_type_hints(Options, include_extras=True)
-    shared = [
-        parameter.replace(annotation=hints[name])
-        for name, parameter in inspect.signature(Options).parameters.items()
-    ]
-
-    def command(**arguments: Any) -> None:
-        options = Options(**{name: arguments.pop(name) for name in hints})
-        function(options, **arguments)
-
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared, *own)]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__name__, command.__doc__ = function.__name__, function.__doc__
-    bench.command()(command)
 
 
 @bench.callback()
@@ -101,7 +81,8 @@ def about() -> None:
     """
 
 
-@_command
+@bench.command()
+@with_options
 def kernels(options: Options) -> None:
     """Time every distinct operation of a network's plan by itself.
 
@@ -123,14 +104,15 @@ def kernels(options: Options) -> None:
     setup.finish(rows)
 
 
-@_command
+@bench.command()
+@with_options
 def network(
     options: Options,
     compile_: Annotated[
         bool,
         typer.Option(
             "--compile/--no-compile",
-            help="Baselines by torch.compile, which takes minutes to build.",
+            help="Compile the baselines by torch.compile, which takes minutes.",
         ),
     ] = True,
 ) -> None:
@@ -155,7 +137,8 @@ def network(
     setup.finish(rows)
 
 
-@_command
+@bench.command()
+@with_options
 def sampling(
     options: Options,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Of each chain.")] = 1000,

@@ -1,4 +1,4 @@
-"""The report of the triangle experiment: pictures of every schedule, and a table of quality."""
+"""Report of the triangle experiment: figures of every schedule and a table of sample quality."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from quality.nearest import Memorisation  # noqa: E402
 from sample_quality import foreground_areas, triangle_share  # noqa: E402
 
-STATES = 10  # of a strip
-STARTS = 5  # of different noise, as in the thesis
+STATES = 10  # states from noise to an image
+STARTS = 5  # samples shown, as in the thesis
 COLOURS = (ACCENT, "#c2410c", "#1d4ed8", "#7c3aed", INK)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one training came to."""
+    """Result of one training."""
 
     form: str
     schedule: str
     noise: NoiseSchedule
     history: list[dict[str, Any]]
-    training: Any  # its images
+    training: Any  # training images
     images: Tensor  # [num, 1, 32, 32]
-    strip: Tensor  # [STATES, 1, 32, 32], one image's way from noise
+    strip: Tensor  # [STATES, 1, 32, 32], from noise to an image
 
     @property
     def last(self) -> dict[str, Any]:
-        """The losses of the last epoch."""
+        """Metrics of the last epoch."""
         return self.history[-1]
 
 
@@ -72,7 +72,7 @@ def draw_samples(trainer: Trainer, form: str, schedule: str, num: int, steps: in
 
 
 def write_report(out: Path, plan: Any, results: Sequence[Result], device: str) -> None:
-    """README.md, quality.csv and the pictures, into a folder."""
+    """Write README.md, quality.csv and the figures to a folder."""
     prepare_folder(out)
     forms = list(dict.fromkeys(result.form for result in results))
     draw_schedules(results, out / "schedules.png")
@@ -94,22 +94,22 @@ def write_report(out: Path, plan: Any, results: Sequence[Result], device: str) -
 
 
 def minutes(results: Sequence[Result]) -> float:
-    """What the steps of all trainings took, also those that were done when this run began."""
+    """Return the minutes of all training steps, including those of earlier runs."""
     epochs = ((len(r.training), row["images_per_s"]) for r in results for row in r.history)
     return sum(images / speed for images, speed in epochs) / 60
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a form of the data is measured against: images that its recipe makes."""
+    """Measures of images generated as the training images."""
 
-    share: float  # of triangles
-    areas: Any  # of the foregrounds
+    share: float  # share of triangles
+    areas: Any  # areas of the foregrounds
     nearest: Memorisation
 
 
 def recipe(form: str, training: Any) -> Recipe:
-    """Of a form; training: its data set, which all of its trainings share."""
+    """Measure a form of the data; its trainings share the data set `training`."""
     fresh = make_triangles(2_000, seed=7, form=form)
     seen = torch.stack([training[i] for i in range(len(training))]).numpy()
     nearest = Memorisation(seen, lambda num: fresh[:num])
@@ -117,7 +117,7 @@ def recipe(form: str, training: Any) -> Recipe:
 
 
 def quality(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """How many samples are triangles, beside images that the recipe makes."""
+    """Return a row of measures for each training."""
     training = {result.form: result.training for result in results}
     recipes = {form: recipe(form, images) for form, images in training.items()}
     rows = []
@@ -143,7 +143,7 @@ def quality(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def draw_schedules(results: Sequence[Result], path: Path) -> None:
-    """The betas and what they leave of the image, by schedule."""
+    """Draw the betas of each schedule, and the share of the image that is left."""
     figure, (above, below) = new_figure(7, 6, [1, 1])
     found = {result.schedule: result.noise for result in results}
     for (name, schedule), colour in zip(found.items(), COLOURS, strict=True):
@@ -158,7 +158,7 @@ def draw_schedules(results: Sequence[Result], path: Path) -> None:
 
 
 def draw_forward(results: Sequence[Result], path: Path) -> None:
-    """One triangle noised under every schedule."""
+    """Draw a triangle with noise of each schedule."""
     found = {result.schedule: result.noise for result in results}
     x0 = torch.from_numpy(make_triangles(1, seed=11))
     t = torch.tensor([round(i * 999 / (STATES - 1)) for i in range(STATES)])
@@ -172,7 +172,7 @@ def draw_forward(results: Sequence[Result], path: Path) -> None:
 
 
 def draw_losses(results: Sequence[Result], path: Path) -> None:
-    """Mean, smallest and largest loss of each epoch's steps, and the held-out loss."""
+    """Draw mean, minimum and maximum loss of each epoch, and the held-out loss."""
     figure, axes = new_figure(7, 2.2 * len(results), [1] * len(results))
     for panel, result in zip(axes, results, strict=True):
         rows = result.history
@@ -198,7 +198,7 @@ def draw_losses(results: Sequence[Result], path: Path) -> None:
 def text(
     plan: Any, rows: Sequence[dict[str, Any]], forms: Sequence[str], minutes: float, when: str
 ) -> str:
-    """The report in words."""
+    """Return the text of the report."""
     lines = [
         f"# Triangles under five schedules ({plan.name})",
         "",
@@ -206,12 +206,13 @@ def text(
         f" {plan.batch}; {plan.samples} samples by {plan.steps} ancestral steps with the variance"
         f" beta_t. {when}, trained in {minutes:.0f} minutes of steps.",
         "",
-        "`triangles`: the share of samples that pass the measure of"
+        "`triangles`: share of samples that are triangles by the measure of"
         f" `benchmarks/sample_quality.py`, with a standard error of up to"
-        f" {0.5 / plan.samples**0.5:.2f}; `of_data`: that of images made by the recipe."
-        " `ks_area`: Kolmogorov-Smirnov distance of the foreground's areas. `grey`: the share of"
-        " pixels that are neither black nor white. `nearest`: the median distance to the nearest"
-        " training image, over that of fresh triangles.",
+        f" {0.5 / plan.samples**0.5:.2f}; `of_data`: the same for images generated as the training"
+        " images."
+        " `ks_area`: Kolmogorov-Smirnov distance of foreground areas. `grey`: share of"
+        " pixels that are neither black nor white. `nearest`: median distance to the nearest"
+        " training image, relative to that of new triangles.",
         "",
         "| " + " | ".join(rows[0]) + " |",
         "| " + " | ".join("---" for _ in rows[0]) + " |",
@@ -219,7 +220,7 @@ def text(
         "",
         "## The thesis' finding",
         "",
-        "Linear and sine are best, and x^10 fails. Here:",
+        "Linear and sine are the best two, and x^10 fails. Here:",
         "",
         *(finding(form, [row for row in rows if row["form"] == form]) for form in forms),
         "",
@@ -242,12 +243,12 @@ def text(
 
 
 def finding(form: str, rows: Sequence[dict[str, Any]]) -> str:
-    """Whether linear and sine are the best of a form's schedules, and whether x^10 fails."""
+    """Compare a form's ranking of the schedules to that of the thesis."""
     share = {row["schedule"]: float(row["triangles"]) for row in rows}
     ranked = sorted(share, key=share.__getitem__, reverse=True)
     listed = ", ".join(f"{name} {share[name]:.3f}" for name in ranked)
     if share[ranked[0]] < 0.5 * float(rows[0]["of_data"]):
-        return f"- {form}: no network has learnt triangles well enough to tell ({listed})."
+        return f"- {form}: no network has learnt triangles well enough to compare ({listed})."
     best = set(ranked[:2]) == {"linear", "sine wave"}
     fails = ranked[-1] == "x^10" and share["x^10"] < 0.5 * share[ranked[0]]
     return (

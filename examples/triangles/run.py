@@ -1,12 +1,12 @@
 """The experiment of the thesis: triangles in three forms, under five noise schedules.
 
-    python examples/triangles/run.py --quick     minutes on two CPU cores: the way, not quality
-    python examples/triangles/run.py --gpu       the small U-Net, all fifteen trainings, for a GPU
-    python examples/triangles/run.py             the thesis' own network, 100 epochs: for patience
+    python examples/triangles/run.py --quick     one form, a tiny network: minutes on two CPU cores
+    python examples/triangles/run.py --gpu       the small U-Net, all fifteen trainings
+    python examples/triangles/run.py             the network of the thesis, 100 epochs
 
---epochs, --images and --samples change a plan: --quick --images 10000 is for those who have an hour
-and no GPU. Writes a report to --out: a table, and the pictures of the thesis. What was trained is
-kept in --runs, and a run that was stopped goes on there.
+--epochs, --images and --samples change a plan; --quick --images 10000 takes about an hour on CPUs.
+The report is written to --out: a table and the figures of the thesis. Trained networks are kept in
+--runs, and an interrupted training is resumed from there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done: which forms of the data, which network, for how long."""
+    """Forms of the data, network and length of the trainings."""
 
     name: str
     forms: tuple[str, ...]
@@ -61,7 +61,7 @@ PLANS = {
 
 
 def train(plan: Plan, form: str, name: str, out: Path, device: str, progress: bool) -> Trainer:
-    """One training, or what is left of it."""
+    """Train, or resume a training, on one form of the data under one schedule."""
     data = load_data(form, num=plan.images)
     options = TrainOptions(
         epochs=plan.epochs,
@@ -88,7 +88,7 @@ def train(plan: Plan, form: str, name: str, out: Path, device: str, progress: bo
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A type of argparse: an int from ``least`` on."""
+    """Return a type for argparse: an int of at least `least`."""
 
     def number(text: str) -> int:
         if (value := int(text)) < least:
@@ -103,27 +103,27 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="one form of the data, a tiny network")
     which.add_argument("--gpu", action="store_true", help="the small U-Net, all three forms")
-    parser.add_argument("--epochs", type=at_least(1), help="instead of the plan's")
-    parser.add_argument("--images", type=at_least(10), help="of training, instead of the plan's")
-    parser.add_argument("--samples", type=at_least(STARTS), help="of each network, likewise")
+    parser.add_argument("--epochs", type=at_least(1), help="epochs of each training")
+    parser.add_argument("--images", type=at_least(10), help="training images")
+    parser.add_argument("--samples", type=at_least(STARTS), help="samples of each network")
     parser.add_argument("--out", type=Path, help="folder of the report")
     parser.add_argument("--runs", type=Path, help="folder of the trainings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-progress", action="store_true")
     options = parser.parse_args()
 
-    # x^10 leaves much of the image in x_T, which is what the experiment is about.
+    # x^10 leaves much of the image in x_T, as intended by the experiment.
     warnings.simplefilter("ignore", ScheduleWarning)
     plan = PLANS["quick" if options.quick else "gpu" if options.gpu else "full"]
-    wanted = {name: getattr(options, name) for name in ("epochs", "images", "samples")}
-    plan = replace(plan, **{name: value for name, value in wanted.items() if value is not None})
+    given = {name: getattr(options, name) for name in ("epochs", "images", "samples")}
+    plan = replace(plan, **{name: value for name, value in given.items() if value is not None})
     out = options.out or Path("out") / f"triangles-{plan.name}"
     runs = options.runs or out / "runs"
     results: list[Result] = []
     for form in plan.forms:
         for name in SCHEDULES:
             print(f"{form}, {name}", flush=True)
-            # Of its own for every length: another is another curve of the learning rate.
+            # One folder for each length, which determines the learning-rate schedule.
             length = f"{plan.images}-images-{plan.epochs}-epochs"
             folder = runs / length / form / name.replace(" ", "-").replace("^", "")
             trainer = train(plan, form, name, folder, options.device, not options.no_progress)

@@ -1,9 +1,10 @@
-"""``ddpm-fast bpd``: what it prints, writes and draws, the data it reads, the mistakes it names."""
+"""`ddpm-fast bpd`: output, files, figure, data and errors."""
 
 from __future__ import annotations
 
 import csv
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,9 @@ def saved(folder: str, *args: Any, **options: Any) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_with_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _model_and_data(tiny: Path, _in_a_temporary_folder: None) -> None:
     np.save("data.npy", PIXELS)
-    saved("model")
+    shutil.copytree(tiny, "model")
 
 
 def bpd(*args: object, model: object = "model", data: object = "data.npy", status: int = 0) -> Any:
@@ -47,8 +47,8 @@ def lines_of(result: Any) -> dict[str, str]:
 def expected(num: int = 5, model: str = "model", **options: Any) -> Any:
     checkpoint = ddpm_fast.load(model)
     x0 = torch.from_numpy(PIXELS[:num, None].astype(np.float32) / np.float32(127.5) - 1)
-    given = {"variance": checkpoint.variance, "pad": False, "progress": False} | options
-    return variational_bound(checkpoint.unet, checkpoint.schedule, x0, **given)
+    defaults = {"variance": checkpoint.variance, "pad": False, "progress": False} | options
+    return variational_bound(checkpoint.unet, checkpoint.schedule, x0, **defaults)
 
 
 def rows_of(path: str = "out/bpd.csv") -> list[dict[str, str]]:
@@ -56,7 +56,7 @@ def rows_of(path: str = "out/bpd.csv") -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_it_prints_the_parts_and_writes_a_row_for_each_timestep() -> None:
+def test_parts_are_printed_and_a_row_is_written_for_each_timestep() -> None:
     lines = lines_of(bpd())
     bound = expected()
     assert lines["model"] == f"model, 1 x {SIDE} x {SIDE}"
@@ -110,7 +110,7 @@ def test_a_single_image_has_no_standard_error() -> None:
     assert rows_of()[0]["standard_error"] == ""
 
 
-def test_a_learned_variance_is_the_models() -> None:
+def test_a_learned_variance_is_that_of_the_model() -> None:
     options = {"variance": "learned_range", "prediction": "v", "clip": None}
     ddpm_fast.save("model2", tiny_unet(out_channels=2), tiny_schedule(), **options)
     totals = {}
@@ -135,11 +135,11 @@ def test_the_engine_runs_too() -> None:
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg"])
-def test_a_folder_of_pictures_is_read_in_the_order_of_names(ending: str) -> None:
+def test_a_folder_of_images_is_read_in_the_order_of_names(ending: str) -> None:
     os.mkdir("folder")
     for i, pixels in enumerate(PIXELS):
         Image.fromarray(pixels).save(f"folder/{i}.{ending}", quality=100)
-    Path("folder/notes.txt").write_text("not a picture")
+    Path("folder/notes.txt").write_text("not an image")
     args = ("--num", 3, "--steps", 5)
     from_folder, from_array = (lines_of(bpd(*args, data=d)) for d in ("folder", "data.npy"))
     totals = [float(lines["total"].split()[0]) for lines in (from_folder, from_array)]
@@ -157,13 +157,13 @@ def test_a_folder_of_pictures_is_read_in_the_order_of_names(ending: str) -> None
         pytest.param(PIXELS[:, None] / 127.5 - 1, id="float64"),
     ],
 )
-def test_arrays_of_every_kind_are_the_same_data(array: np.ndarray) -> None:
+def test_dtypes_and_shapes_of_arrays(array: np.ndarray) -> None:
     np.save("other.npy", array)
     args = ("--steps", 3)
     assert lines_of(bpd(*args, data="other.npy"))["total"] == lines_of(bpd(*args))["total"]
 
 
-def test_grey_becomes_colours_and_back_where_nothing_is_lost() -> None:
+def test_grey_images_are_converted_to_colour_and_back_if_nothing_is_lost() -> None:
     saved("rgb", 3)
     os.mkdir("grey")
     Image.fromarray(PIXELS[0]).save("grey/a.png")
@@ -180,10 +180,10 @@ def test_grey_becomes_colours_and_back_where_nothing_is_lost() -> None:
 
 
 def write_bad_data() -> None:
-    os.mkdir("pictures")
-    Image.fromarray(PIXELS[0]).save("pictures/0.png")
-    whole = Path("pictures/0.png").read_bytes()
-    Path("pictures/1.png").write_bytes(whole[:-30])
+    os.mkdir("broken")
+    Image.fromarray(PIXELS[0]).save("broken/0.png")
+    whole = Path("broken/0.png").read_bytes()
+    Path("broken/1.png").write_bytes(whole[:-30])
     os.mkdir("sizes")
     Image.fromarray(PIXELS[0]).save("sizes/0.png")
     Image.fromarray(PIXELS[0, :4]).save("sizes/1.png")
@@ -202,7 +202,7 @@ def write_bad_data() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("pictures", "pictures/1.png: cannot be read: image file is truncated"),
+        ("broken", "broken/1.png: cannot be read: image file is truncated"),
         ("sizes", "sizes/1.png: must be 1 x 8 x 8; got 1 x 4 x 8"),
         ("empty", "empty: holds no images (.jpg, "),
         ("text.npy", "text.npy: is neither a .npy file"),
@@ -217,7 +217,7 @@ def write_bad_data() -> None:
         ("nowhere.npy", "nowhere.npy: No such file"),
     ],
 )
-def test_bad_data_is_named_and_nothing_written(data: str, message: str) -> None:
+def test_invalid_data_is_named_and_nothing_is_written(data: str, message: str) -> None:
     write_bad_data()
     assert message in error_of(bpd(data=data, status=2))
     assert not os.path.exists("out/bpd.csv")
@@ -238,12 +238,12 @@ def test_bad_data_is_named_and_nothing_written(data: str, message: str) -> None:
         pytest.param(("--seed", 1 << 64), "seed must be an integer in", id="seed"),
     ],
 )
-def test_a_mistake_is_one_line(args: tuple[object, ...], message: str) -> None:
+def test_an_error_is_one_line(args: tuple[object, ...], message: str) -> None:
     assert message in error_of(bpd(*args, status=2))
     assert not os.path.exists("out/bpd.csv")
 
 
-def test_a_model_that_asks_for_more_is_refused() -> None:
+def test_a_model_without_a_schedule_or_a_size_is_rejected() -> None:
     ddpm_fast.save("alone", tiny_unet())
     message = "alone: cannot be used here: it holds a network alone"
     assert message in error_of(bpd(model="alone", status=2))
@@ -252,7 +252,7 @@ def test_a_model_that_asks_for_more_is_refused() -> None:
     assert "has no sample_size" in error_of(bpd(model="sizeless", status=2))
 
 
-def test_labels_and_thresholds_are_those_of_the_model() -> None:
+def test_labels_and_thresholding_of_the_model() -> None:
     config = {"num_train_timesteps": T, "beta_end": 0.5, "thresholding": True}
     config["sample_max_value"] = 3.0
     ddpm_fast.save("labels", tiny_unet(num_class_embeds=3), scheduler_config=config)
@@ -264,7 +264,7 @@ def test_labels_and_thresholds_are_those_of_the_model() -> None:
     np.testing.assert_allclose(means, bound.vb.mean(0), rtol=1e-6)
 
 
-def test_without_matplotlib_the_package_is_named_before_the_work(
+def test_missing_matplotlib_is_named_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -276,9 +276,9 @@ def test_without_matplotlib_the_package_is_named_before_the_work(
 def test_the_terms_are_drawn() -> None:
     result = bpd("--plot", "new/terms.png")
     assert result.stdout.endswith("wrote    out/bpd.csv\nwrote    new/terms.png\n")
-    with Image.open("new/terms.png") as picture:
-        assert picture.format == "PNG"
-        assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+    with Image.open("new/terms.png") as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 10
     bound = expected()
     figure = bpd_command.draw(bound, "below")
     (axes,) = figure.axes
@@ -292,7 +292,7 @@ def test_the_terms_are_drawn() -> None:
     assert f"{total:.4g} bits/dim, of which the prior is {prior:.2g}" in figure.get_suptitle()
 
 
-def test_a_density_above_1_has_no_place_on_the_axis_and_is_named() -> None:
+def test_a_negative_term_is_named_in_the_legend() -> None:
     bound = expected(decoder="gaussian")
     bound.vb[:, -1] = -0.5
     (axes,) = bpd_command.draw(bound, "").axes

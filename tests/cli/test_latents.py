@@ -1,7 +1,8 @@
-"""`ddpm-fast encode`, `decode` and `interpolate`, run as a user would."""
+"""`ddpm-fast encode`, `decode` and `interpolate`."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,11 @@ IMAGES = torch.from_numpy(PIXELS[:, None].astype(np.float32) / np.float32(127.5)
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_with_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _model_and_data(tiny: Path, _in_a_temporary_folder: None) -> None:
     np.save("data.npy", PIXELS)
     for name, pixels in zip("ab", PIXELS, strict=False):
         Image.fromarray(pixels).save(f"{name}.png")
-    ddpm_fast.save("model", tiny_unet(), tiny_schedule())
+    shutil.copytree(tiny, "model")
 
 
 def latents(command: str, *args: object, model: str = "model", status: int = 0) -> Any:
@@ -36,12 +36,12 @@ def latents(command: str, *args: object, model: str = "model", status: int = 0) 
 
 def codec(steps: int = 7, **options: Any) -> Codec:
     unet = ddpm_fast.load("model").unet
-    place = {"device": "cpu", "micro_batch": 2}
-    return Codec(unet, tiny_schedule(), SHAPE, steps, **options, **place)
+    options |= {"device": "cpu", "micro_batch": 2}
+    return Codec(unet, tiny_schedule(), SHAPE, steps, **options)
 
 
 def test_codes_are_written_and_described() -> None:
-    result = latents("encode", "--data", "data.npy", "--steps", 7, "--picture", "seen.png")
+    result = latents("encode", "--data", "data.npy", "--steps", 7, "--picture", "codes.png")
     codes = codec().encode(IMAGES, progress=False)
     np.testing.assert_array_equal(np.load("out/codes.npy"), codes.numpy())
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
@@ -51,8 +51,8 @@ def test_codes_are_written_and_described() -> None:
     back = codec().decode(codes, progress=False)
     error = float((back - IMAGES).square().mean().sqrt())
     assert lines["decoded"] == f"rms {error:.4f} from the images"
-    with Image.open("seen.png") as picture:
-        assert picture.width > 5 * SIDE
+    with Image.open("codes.png") as image:
+        assert image.width > 5 * SIDE
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_codes_are_written_and_described() -> None:
 def test_options_are_those_of_the_codec(
     args: tuple[object, ...], options: dict[str, Any], t: int | None
 ) -> None:
-    # By default the steps are all of so short a chain.
+    # The default of 50 steps is limited to the 20 timesteps of the model.
     latents("encode", "--data", "data.npy", "--num", 2, *args)
     ours = codec(20, **options)
     codes = ours.encode(IMAGES[:2], t, progress=False)
@@ -78,31 +78,20 @@ def test_options_are_those_of_the_codec(
 
 
 @pytest.mark.parametrize("mode", ["latent-slerp", "latent-lerp", "stochastic"])
-def test_frames_lead_from_one_picture_to_the_other(mode: str) -> None:
-    latents(
-        "interpolate",
-        "a.png",
-        "b.png",
-        "--frames",
-        4,
-        "--steps",
-        7,
-        "--mode",
-        mode,
-        "--out",
-        "a.npy",
-    )
+def test_frames_are_those_of_the_codec(mode: str) -> None:
+    options = ("--frames", 4, "--steps", 7, "--mode", mode, "--out", "a.npy")
+    latents("interpolate", "a.png", "b.png", *options)
     x_a, x_b = IMAGES[:1], IMAGES[1:2]
     weights = [0, 1 / 3, 2 / 3, 1]
     expected = codec().interpolate(x_a, x_b, weights, mode, progress=False)[:, 0]
     np.testing.assert_array_equal(np.load("a.npy"), expected.numpy())
 
 
-def test_frames_are_one_row_or_a_folder_of_pictures() -> None:
+def test_frames_are_one_row_or_a_folder_of_images() -> None:
     frames = ("--frames", 3, "--steps", 7)
     latents("interpolate", "a.png", "b.png", *frames)
-    with Image.open("out/interpolation.png") as picture:
-        assert picture.width > 2.5 * picture.height
+    with Image.open("out/interpolation.png") as image:
+        assert image.width > 2.5 * image.height
     latents("interpolate", "a.png", "b.png", *frames, "--out", "frames")
     assert sorted(path.name for path in Path("frames").iterdir()) == [
         "00000.png",
@@ -110,11 +99,11 @@ def test_frames_are_one_row_or_a_folder_of_pictures() -> None:
         "00002.png",
     ]
     middle = codec().interpolate(IMAGES[:1], IMAGES[1:2], [0, 0.5, 1], progress=False)[1]
-    with Image.open("frames/00001.png") as picture:
-        np.testing.assert_array_equal(np.asarray(picture), to_uint8(middle)[0].squeeze())
+    with Image.open("frames/00001.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), to_uint8(middle)[0].squeeze())
 
 
-def test_labels_are_passed_on() -> None:
+def test_labels_are_passed_to_the_model() -> None:
     config = {"num_train_timesteps": 20, "beta_end": 0.5}
     ddpm_fast.save("labels", tiny_unet(num_class_embeds=3), scheduler_config=config)
     args = ("--data", "data.npy", "--steps", 5)
@@ -138,14 +127,14 @@ BAD = {
     "spacing": ("encode", (*DATA, "--spacing", "x"), "--spacing must"),
     "shape": ("decode", ("data.npy",), "data.npy: must be [N, 1, 8, 8]; got [5, 8, 8]"),
     "no-npy": ("decode", ("a.png",), "a.png: must be a readable .npy"),
-    "no-picture": ("interpolate", ("a.png", "c.png"), "c.png"),
+    "no-image": ("interpolate", ("a.png", "c.png"), "c.png"),
     "size": ("interpolate", ("a.png", "big.png"), "big.png: must be 1 x 8 x 8; got 1 x 9 x 9"),
     "mode": ("interpolate", ("a.png", "b.png", "--mode", "slerp"), "mode must be one of"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_one_line(case: str) -> None:
+def test_an_error_is_one_line(case: str) -> None:
     command, args, message = BAD[case]
     Image.new("L", (9, 9)).save("big.png")
     assert message in error_of(latents(command, *args, status=2))

@@ -1,4 +1,4 @@
-"""``ddpm-fast noise``: one picture under several schedules."""
+"""`ddpm-fast noise`: an image under several schedules."""
 
 from __future__ import annotations
 
@@ -16,30 +16,25 @@ from ddpm_fast.cli import noise as noise_command
 from ddpm_fast.ops.philox import STREAM_TRAINING
 from ddpm_fast.utils.images import to_uint8
 
-SIDE = 8  # of an image, in pixels
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+SIDE = 8  # pixels of an image's side
 
 
 @pytest.fixture
-def picture() -> Path:
+def source() -> Path:
     pixels = np.arange(SIDE * SIDE, dtype=np.uint8).reshape(SIDE, SIDE) * 4
     Image.fromarray(pixels).save("in.png")
     return Path("in.png")
 
 
-def test_an_image_is_noised_under_every_schedule(picture: Path) -> None:
+def test_each_row_adds_the_noise_of_a_schedule(source: Path) -> None:
     schedules = "linear,power:2,cosine:0.01:0.99"
     args = ("--schedules", schedules, "--columns", 3, "--seed", 7, "--scale", 1)
-    result = run("noise", picture, *args)
+    result = run("noise", source, *args)
     assert result.stdout == "wrote    out/noise.png\n"
     with Image.open("out/noise.png") as sheet:
         canvas = np.asarray(sheet)
-    with Image.open(picture) as source:
-        x0 = torch.from_numpy(np.asarray(source, np.float32) / np.float32(127.5) - 1)
+    with Image.open(source) as image:
+        x0 = torch.from_numpy(np.asarray(image, np.float32) / np.float32(127.5) - 1)
     x0 = x0.expand(3, 1, SIDE, SIDE).clone()
     z = philox_normal(3, (1, SIDE, SIDE), 7, STREAM_TRAINING)
     t = torch.tensor([0, 500, 999])
@@ -52,8 +47,8 @@ def test_an_image_is_noised_under_every_schedule(picture: Path) -> None:
             np.testing.assert_array_equal(got, x_t[:, :, 0])
 
 
-def test_the_default_schedules_run_and_warn_in_a_line(picture: Path) -> None:
-    result = run("noise", picture, "--out", "deep/er/sheet.png")
+def test_a_warning_of_a_default_schedule_is_one_line(source: Path) -> None:
+    result = run("noise", source, "--out", "deep/er/sheet.png")
     assert os.listdir("deep/er") == ["sheet.png"]
     (note,) = result.stderr.splitlines()
     assert note.startswith("note: schedule power(10): x_T keeps 0.382 of x_0's amplitude")
@@ -76,8 +71,8 @@ def test_the_default_schedules_run_and_warn_in_a_line(picture: Path) -> None:
         pytest.param("linear:0.1:nan", "linear:0.1:nan: beta_end must be", id="nan"),
     ],
 )
-def test_a_bad_schedule_is_named(picture: Path, schedules: str, message: str) -> None:
-    assert message in error_of(run("noise", picture, "--schedules", schedules, status=2))
+def test_an_invalid_schedule_is_named(source: Path, schedules: str, message: str) -> None:
+    assert message in error_of(run("noise", source, "--schedules", schedules, status=2))
     assert os.listdir() == ["in.png"]
 
 
@@ -93,9 +88,9 @@ def test_a_bad_schedule_is_named(picture: Path, schedules: str, message: str) ->
         pytest.param(Image.new("P", (8, 8), 3), "RGB", None, id="palette"),
     ],
 )
-def test_every_kind_of_picture_is_read(image: Image.Image, mode: str, value: object) -> None:
+def test_every_mode_of_images_is_read(image: Image.Image, mode: str, value: object) -> None:
     image.save("in.png")
-    # At t = 0 these betas leave the image as it is, to 8 bits.
+    # At t = 0 these betas do not change the image at 8 bits.
     args = ("--schedules", "linear:1e-9:0.02", "--columns", 2, "--scale", 1)
     run("noise", "in.png", *args, "--out", "a.png")
     with Image.open("a.png") as sheet:
@@ -109,29 +104,29 @@ def test_every_kind_of_picture_is_read(image: Image.Image, mode: str, value: obj
     ("args", "size"),
     [
         pytest.param((), (128, 64), id="large-images-shrink"),
-        pytest.param(("--size", 20), (20, 10), id="as-told"),
+        pytest.param(("--size", 20), (20, 10), id="reduced"),
         pytest.param(("--size", 400), (400, 200), id="enlarged"),
     ],
 )
 def test_the_longer_side_is_set(
     args: tuple[object, ...], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = []
+    calls = []
     draw = noise_command.sheet
-    monkeypatch.setattr(noise_command, "sheet", lambda *a: given.append(a) or draw(*a))
+    monkeypatch.setattr(noise_command, "sheet", lambda *a: calls.append(a) or draw(*a))
     Image.new("L", (300, 150)).save("in.png")
     run("noise", "in.png", "--columns", 2, "--schedules", "linear", *args)
-    assert given[0][0].shape == (2, 1, size[1], size[0])
+    assert calls[0][0].shape == (2, 1, size[1], size[0])
 
 
-def test_what_is_no_picture_is_named(picture: Path) -> None:
-    whole = picture.read_bytes()
+def test_files_that_are_no_images_are_named(source: Path) -> None:
+    whole = source.read_bytes()
     for name, content, message in (
-        ("text.png", b"no picture", "text.png: is no image that can be read"),
+        ("text.png", b"no image", "text.png: is no image that can be read"),
         ("cut.png", whole[:-30], "cut.png: cannot be read: image file is truncated"),
         ("empty.png", b"", "empty.png: is no image that can be read"),
     ):
         Path(name).write_bytes(content)
         assert message in error_of(run("noise", name, status=2))
     assert "none.png: No such file" in error_of(run("noise", "none.png", status=2))
-    assert "--out must be a .png" in error_of(run("noise", picture, "--out", "a.jpg", status=2))
+    assert "--out must be a .png" in error_of(run("noise", source, "--out", "a.jpg", status=2))

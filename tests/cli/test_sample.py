@@ -1,12 +1,9 @@
-"""The command line, run as a user would."""
+"""`ddpm-fast sample`: files, options and errors."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 import ddpm_fast
 from cli_runs import SIDE, T, error_of, run, sample, tiny_schedule, tiny_unet
 from ddpm_fast import NoiseSchedule, Sampler, StepTable, philox_normal
-from ddpm_fast.cli import app, main, methods
+from ddpm_fast.cli import methods
 from ddpm_fast.cli import sample as sample_command
-from ddpm_fast.ops import BACKENDS, unavailable_reason
 from ddpm_fast.ops.philox import STREAM_X_T
-from ddpm_fast.ops.registry import NOT_LOADED
 from ddpm_fast.utils.images import to_uint8
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ddpm_fast.save(tmp_path_factory.mktemp("models") / "tiny", tiny_unet(), tiny_schedule())
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+from engine_cases import small
 
 
 def expected(model: Path, num: int, first: int = 0, batch: int = 2, **options: Any) -> np.ndarray:
@@ -45,10 +30,10 @@ def expected(model: Path, num: int, first: int = 0, batch: int = 2, **options: A
     return sampler.sample(num, first_sample=first, progress=False).numpy()
 
 
-def test_a_sheet_goes_to_the_default_place(tiny: Path) -> None:
+def test_the_default_output_is_a_sheet(tiny: Path) -> None:
     result = sample(tiny, "--num", 3, "--batch", 2)
-    with Image.open("out/tiny.png") as picture:
-        assert picture.size == (2 * (96 + 2) + 2, 2 * (96 + 2) + 2)
+    with Image.open("out/tiny.png") as image:
+        assert image.size == (2 * (96 + 2) + 2, 2 * (96 + 2) + 2)
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert lines.keys() == {"model", "backend", "method", "steps", "images", "time", "wrote"}
     assert lines["model"] == f"{tiny}, 1 x {SIDE} x {SIDE}"
@@ -72,7 +57,7 @@ def test_a_sheet_goes_to_the_default_place(tiny: Path) -> None:
         ),
     ],
 )
-def test_an_array_is_what_the_sampler_gives(
+def test_an_array_has_the_samples_of_the_sampler(
     tiny: Path, args: tuple[object, ...], options: dict[str, Any]
 ) -> None:
     sample(tiny, "--num", 3, "--batch", 2, "--out", "a.npy", *args)
@@ -81,7 +66,7 @@ def test_an_array_is_what_the_sampler_gives(
     np.testing.assert_array_equal(array, expected(tiny, 3, **options), strict=True)
 
 
-def test_what_the_checkpoint_says_is_followed(tmp_path: Path) -> None:
+def test_options_of_the_checkpoint_are_used(tmp_path: Path) -> None:
     model = ddpm_fast.save(
         "other", tiny_unet(1), tiny_schedule(), prediction="v", variance="beta", clip=None
     )
@@ -108,34 +93,33 @@ def test_fewer_samples_are_the_same_samples(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("out", ["folder", "dotted.v1", "new/folder/", "here.png"])
-def test_a_folder_gets_a_file_for_each_image(tiny: Path, out: str) -> None:
+def test_a_folder_has_a_file_for_each_image(tiny: Path, out: str) -> None:
     if out == "here.png":
         Path(out).mkdir()
     result = sample(tiny, "--num", 3, "--batch", 2, "--first-sample", 9, "--out", out)
     folder = Path(out)
     assert sorted(os.listdir(folder)) == ["00009.png", "00010.png", "00011.png"]
     pixels = to_uint8(torch.from_numpy(expected(tiny, 3, first=9))).numpy()
-    for index, image in enumerate(pixels, 9):
-        with Image.open(folder / f"{index:05d}.png") as picture:
-            np.testing.assert_array_equal(np.asarray(picture), image[:, :, 0])
+    for index, expected_pixels in enumerate(pixels, 9):
+        with Image.open(folder / f"{index:05d}.png") as image:
+            np.testing.assert_array_equal(np.asarray(image), expected_pixels[:, :, 0])
     assert result.stdout.endswith(f"{folder}/00009.png .. 00011.png\n")
 
 
-def test_a_folder_gets_one_array(tiny: Path) -> None:
+def test_a_folder_has_one_array(tiny: Path) -> None:
     sample(tiny, "--num", 3, "--batch", 2, "--out", "folder", "--format", "npy")
     assert os.listdir("folder") == ["samples.npy"]
     np.testing.assert_array_equal(np.load("folder/samples.npy"), expected(tiny, 3))
 
 
-@pytest.mark.parametrize("first", [0, 3])
-@pytest.mark.parametrize("shown", [1, 3, 8])
-def test_a_strip_shows_the_way_from_noise(tiny: Path, first: int, shown: int) -> None:
+@pytest.mark.parametrize(("first", "shown"), [(0, 1), (3, 3), (0, 8)])
+def test_a_trajectory_shows_the_states_from_noise(tiny: Path, first: int, shown: int) -> None:
     args = ("--num", 6, "--batch", 2, "--scale", 1, "--first-sample", first, "--out", "a.npy")
     sample(tiny, *args, "--trajectory", "new/strip.png", "--trajectory-num", shown)
     array = np.load("a.npy")
     np.testing.assert_array_equal(array, expected(tiny, 6, first=first))
-    with Image.open("new/strip.png") as picture:
-        strip = np.asarray(picture)
+    with Image.open("new/strip.png") as image:
+        strip = np.asarray(image)
     shown = min(shown, 6)
     cell = SIDE + 4
     grid = strip[-(shown * cell) :, -(10 * cell) :]
@@ -156,18 +140,18 @@ def test_a_strip_shows_the_way_from_noise(tiny: Path, first: int, shown: int) ->
         ),
     ],
 )
-def test_a_strip_names_its_columns(
+def test_a_trajectory_names_its_columns(
     tiny: Path, args: tuple[object, ...], columns: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = []
+    calls = []
     draw = sample_command.sheet
-    monkeypatch.setattr(sample_command, "sheet", lambda *a: given.append(a) or draw(*a))
+    monkeypatch.setattr(sample_command, "sheet", lambda *a: calls.append(a) or draw(*a))
     options = ("--num", 3, "--batch", 2, "--steps", 3, "--first-sample", 5, "--out", "a.npy")
     sample(tiny, *options, *args, "--trajectory", "strip.png")
-    assert given[0][-2:] == (["5", "6", "7"], columns)
+    assert calls[0][-2:] == (["5", "6", "7"], columns)
 
 
-def test_a_cpu_takes_fewer_steps_and_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_has_fewer_steps_by_default(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert methods.CPU_STEPS == 250
     monkeypatch.setattr(methods, "CPU_STEPS", 6)
     result = sample(tiny, "--num", 1, "--batch", 1, "--out", "a.npy")
@@ -188,8 +172,8 @@ def test_the_shipped_model_is_the_default() -> None:
     result = run("sample", *args)
     assert "triangles (shipped), 1 x 32 x 32" in result.stdout
     assert "2 of 1000, variance posterior" in result.stdout
-    with Image.open("out/triangles.png") as picture:
-        assert picture.mode == "L"
+    with Image.open("out/triangles.png") as image:
+        assert image.mode == "L"
 
 
 @pytest.mark.parametrize(
@@ -219,7 +203,7 @@ def test_the_shipped_model_is_the_default() -> None:
         pytest.param(("--model", "nowhere"), "nowhere: no such checkpoint folder", id="model"),
     ],
 )
-def test_a_mistake_is_one_line_and_writes_nothing(
+def test_an_error_is_one_line_and_writes_nothing(
     tiny: Path, args: tuple[object, ...], message: str
 ) -> None:
     result = sample(tiny, "--num", 1, "--batch", 1, *args, status=2)
@@ -228,27 +212,12 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_named(tiny: Path) -> None:
+def test_a_missing_gpu_is_named(tiny: Path) -> None:
     result = sample(tiny, "--device", "cuda:1", status=2)
     assert "--device cuda:1: torch finds no NVIDIA GPU" in error_of(result)
 
 
-COMMANDS = [
-    ("sample", "--num", "1", "--batch", "1", "--out", "new.npy"),
-    ("encode", "--data", "x.npy", "--out", "new.npy"),
-    ("decode", "z.npy", "--out", "new.npy"),
-    ("interpolate", "x.npy", "x.npy", "--out", "new.npy"),
-    ("bpd", "--data", "x.npy", "--out", "new.csv"),
-]
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-def test_every_command_takes_a_variant(tiny: Path, command: tuple[str, ...]) -> None:
-    missing = run(*command, "--model", tiny, "--variant", "fp16", "--device", "cpu", status=2)
-    assert "weights are missing, variant='fp16'; there are weights" in error_of(missing)
-
-
-def test_a_variant_is_what_is_sampled() -> None:
+def test_a_variant_of_the_weights_is_sampled() -> None:
     ddpm_fast.save("model", tiny_unet(), tiny_schedule(), variant="bf16")
     result = sample(Path("model"), "--variant", "bf16", "--num", 1, "--batch", 1)
     assert f"model    model (bf16), 1 x {SIDE} x {SIDE}\n" in result.stdout
@@ -274,7 +243,7 @@ def scheduler_with(**options: object) -> dict[str, object]:
         pytest.param({"class_embed_type": "timestep"}, {}, "embeds its labels", id="labels"),
     ],
 )
-def test_a_checkpoint_that_asks_for_more_is_refused(
+def test_a_checkpoint_that_cannot_be_sampled_is_rejected(
     unet: dict[str, Any], scheduler: dict[str, object] | None, reason: str
 ) -> None:
     config = None if scheduler is None else scheduler_with(**scheduler)
@@ -285,7 +254,7 @@ def test_a_checkpoint_that_asks_for_more_is_refused(
     assert os.listdir() == ["model"]
 
 
-def test_only_an_array_takes_any_channels() -> None:
+def test_only_arrays_can_have_two_channels() -> None:
     ddpm_fast.save("model", tiny_unet(channels=2), tiny_schedule())
     result = sample(Path("model"), status=2)
     assert "--format png needs 1 or 3 channels; model has 2" in error_of(result)
@@ -293,7 +262,7 @@ def test_only_an_array_takes_any_channels() -> None:
     assert np.load("out/model.npy").shape == (1, 2, SIDE, SIDE)
 
 
-def test_an_unusable_place_is_found_before_the_work(
+def test_an_invalid_output_is_found_before_sampling(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Sampler, "sample", lambda *_, **__: pytest.fail("sampled"))
@@ -304,7 +273,7 @@ def test_an_unusable_place_is_found_before_the_work(
 
 
 @pytest.mark.parametrize("out", ["a.png", "a.npy", "folder/"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(
+def test_a_full_disk_is_one_line_and_leaves_no_file(
     tiny: Path, out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -325,76 +294,29 @@ def test_nan_is_noted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stderr == f"note: 1 of 1 images hold NaN ({SIDE * SIDE} values), drawn black\n"
 
 
-def test_where_in_torch_it_happened_is_left_out(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError(
-            "CUDA error: an illegal memory access\nCompile with `TORCH_USE_CUDA_DSA`"
-        )
-
-    monkeypatch.setattr(Sampler, "sample", fail)
-    assert error_of(sample(tiny, status=2)) == "error: CUDA error: an illegal memory access"
+@pytest.fixture
+def long_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    unet = small(in_channels=1, out_channels=1, sample_size=8)
+    return ddpm_fast.save(tmp_path / "model", unet, NoiseSchedule.linear(1200, 1e-4, 0.01))
 
 
-def test_debug_shows_the_error_itself(tiny: Path) -> None:
-    result = CliRunner().invoke(app, ["--debug", "sample", "--model", "nowhere"])
-    assert isinstance(result.exception, FileNotFoundError)
+def engine_run(model: Path, *options: str) -> tuple[np.ndarray, dict[str, str]]:
+    args = ("--num", 3, "--batch", 2, "--steps", 4, "--device", "cpu", "--no-progress")
+    result = run("sample", "--model", model, *args, "--out", "a.npy", *options)
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    return np.load("a.npy"), lines
 
 
-def test_info_says_what_runs_and_why_not() -> None:
-    document = json.loads(run("info", "--json").stdout)
-    assert document["versions"]["torch"] == torch.__version__
-    assert document["versions"]["ddpm_fast"] == ddpm_fast.__version__
-    assert document["devices"][0]["device"] == "cpu"
-    assert list(document["backends"]) == list(BACKENDS)
-    text = run("info").stdout
-    for name, state in document["backends"].items():
-        for device in state["ready_on"]:
-            assert unavailable_reason(name, torch.device(device)) is None
-        for device, reason in state["cannot_run_on"].items():
-            assert unavailable_reason(name, torch.device(device)) == reason
-            assert f"cannot run on {device}: {reason}" in text
-        assert state["ready_on"] or state["cannot_run_on"]
-    assert "  reference ready on cpu" in text
-
-
-def test_info_runs_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NOT_LOADED, "cpu", "ddpm_fast/_ops_cpu is not built")
-    monkeypatch.setitem(sys.modules, "ddpm_fast._C", None)
-    monkeypatch.delattr(ddpm_fast, "_C", raising=False)
-    text = run("info").stdout
-    assert "ddpm_fast/_C is not built; `pip install .`" in text
-    assert "cpu       cannot run on cpu: ddpm_fast/_ops_cpu is not built; build it with" in text
-
-
-def test_every_command_is_there() -> None:
-    text = run("--help").stdout
-    assert all(f"  {name}" in text for name in ("sample", "noise", "verify", "info"))
-    assert run("--version").stdout == f"ddpm_fast {ddpm_fast.__version__}\n"
-    for command in ("sample", "noise", "verify", "info"):
-        assert command in run(command, "--help").stdout
-
-
-def test_the_module_runs(tiny: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(ddpm_fast.__file__).parent.parent)}
-    command = [sys.executable, "-m", "ddpm_fast", "sample", "--model", str(tiny)]
-    done = subprocess.run(
-        [*command, "--num", "2", "--batch", "2", "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "20/20" in done.stderr
-    assert done.stdout.endswith("wrote    out/tiny.png\n")
-
-
-def test_a_mistake_ends_the_process_with_status_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["ddpm-fast", "sample", "--model", "./nowhere"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
-    assert capsys.readouterr() == ("", "error: nowhere: no such checkpoint folder\n")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_engine_samples_the_same_images_and_is_reported(long_chain: Path, dtype: str) -> None:
+    """Also for more than 1000 timesteps."""
+    images, lines = engine_run(long_chain, "--dtype", dtype)
+    names = ["module", "engine float32"] + (["engine bfloat16"] if dtype == "bfloat16" else [])
+    shape, chosen = lines["engine"].split(": ")
+    assert shape == "2x1x8x8"
+    assert chosen.startswith(tuple(names))
+    assert all(f"{name} " in chosen for name in names)
+    plain, others = engine_run(long_chain, "--no-engine")
+    assert "engine" not in others
+    assert np.abs(images - plain).max() < (1e-3 if dtype == "float32" else 1)

@@ -16,18 +16,13 @@ SHAPE = (1, SIDE, SIDE)
 OUT = ("--num", 3, "--batch", 2, "--out", "a.npy")
 
 
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def saved(scheduler: dict[str, object] | None = None, **unet: object) -> Path:
     config = {"num_train_timesteps": T, "beta_end": 0.5, **(scheduler or {})}
     return ddpm_fast.save("model", tiny_unet(**unet), scheduler_config=config)
 
 
-def drawn(model: Path, table: StepTable, **options: object) -> np.ndarray:
-    """What the library draws for OUT."""
+def samples_of(model: Path, table: StepTable, **options: object) -> np.ndarray:
+    """Samples of the sampler for the options OUT."""
     null_label = options.pop("null_label", None)
     sampler = Sampler(ddpm_fast.load(model).unet, table, SHAPE, 2, "cpu", null_label=null_label)
     return sampler.sample(3, progress=False, **options).numpy()
@@ -48,50 +43,50 @@ TABLES = {
 
 
 @pytest.mark.parametrize("method", TABLES)
-def test_a_method_draws_what_its_table_does(method: str) -> None:
+def test_a_method_samples_by_its_table(method: str) -> None:
     model = saved()
     args, options = TABLES[method]
     result = sample(model, *OUT, "--method", method, *args)
     table = getattr(StepTable, method)(tiny_schedule(), **options)
-    np.testing.assert_array_equal(np.load("a.npy"), drawn(model, table))
+    np.testing.assert_array_equal(np.load("a.npy"), samples_of(model, table))
     assert f"method   {method}\n" in result.stdout
 
 
-def test_methods_have_few_steps_of_their_own() -> None:
+def test_methods_have_their_own_default_steps() -> None:
     model = saved({"num_train_timesteps": 100, "beta_end": 0.2})
     for method, steps in (("dpmpp_2m", 20), ("unipc", 20), ("ddim", 50), ("plms", 50)):
         result = sample(model, *OUT, "--method", method)
         assert f"steps    {steps} of 100" in result.stdout
 
 
-def test_thresholding_of_the_folder_is_followed() -> None:
+def test_thresholding_of_the_checkpoint_is_used() -> None:
     model = saved({"thresholding": True, "sample_max_value": 2.0})
     sample(model, *OUT)
     table = StepTable.ddpm(tiny_schedule(), clip=DynamicThreshold(0.995, 2.0))
-    np.testing.assert_array_equal(np.load("a.npy"), drawn(model, table))
+    np.testing.assert_array_equal(np.load("a.npy"), samples_of(model, table))
 
 
 def test_a_learned_variance_is_used() -> None:
     model = saved({"variance_type": "learned_range"}, out_channels=2)
     sample(model, *OUT)
-    learned = drawn(model, StepTable.ddpm(tiny_schedule(), variance="learned_range"))
+    learned = samples_of(model, StepTable.ddpm(tiny_schedule(), variance="learned_range"))
     np.testing.assert_array_equal(np.load("a.npy"), learned)
     sample(model, *OUT, "--variance", "beta")
-    fixed = drawn(model, StepTable.ddpm(tiny_schedule(), variance="beta"))
+    fixed = samples_of(model, StepTable.ddpm(tiny_schedule(), variance="beta"))
     np.testing.assert_array_equal(np.load("a.npy"), fixed)
     assert np.abs(fixed - learned).max() > 0.01
 
 
-def test_classes_take_turns_and_are_guided() -> None:
+def test_labels_are_cycled_and_guided() -> None:
     model = saved(num_class_embeds=3)
     table = StepTable.ddim(tiny_schedule(), 5)
     args = ("--method", "ddim", "--steps", 5, "--label", "0,1", "--first-sample", 1)
     sample(model, *OUT, *args)
     labels = torch.tensor([1, 0, 1])
     options = {"labels": labels, "first_sample": 1}
-    np.testing.assert_array_equal(np.load("a.npy"), drawn(model, table, **options))
+    np.testing.assert_array_equal(np.load("a.npy"), samples_of(model, table, **options))
     sample(model, *OUT, *args, "--guidance", 2.5)
-    expected = drawn(model, table.with_guidance(2.5), **options, null_label=2)
+    expected = samples_of(model, table.with_guidance(2.5), **options, null_label=2)
     np.testing.assert_array_equal(np.load("a.npy"), expected)
     sample(model, *OUT, *args, "--guidance", 2.5, "--null-label", 0)
     assert not np.array_equal(np.load("a.npy"), expected)
@@ -117,7 +112,7 @@ def test_classes_take_turns_and_are_guided() -> None:
         pytest.param(("--guidance", "2"), "--guidance and --null-label need", id="guidance"),
     ],
 )
-def test_a_mistake_is_one_line(args: tuple[object, ...], message: str) -> None:
+def test_an_error_is_one_line(args: tuple[object, ...], message: str) -> None:
     result = sample(saved(), *OUT, *args, status=2)
     assert message in error_of(result)
     assert not Path("a.npy").exists()

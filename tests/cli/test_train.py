@@ -1,4 +1,4 @@
-"""``ddpm-fast train`` as a user types it: what it takes, and what it refuses."""
+"""`ddpm-fast train`: options, files and errors."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ QUICK = ("--network", "tiny", "--batch", "8", "--warmup", "1", "--device", "cpu"
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDPM_FAST_CACHE", "off")
 
 
 def photos(*sizes: tuple[int, int], folder: str = "photos") -> None:
-    """Colour images of these sizes, in two sub-folders by turns."""
+    """Write colour images of these sizes, alternately to two sub-folders."""
     random = np.random.default_rng(0)
     for i, (width, height) in enumerate(sizes):
-        place = Path(folder) / "ab"[i % 2]
-        place.mkdir(parents=True, exist_ok=True)
+        parent = Path(folder) / "ab"[i % 2]
+        parent.mkdir(parents=True, exist_ok=True)
         pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place / f"{i}.png")
+        Image.fromarray(pixels).save(parent / f"{i}.png")
 
 
 def train(*more: object, status: int = 0):
@@ -41,28 +40,28 @@ def train(*more: object, status: int = 0):
     return run("train", *given, status=status)
 
 
-def refused(*more: object) -> str:
+def error_for(*more: object) -> str:
     return error_of(train(*more, status=2))
 
 
 def test_a_folder_with_labels(tmp_path: Path) -> None:
     photos(*[(20, 16)] * 20)
-    made = train(
+    result = train(
         *("--data", "./photos", "--labels", "--label-dropout", 0.5, "--resize", 16, "--crop"),
         *("--flip", "--sample-every", 1, "--sample-steps", 2, "--tensorboard"),
     )
-    assert "photos, 20 images of [3, 16, 16]" in made.output
+    assert "photos, 20 images of [3, 16, 16]" in result.output
     found = ddpm_fast.load("run/checkpoint")
     assert found.unet.config.num_classes == 3
     assert Path("run/samples/00001.png").is_file()
     assert list(Path("run/tensorboard").iterdir())
-    unlike = refused("--data", "./photos", "--labels", "--label-dropout", 0.5, "--resume")
-    assert "network.sample_size: 16, now [16, 20]" in unlike
-    assert "data.fingerprint" in unlike
+    message = error_for("--data", "./photos", "--labels", "--label-dropout", 0.5, "--resume")
+    assert "network.sample_size: 16, now [16, 20]" in message
+    assert "data.fingerprint" in message
 
 
-def test_what_a_kill_left_out_is_made_up_for() -> None:
-    """A sheet and a row of TensorBoard that were due after the last saving."""
+def test_missing_sheets_and_metrics_are_written_when_resumed() -> None:
+    """As if the process had been killed after it saved its state."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     given = ("--data", "triangles-array", "--num", 20, "--tensorboard", "--sample-steps", 2)
@@ -76,24 +75,24 @@ def test_what_a_kill_left_out_is_made_up_for() -> None:
     assert last.read_bytes() == before
     assert Path("run/samples/00003.png").is_file()
     train(*given, "--epochs", 4, "--sample-every", 1, "--decay", "none", "--resume")
-    board = EventAccumulator("run/tensorboard").Reload()
-    assert [event.step for event in board.Scalars("loss")] == [4, 6, 8]  # two steps an epoch
+    events = EventAccumulator("run/tensorboard").Reload()
+    assert [event.step for event in events.Scalars("loss")] == [4, 6, 8]  # two steps an epoch
     shutil.rmtree("run/tensorboard")
     train(*given, "--epochs", 4, "--sample-every", 1, "--decay", "none", "--resume")
-    board = EventAccumulator("run/tensorboard").Reload()
-    assert [event.step for event in board.Scalars("loss")] == [2, 4, 6, 8]
+    events = EventAccumulator("run/tensorboard").Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 8]
 
 
-def test_a_sheet_is_of_the_weights_of_its_epoch() -> None:
-    """Neither of a run that was there before, nor of weights within the next epoch."""
+def test_a_sheet_has_the_weights_of_its_epoch() -> None:
+    """It replaces a sheet of an earlier training, and is not drawn within the next epoch."""
     given = ("--data", "triangles-array", "--num", 20, "--decay", "none", "--sample-steps", 2)
     sheet = Path("run/samples/00001.png")
     sheet.parent.mkdir(parents=True)
-    sheet.write_bytes(b"of another run")
+    sheet.write_bytes(b"earlier training")
     train(*given, "--sample-every", 1)
     first = sheet.read_bytes()
     assert first.startswith(b"\x89PNG")
-    # Two steps an epoch: what is saved last is the third.
+    # With two steps an epoch, the last saved step is the third.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_held_out", failing_after(1, Trainer._held_out))
         train(*given, "--epochs", 2, "--save-steps", 1, "--resume", status=2)
@@ -125,7 +124,7 @@ def failing_after(
         ("torchvision.transforms", ("--data", "./photos")),
     ],
 )
-def test_a_package_that_is_missing_is_named(
+def test_a_missing_package_is_named(
     monkeypatch: pytest.MonkeyPatch, package: str, more: tuple[str, ...]
 ) -> None:
     photos(*[(8, 8)] * 4)
@@ -133,29 +132,29 @@ def test_a_package_that_is_missing_is_named(
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
     given = ("--data", "triangles-array", "--num", 20)
-    assert "pip install" in refused(*given, *more)
+    assert "pip install" in error_for(*given, *more)
     assert not Path("run").exists()
 
 
-def test_without_matplotlib_a_run_has_no_curve_and_says_so_once(
+def test_without_matplotlib_one_note_replaces_the_figure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     given = ("--data", "triangles-array", "--num", 20, "--epochs", 3, "--sample-every", 1)
-    made = train(*given, "--sample-steps", 2)
-    assert made.stderr.count("note: no loss.png") == 1
+    result = train(*given, "--sample-steps", 2)
+    assert result.stderr.count("note: no loss.png") == 1
     assert Path("run/samples/00003.png").is_file()
     assert not Path("run/loss.png").exists()
 
 
-def test_options_that_reach_the_trainer() -> None:
+def test_options_of_the_command_are_those_of_the_trainer() -> None:
     given = ("--data", "triangles-array", "--num", 20)
     train(*given, "--betas", 0.8, 0.95, "--epochs", 2, "--save-steps", 1)
-    unlike = refused(*given, "--epochs", 2, "--resume")
-    assert "betas: [0.8, 0.95], now [0.9, 0.999]" in unlike
+    message = error_for(*given, "--epochs", 2, "--resume")
+    assert "betas: [0.8, 0.95], now [0.9, 0.999]" in message
 
 
-def test_another_network_or_data_set_is_refused() -> None:
+def test_another_network_or_data_set_is_error_for() -> None:
     given = ("--data", "triangles-array", "--num", 20)
     train(*given)
     before = Path("run/state.pt").read_bytes()
@@ -165,8 +164,8 @@ def test_another_network_or_data_set_is_refused() -> None:
         (("--seed", 3), "seed: 0, now 3"),
         (("--schedule", "cosine"), "schedule.name: 'linear', now 'cosine'"),
     ):
-        assert words in refused(*given, *more, "--resume")
-    assert "holds a training (state.pt); resume it" in refused(*given)
+        assert words in error_for(*given, *more, "--resume")
+    assert "holds a training (state.pt); resume it" in error_for(*given)
     assert Path("run/state.pt").read_bytes() == before
 
 
@@ -180,14 +179,14 @@ def test_a_checkpoint_is_trained_further() -> None:
     assert 0 < float(near) < 0.01
 
 
-def test_data_that_cannot_be_trained_on() -> None:
+def test_unusable_data_is_named() -> None:
     Path("empty").mkdir()
-    assert "empty must contain images" in refused("--data", "./empty")
-    assert "must be a folder or one of" in refused("--data", "nosuch")
+    assert "empty must contain images" in error_for("--data", "./empty")
+    assert "must be a folder or one of" in error_for("--data", "nosuch")
     photos(*[(16, 16)] * 11, (20, 16))
-    assert "--resize" in refused("--data", "./photos")
-    Path("photos/a/torn.png").write_bytes(b"no picture")
-    assert "torn.png" in refused("--data", "./photos", "--resize", 16)
+    assert "--resize" in error_for("--data", "./photos")
+    Path("photos/a/broken.png").write_bytes(b"no image")
+    assert "broken.png" in error_for("--data", "./photos", "--resize", 16)
     assert not Path("run").exists()
     train("--data", "./photos", "--resize", 16, "--skip-broken")
 
@@ -208,7 +207,7 @@ def test_data_that_cannot_be_trained_on() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_what_is_refused_is_named(more: tuple[str, ...], words: str) -> None:
+def test_invalid_options_are_named(more: tuple[str, ...], words: str) -> None:
     given = ("--data", "triangles-array", "--num", 16)
-    assert words in refused(*given, *more)
+    assert words in error_for(*given, *more)
     assert not Path("run").exists()
