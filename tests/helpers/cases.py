@@ -174,22 +174,22 @@ def sample_inputs(op: str, case: Case, device: str, generated: bool = True) -> t
     written is float32 or float64, and whatever else has a dtype has that of the case.
     """
     arithmetic = F64 if case.dtype == F64 else F32
-    lead, other = case.tensor(device, 1), case.others(device, 2)
+    leading, other = case.tensor(device, 1), case.others(device, 2)
     t = case.timesteps(device)
     rng = philox_rng(SEED, STREAM, FIRST, device)
     if op == "q_sample":
-        return lead, t, other, SCHEDULE.q_sample_coefs(device, arithmetic)
+        return leading, t, other, SCHEDULE.q_sample_coefs(device, arithmetic)
     if op == "q_sample_philox":
-        return lead, t, SCHEDULE.q_sample_coefs(device, arithmetic), rng
+        return leading, t, SCHEDULE.q_sample_coefs(device, arithmetic), rng
     if op == "q_posterior":
-        return other, lead, t, SCHEDULE.q_posterior_coefs(device, arithmetic)
+        return other, leading, t, SCHEDULE.q_posterior_coefs(device, arithmetic)
     if op == "philox_normal_":
-        return lead, rng
+        return leading, rng
     noise = normals(case.shape, "contiguous", arithmetic, 4, device)
     rows, _ = TABLE.to(device, arithmetic)
     step = case.timesteps(device, TABLE.steps)
     if op == "reverse_step":
-        return lead, other, rows, step, noise, int(TABLE.flags)
+        return leading, other, rows, step, noise, int(TABLE.flags)
     state, model_input = case.tensor(device, 1, dtype=arithmetic), case.tensor(device, 3)
     source = (None, rng) if generated else (noise, None)
     pred_x0 = torch.zeros_like(state) if generated else None

@@ -126,7 +126,7 @@ def rows_for(flags: RowFlag, depth: int, dtype: torch.dtype, device: str) -> Ten
     return rows.to(device, dtype)
 
 
-def halves(case: Case, device: str, split: bool) -> tuple[Tensor, Tensor]:
+def output_and_variance(case: Case, device: str, split: bool) -> tuple[Tensor, Tensor]:
     """An output and its variance, in one tensor where they can be."""
     if not split or len(case.shape) < 2:
         return case.others(device, 2), case.others(device, 3)
@@ -151,7 +151,7 @@ def step_of(
     def like_state(seed: int) -> Tensor:
         return normals(case.shape, layout, state, seed, device)
 
-    out, variance = halves(case, device, split)
+    out, variance = output_and_variance(case, device, split)
     result = Step(
         case.tensor(device, 1, dtype=state),
         out,

@@ -27,7 +27,7 @@ from cases import (
 )
 from ddpm_fast.ops import reference
 from ddpm_fast.ops.row import FUNCTIONAL_FLAGS, RowFlag
-from reverse_step_cases import INF, NAN, STEPS, Step, exact, halves, rows_for
+from reverse_step_cases import INF, NAN, STEPS, Step, exact, output_and_variance, rows_for
 
 ON = pytest.mark.parametrize("on", backends(), ids=str)
 KERNELS_ON = pytest.mark.parametrize("on", kernel_backends(), ids=str)
@@ -52,7 +52,7 @@ def step_of(
     split: the variance is the second half of one tensor with the output.
     """
     arithmetic = F64 if case.dtype == F64 else F32
-    out, variance = halves(case, device, split)
+    out, variance = output_and_variance(case, device, split)
     bounds = torch.linspace(0.3, 1.2, 2 * case.shape[0], dtype=arithmetic, device=device)
     return Step(
         case.tensor(device, 1),

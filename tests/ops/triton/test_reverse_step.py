@@ -1,7 +1,7 @@
 """The terms of reverse_step_ beyond the plain step, in the Triton backend.
 
-Each against the equation in float64, and all of them against the bits that step_bits writes out.
-Without a GPU the kernels run in the interpreter, repaired by triton_interpreter.
+Each is compared with the equation in float64, and all with the bits of reverse_step_bits. Without a
+GPU the kernels run in the interpreter, corrected by triton_interpreter.
 """
 
 from __future__ import annotations
