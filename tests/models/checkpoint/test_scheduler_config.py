@@ -96,6 +96,15 @@ def test_scheduler_of_diffusers(diffusers, theirs, tmp_path, kind, options):
     }
 
 
+@pytest.mark.parametrize("kind", ["fixed_small", "fixed_large"])
+def test_fixed_variance_is_that_of_diffusers(diffusers, kind):
+    scheduler = diffusers.DDPMScheduler(variance_type=kind)
+    options = parse_scheduler({"_class_name": "DDPMScheduler", **scheduler.config})
+    schedule = options.schedule
+    ours = {"posterior": schedule.posterior_variance, "beta": schedule.betas}[options.variance]
+    assert float(ours[3]) == pytest.approx(float(scheduler._get_variance(3)), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", [DPM, UNIPC])
 def test_threshold_of_a_multistep_solver(diffusers, theirs, tmp_path, kind):
     save_pipeline(diffusers, theirs, tmp_path, kind, thresholding=True, sample_max_value=2.0)
