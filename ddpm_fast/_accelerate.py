@@ -1,4 +1,4 @@
-"""The function `accelerate`, for a network or a pipeline of diffusers."""
+"""Function `accelerate`, for a network or a pipeline of diffusers."""
 
 from __future__ import annotations
 

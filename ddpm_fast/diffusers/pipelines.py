@@ -147,7 +147,7 @@ class _Accelerated:
 
     @property
     def _compat(self) -> Compat:
-        """The option compat of the settings, else of the scheduler."""
+        """Option compat of the settings, else of the scheduler."""
         return self.settings.compat or get_compat(self.scheduler)
 
     def _noise(

@@ -1,4 +1,4 @@
-"""The library that networks and checkpoints are compared with."""
+"""Fixture of diffusers, with which networks and checkpoints are compared."""
 
 import pytest
 

@@ -137,10 +137,10 @@ def load(
     index = folder / INDEX
     of_unet, of_scheduler = _read_index(index) if index.exists() else (None, None)
     config_path = _locate(folder, "unet", CONFIG)
-    raw = read_json(config_path)
-    kind = _kind(raw, config_path, of_unet)
+    contents = read_json(config_path)
+    kind = _kind(contents, config_path, of_unet)
     try:
-        config = kind.config.from_dict(raw)
+        config = kind.config.from_dict(contents)
     except ValueError as error:
         raise ValueError(f"{config_path}: {error}") from error
 
@@ -232,15 +232,15 @@ def _read_scheduler(
         if named:
             raise
         return None, None
-    raw = read_json(path)
+    config = read_json(path)
     # diffusers uses the class in model_index.json, also if the file has another one.
-    held = raw.get("_class_name", named)
+    held = config.get("_class_name", named)
     if named and held in SCHEDULERS and diffusers_scheduler(held) != diffusers_scheduler(named):
         held = named
     if held is not None:
-        raw["_class_name"] = held
+        config["_class_name"] = held
     try:
-        return parse_scheduler(raw), raw
+        return parse_scheduler(config), config
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
