@@ -102,7 +102,7 @@ def test_fixed_variance_is_that_of_diffusers(diffusers, kind):
     options = parse_scheduler({"_class_name": "DDPMScheduler", **scheduler.config})
     schedule = options.schedule
     ours = {"posterior": schedule.posterior_variance, "beta": schedule.betas}[options.variance]
-    assert float(ours[3]) == pytest.approx(float(scheduler._get_variance(3)), rel=1e-5)
+    assert float(ours[3]) == pytest.approx(float(scheduler._get_variance(3)), rel=1e-3)  # float32
 
 
 @pytest.mark.parametrize("kind", [DPM, UNIPC])
