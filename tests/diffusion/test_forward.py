@@ -37,7 +37,7 @@ ON = pytest.mark.parametrize("on", backends(), ids=str)
 
 
 def exact_q_sample(x0, t, noise):
-    """Eq. 4, Ho et al. 2020, in float64, and the sum of the absolute values of its terms."""
+    """Return Eq. 4, Ho et al. 2020, in float64, and the sum of the absolute values of its terms."""
     signal = per_sample(SCHEDULE.alphas_cumprod[t.cpu()].sqrt(), x0) * x0.cpu().double()
     one_minus_abar = SCHEDULE.one_minus_alphas_cumprod[t.cpu()]
     added = per_sample(one_minus_abar.sqrt(), x0) * noise.cpu().double()
@@ -45,7 +45,7 @@ def exact_q_sample(x0, t, noise):
 
 
 def exact_q_posterior(x0, x_t, t):
-    """Eq. 6 and 7, Ho et al. 2020, in float64: the mean, its magnitude, the variance."""
+    """Return mean, magnitude and variance of Eq. 6 and 7, Ho et al. 2020, in float64."""
     t = t.cpu()
     beta, abar = SCHEDULE.betas[t], SCHEDULE.alphas_cumprod[t]
     prev, one_minus_abar = SCHEDULE.alphas_cumprod_prev[t], SCHEDULE.one_minus_alphas_cumprod[t]
@@ -177,7 +177,7 @@ def test_nan_and_infinity_stay_in_their_element(on):
 
 
 @ON
-def test_timesteps_outside_the_schedule_never_read_outside_it(on):
+def test_timesteps_out_of_range_are_rejected_or_clamped(on):
     """The CPU kernels raise; the others clamp, because a check would synchronise."""
     x0, noise = (normals((3, 4), "contiguous", F32, s, on.device) for s in (1, 2))
     coefs = SCHEDULE.q_sample_coefs(on.device)
@@ -192,7 +192,7 @@ def test_timesteps_outside_the_schedule_never_read_outside_it(on):
 
 @st.composite
 def strided(draw, shape, seed):
-    """Normals with random strides: memory order, steps, gaps, broadcast dimensions."""
+    """Return normals with random strides: memory order, steps, gaps, broadcast dimensions."""
     order = draw(st.permutations(range(len(shape))))
     steps = [draw(st.integers(1, 2)) for _ in shape]
     kept = [1 if draw(st.integers(0, 5)) == 0 else size for size in shape]
@@ -281,7 +281,7 @@ def test_bad_arguments_are_named_with_what_is_accepted(bad):
     assert_named(bad[0], bad[1:])
 
 
-def test_a_backend_that_does_not_take_float64_says_so():
+def test_a_backend_without_float64_raises():
     with pytest.raises(
         TypeError,
         match="tensors must be float32, float16, bfloat16 for backend triton; got float64",

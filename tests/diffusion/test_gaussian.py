@@ -1,4 +1,4 @@
-"""Divergences and densities of Gaussians, and the decoder of 256 bins, against integrals."""
+"""Divergences, densities and the decoder of 256 bins, compared with integrals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def random_gaussian(generator: torch.Generator, *batch: int, d: int = 4):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_the_divergence_is_the_integral(pair) -> None:
+def test_the_divergence_equals_the_integral(pair) -> None:
     m1, log1, m2, log2 = pair
     p, q = (stats.norm(m, math.exp(log / 2)) for m, log in ((m1, log1), (m2, log2)))
     width = 12 * math.exp(log1 / 2)
@@ -39,7 +39,7 @@ def test_the_divergence_is_the_integral(pair) -> None:
 
 
 def test_the_divergence_sums_to_corollary_9_and_proposition_8() -> None:
-    """The + that the notes lost stands before the logarithms."""
+    """With the + before the logarithms that the printed corollary lacks."""
     m1, m2 = torch.tensor([0.1, -0.5, 2.0]), torch.tensor([0.4, 0.0, 1.0])
     s1, s2, d = 0.7, 1.3, 3
     corollary = 0.5 * (
@@ -88,7 +88,7 @@ def test_shapes_broadcast_and_half_precision_is_computed_in_float32() -> None:
 
 
 def test_float32_keeps_small_divergences_and_survives_extreme_variances() -> None:
-    """Between neighbouring log-variances the divergence is of second order."""
+    """For nearly equal log-variances the divergence is of second order."""
     for log2 in (-80.0, -46.0, 0.0, 40.0):
         log1 = torch.tensor([log2 - 1e-2, log2, log2 + 1.0], dtype=F32)
         exact = gaussian_kl(0.0, log1.double(), 0.0, log2)
@@ -124,7 +124,7 @@ def test_the_decoder_is_the_integral_over_the_bin(place: int, mean: float, scale
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("scale", [1e-10, 1e-4, 0.01, 1.0, 30.0])
 def test_the_decoder_keeps_its_digits_in_the_tails(scale: float, dtype: torch.dtype) -> None:
-    """Against 60 digits: a narrow Gaussian far away, and bins that a wide one tells apart badly."""
+    """Compared with 60 digits: a narrow Gaussian far away, and a wide one."""
     x = torch.tensor([-1.0, -0.6, -0.2, 0.2, 0.6, 1.0], dtype=F64)
     x = ((x + 1) * 127.5).round() / 127.5 - 1
     mean, log_variance = 0.113, 2 * math.log(scale)

@@ -1,4 +1,4 @@
-"""The variational bound: its terms against integrals, its mean against what is known exactly."""
+"""The variational bound: its terms compared with integrals, its mean with exact values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bound(model, schedule, x0, **options):
 
 
 def pixels(num, *shape, seed=0, dtype=F64):
-    """Data as a decoder of 256 values has it."""
+    """Return data of 256 values."""
     generator = torch.Generator().manual_seed(seed)
     return VALUES[torch.randint(0, 256, (num, *shape), generator=generator)].to(dtype)
 
@@ -51,7 +51,7 @@ def in_bits(nats):
 
 
 def divergence(x0, x_t, t, mean, sigma2):
-    """D_KL(q(x_{t-1} | x_t, x_0) || N(mean, sigma2)) by quadrature, the q by Bayes' rule."""
+    """Return D_KL(q(x_{t-1} | x_t, x_0) || N(mean, sigma2)) by quadrature, q by Bayes' rule."""
     beta, alpha = float(SHORT.betas[t]), float(SHORT.alphas[t])
     abar, prev = float(SHORT.alphas_cumprod[t]), float(SHORT.alphas_cumprod[t - 1])
 
@@ -67,7 +67,7 @@ def divergence(x0, x_t, t, mean, sigma2):
 
 
 @pytest.mark.parametrize("variance", ["posterior", "beta"])
-def test_each_divergence_is_its_integral(variance: str) -> None:
+def test_each_divergence_equals_its_integral(variance: str) -> None:
     """With the mean of p by Eq. 11, Ho et al. 2020."""
     x0 = torch.tensor([[0.3], [-0.9]], dtype=F64)
     model = best_epsilon(SHORT)
@@ -85,7 +85,7 @@ def test_each_divergence_is_its_integral(variance: str) -> None:
             assert float(found.vb[item, 7 - t]) == pytest.approx(in_bits(exact), rel=1e-6)
 
 
-def test_the_prior_is_its_integral() -> None:
+def test_the_prior_equals_its_integral() -> None:
     x0 = torch.tensor([[0.3], [-0.9]], dtype=F64)
     found = bound(best_epsilon(SHORT), SHORT, x0, clip=None, decoder="gaussian").prior_bpd
     abar = float(SHORT.alphas_cumprod[-1])
@@ -133,7 +133,7 @@ def test_the_mean_of_every_term_is_its_expectation(variance: str) -> None:
 
 
 def test_the_expectation_of_a_term_is_its_integral_over_x_t() -> None:
-    """What the means above are compared with, by quadrature over x_0 and the noise."""
+    """The expectations of the test above, by quadrature over x_0 and the noise."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(20)
     nodes, weights = torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
     x0 = 0.2 + 0.5 * nodes.repeat_interleave(20)
@@ -150,8 +150,8 @@ def test_the_expectation_of_a_term_is_its_integral_over_x_t() -> None:
         assert float((weight * kl).sum()) == pytest.approx(float(expected[t]), rel=1e-9)
 
 
-def test_the_bound_holds_and_closes_as_the_chain_grows() -> None:
-    """With the exact score the gap to the entropy of the data vanishes like 1/T."""
+def test_the_bound_holds_and_tightens_with_more_steps() -> None:
+    """With the exact score the gap to the entropy of the data decreases like 1/T."""
     gaps = []
     for T in (10, 30, 100, 300):
         schedule = NoiseSchedule.cosine(T)
@@ -193,7 +193,7 @@ def test_the_bound_holds_at_every_single_point(x: float) -> None:
 
 
 def openai_bound(model, betas, timestep_map, x0, noises, kind, clip):
-    """What calc_bpd_loop of improved-diffusion computes, written from its description."""
+    """Return the result of calc_bpd_loop of improved-diffusion, from its description."""
     abar = np.cumprod(1 - betas)
     prev = np.append(1.0, abar[:-1])
     posterior = betas * (1 - prev) / (1 - abar)
@@ -245,14 +245,14 @@ def rough(x, t):
 
 
 def learned(x, t):
-    """A model of twice the channels: an epsilon, and a learned variance in [-1, 1]."""
+    """Model of 2C channels: an epsilon, and a learned variance in [-1, 1]."""
     return torch.cat([rough(x, t), torch.sin(x + t.view(-1, 1, 1, 1) / 3)], 1)
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("kept", [None, 5, [0, 3, 20, 44, 59]], ids=["all", "five", "listed"])
 @pytest.mark.parametrize("variance", ["posterior", "beta", "learned", "learned_range"])
-def test_every_number_is_openais(variance: str, kept, clip: float | None) -> None:
+def test_every_number_equals_that_of_openai(variance: str, kept, clip: float | None) -> None:
     x0 = pixels(3, 2, 4, 3)
     model = learned if "learned" in variance else rough
     spacing = {"spacing": kept} if isinstance(kept, list) else {"steps": kept}
@@ -269,7 +269,7 @@ def test_every_number_is_openais(variance: str, kept, clip: float | None) -> Non
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "score"])
 def test_every_prediction_of_one_model_has_one_bound(prediction: str) -> None:
-    def told_otherwise(x, t):
+    def with_options(x, t):
         signal, noise = (
             table[t].view(-1, 1, 1, 1)
             for table in (SCHEDULE.sqrt_alphas_cumprod, SCHEDULE.sqrt_one_minus_alphas_cumprod)
@@ -281,7 +281,7 @@ def test_every_prediction_of_one_model_has_one_bound(prediction: str) -> None:
 
     x0 = pixels(3, 2, 4, 3)
     expected = bound(smooth, SCHEDULE, x0, steps=6)
-    found = bound(told_otherwise, SCHEDULE, x0, steps=6, prediction=prediction)
+    found = bound(with_options, SCHEDULE, x0, steps=6, prediction=prediction)
     torch.testing.assert_close(found.vb, expected.vb, rtol=1e-7, atol=1e-10)
 
 
@@ -295,7 +295,7 @@ def test_float32_is_close_to_float64() -> None:
 
 
 def test_small_errors_keep_their_digits_in_float32() -> None:
-    """The means of q and p share what they have of x_t, beside which their difference is small."""
+    """The means of q and p share the term of x_t, which is large beside their difference."""
     x0 = torch.zeros(2, 3, 8, 8)
     found = bound(lambda x, t: torch.full_like(x, 1e-3), SCHEDULE, x0, prediction="x0", steps=100)
     chain, _ = respace(SCHEDULE, 100)
@@ -305,13 +305,13 @@ def test_small_errors_keep_their_digits_in_float32() -> None:
 
 
 def in_slots(x, t):
-    """A model that tells slots and batch sizes apart, as the last bits of a convolution may."""
+    """Model whose output depends on slot and batch size, like the last bits of a convolution."""
     slot = torch.arange(len(x), dtype=x.dtype).view(-1, 1, 1, 1)
     return smooth(x, t) * (1 + 0.01 * slot + 0.1 * len(x))
 
 
 @pytest.mark.parametrize("model", [Net(), in_slots], ids=["network", "slots"])
-def test_an_items_terms_are_the_same_bits_whatever_is_beside_it(model) -> None:
+def test_the_terms_of_an_item_do_not_depend_on_the_batch(model) -> None:
     x0 = pixels(10, 3, 8, 8, dtype=F32)
     options = {"steps": 4, "micro_batch": 4, "variance": "beta"}
     whole = bound(model, SCHEDULE, x0, first_sample=2, **options)
@@ -328,14 +328,14 @@ def test_an_items_terms_are_the_same_bits_whatever_is_beside_it(model) -> None:
     [{"micro_batch": 64}, {"pad": False}, {"micro_batch": 3}, {"backend": "reference"}],
     ids=str,
 )
-def test_how_the_work_is_cut_changes_last_bits_alone(other) -> None:
+def test_the_micro_batch_changes_last_bits_only(other) -> None:
     net, x0 = Net(), pixels(10, 3, 8, 8, dtype=F32)
     options = {"steps": 4, "micro_batch": 4, "variance": "beta", "first_sample": 2}
     whole, found = (bound(net, SCHEDULE, x0, **given) for given in (options, options | other))
     torch.testing.assert_close(found.vb, whole.vb, rtol=1e-5, atol=1e-8)
 
 
-def test_padding_is_what_is_left_out_on_request() -> None:
+def test_padding_is_optional() -> None:
     seen = []
 
     def model(x, t):
@@ -350,7 +350,7 @@ def test_padding_is_what_is_left_out_on_request() -> None:
     assert seen == [(4, 999), (4, 0), (1, 999), (1, 0)]
 
 
-def test_labels_are_cut_with_the_data() -> None:
+def test_labels_are_divided_like_the_data() -> None:
     labels = torch.arange(10)
 
     def model(x, t, labels, scale):
@@ -370,7 +370,7 @@ def test_labels_are_cut_with_the_data() -> None:
         torch.testing.assert_close(found.vb[i], alone.vb[0])
 
 
-def test_layouts_and_output_objects_are_taken() -> None:
+def test_layouts_and_output_objects() -> None:
     class Output:
         def __init__(self, sample):
             self.sample = sample

@@ -1,4 +1,4 @@
-"""The variational bound: arguments that are refused, and what a model must return."""
+"""The variational bound: bad arguments and bad model outputs."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def test_a_density_takes_data_of_any_range() -> None:
         pytest.param(lambda x, t: x.long(), "beta", TypeError, ["model", "int64"], id="integers"),
     ],
 )  # fmt: skip
-def test_what_a_model_must_return_is_said(model, variance, error, words) -> None:
+def test_invalid_model_outputs_are_named(model, variance, error, words) -> None:
     options = GOOD | {"model": model, "variance": variance, "micro_batch": 2}
     with pytest.raises(error) as raised:
         variational_bound(**options)
     assert [word for word in words if word not in str(raised.value)] == []
 
 
-def test_an_epsilon_without_signal_is_refused() -> None:
+def test_an_epsilon_without_signal_is_rejected() -> None:
     schedule = SCHEDULE.rescale_zero_terminal_snr()
     with pytest.raises(ValueError, match="prediction must be 'x0' or 'v' for a schedule of zero"):
         variational_bound(**(GOOD | {"schedule": schedule}))

@@ -1,4 +1,4 @@
-"""Predictions told as one another, as functions and as wrapped models."""
+"""Conversion between predictions, as functions and as models; scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
 
 
 def all_of(schedule, t, x0, epsilon):
-    """x_t and every prediction of one x0 and epsilon."""
+    """Return x_t and every prediction of one x0 and epsilon."""
     a, s = (float(schedule.alphas_cumprod[t]) ** 0.5, 0.0)
     s = math.sqrt(1 - a * a)
     x_t = a * x0 + s * epsilon
@@ -35,7 +35,7 @@ def all_of(schedule, t, x0, epsilon):
 
 @pytest.mark.parametrize("t", [0, 500, 999])
 @pytest.mark.parametrize(("source", "target"), [*itertools.product(PREDICTIONS, repeat=2)])
-def test_every_kind_as_every_other(source, target, t):
+def test_every_prediction_converts_to_every_other(source, target, t):
     x0, epsilon = torch.randn(2, 3, 4, 5, dtype=torch.float64).unbind()
     x_t, kinds = all_of(LINEAR, t, x0, epsilon)
     got = convert_prediction(kinds[source], x_t, t, LINEAR, source, target)
@@ -79,7 +79,7 @@ def test_each_sample_has_its_timestep():
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "score"])
-def test_a_wrapped_model_samples_what_its_own_table_does(prediction):
+def test_a_converted_model_samples_like_its_own_table(prediction):
     model = closed_form(LINEAR, "epsilon")
     wrapped = ConvertedModel(model, LINEAR, "epsilon", prediction)
     images = [

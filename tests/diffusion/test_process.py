@@ -118,7 +118,7 @@ def test_posterior_draws_bring_a_marginal_to_the_one_before():
 
 
 class Mixture:
-    """Exact predictions for points of a mixture of Gaussians: q(x_t) is such a mixture too.
+    """Exact predictions for points of a mixture of Gaussians; q(x_t) is a mixture too.
 
     A tensor [B, dims, points] holds B * points of them; the timestep is one for the whole batch.
     """
@@ -148,7 +148,7 @@ class Mixture:
         return x0.view(batch, points, -1).movedim(-1, 1)
 
     def score(self, x, t):
-        """The gradient of log q(x_t)."""
+        """Return the gradient of log q(x_t)."""
         t = int(t[0])
         off = x.double().movedim(1, -1)[..., None, :] - self.abar[t].sqrt() * self.parts[1]
         solved = torch.einsum("kij,bnkj->bnki", self.inverses[t], off)
@@ -177,7 +177,7 @@ def two_clusters(schedule):
 
 
 def sampled(model, table, dims, points=POINTS, x_T=None):
-    """Points [BATCH * points, dims] of BATCH samples, each an image of points."""
+    """Return points [BATCH * points, dims] of BATCH samples, each an image of points."""
     sampler = Sampler(model, table, (dims, points), BATCH, "cpu")
     x = sampler.sample(BATCH, 11, x_T=x_T, progress=False)
     return x.double().movedim(1, -1).reshape(-1, dims)
@@ -222,7 +222,7 @@ def test_chains_of_a_gaussian_have_its_mean_and_variance(schedule, variance):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "score", "x0", "v"])
-def test_predictions_of_one_model_give_one_law(prediction):
+def test_predictions_of_one_model_give_one_distribution(prediction):
     schedule = SCHEDULES["short"]
     data = gaussian(schedule)
 
@@ -241,7 +241,7 @@ def test_predictions_of_one_model_give_one_law(prediction):
 
 @pytest.mark.parametrize("start", [1, 2, 7, 12])
 def test_every_start_brings_its_marginal_to_the_data(start):
-    """A chain of any length T' <= T, begun at q(x_T')."""
+    """A chain of any length T' <= T that begins at q(x_T')."""
     schedule, points = SCHEDULES["short"], 10 * POINTS
     data = gaussian(schedule)
     table = StepTable.ddpm(schedule, clip=None, start=start)
@@ -263,7 +263,7 @@ def test_every_start_brings_its_marginal_to_the_data(start):
     ],
 )
 def test_chains_of_a_mixture_have_its_clusters(make):
-    """Mean, covariance, weights and the law along a line; 0.01 allows for the discretisation."""
+    """Mean, covariance, weights and a projection; 0.01 allows for the discretisation."""
     schedule, num = SCHEDULES["linear"], BATCH * POINTS
     data = two_clusters(schedule)
     table = make(schedule)
@@ -285,8 +285,8 @@ def test_chains_of_a_mixture_have_its_clusters(make):
     assert distance < 1.95 * math.sqrt(2 / num) + 0.01
 
 
-def test_ddim_carries_a_gaussian_along_its_quantiles():
-    """Without noise every quantile of x_T goes to that of the data (the ODE's map, T = 1000)."""
+def test_ddim_maps_quantiles_of_a_gaussian():
+    """Without noise every quantile of x_T maps to that of the data (the ODE, T = 1000)."""
     schedule = SCHEDULES["linear"]
     z = torch.linspace(-2, 2, 4 * BATCH).view(BATCH, 1, 4)
     got = sampled(gaussian(schedule).epsilon, StepTable.ddim(schedule, clip=None), 1, 4, z)

@@ -35,7 +35,7 @@ def quiet(make, *args):
 
 
 def exact(schedule: NoiseSchedule) -> dict[str, list[float]]:
-    """Eq. 4 and 7 of Ho et al. 2020 in 60-digit arithmetic, from the schedule's own alphas."""
+    """Return Eq. 4 and 7 of Ho et al. 2020 in 60-digit arithmetic, from the alphas."""
     names = ("alphas_cumprod", "one_minus_alphas_cumprod", "snr", "posterior_variance")
     out = {n: [] for n in (*names, "posterior_mean_coef1", "posterior_mean_coef2")}
     with localcontext() as ctx:
@@ -293,7 +293,7 @@ def test_equal_and_hash_by_content():
         pytest.param(copy.copy, id="copy"),
     ],
 )
-def test_copies_are_equal_and_quiet(clone):
+def test_copies_are_equal_and_do_not_warn(clone):
     s = quiet(NoiseSchedule.power, 10)
     coefs = s.q_sample_coefs("cpu", torch.float32)
     with warnings.catch_warnings():
@@ -354,12 +354,12 @@ def test_coefficient_tables(dtype):
         ),
     ],
 )
-def test_coefficient_tables_refuse(call, message):
+def test_coefficient_tables_reject_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call(NoiseSchedule.from_betas([1.0]))
 
 
-def test_coefficient_tables_are_made_once_by_any_thread():
+def test_coefficient_tables_are_cached_once_for_all_threads():
     s = NoiseSchedule.linear()
     with ThreadPoolExecutor(8) as pool:
         tables = list(pool.map(lambda _: s.q_posterior_coefs("cpu"), range(64)))
@@ -367,7 +367,7 @@ def test_coefficient_tables_are_made_once_by_any_thread():
     assert s.q_posterior_coefs("cpu", torch.float64) is not tables[0]
 
 
-def test_tables_made_under_inference_mode_serve_autograd():
+def test_tables_cached_in_inference_mode_work_with_autograd():
     with torch.inference_mode():
         s = NoiseSchedule.from_betas(torch.full((600,), 0.02))
         coefs = s.q_sample_coefs("cpu", torch.float32)

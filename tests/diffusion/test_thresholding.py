@@ -59,7 +59,7 @@ def test_a_sample_may_have_more_than_2_24_elements():
 
 
 @pytest.mark.parametrize(("on", "kind"), EACH_STEP)
-def test_each_step_is_diffusers(on, kind):
+def test_each_step_equals_diffusers(on, kind):
     """thresholding=True, with a cap above 1 that some samples reach and some do not."""
     diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
     option = {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.6}
@@ -107,7 +107,7 @@ def test_each_step_is_diffusers(on, kind):
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_a_chain_stays_within_one(dtype):
-    """Whatever s is, x0 / s lies in [-1, 1]; a cap of 1 is plain clipping to 1, bit for bit."""
+    """For any s, x0 / s is in [-1, 1]; a cap of 1 is plain clipping, bit for bit."""
     model = closed_form(LINEAR, "epsilon")
 
     def draw(clip):

@@ -1,4 +1,4 @@
-"""Variances of the reverse process, what an output says of x_0, and respaced schedules."""
+"""Variances of the reverse process, x_0 of model outputs, and respaced schedules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ZERO_SNR = SCHEDULE.rescale_zero_terminal_snr()
 
 
 def posterior(schedule, first):
-    """Log of Eq. 7's variance, with a value of one's own at index 0."""
+    """Return the log-variance of Eq. 7, with a given value at index 0."""
     betas = schedule.betas.numpy()
     abar = np.cumprod(1 - betas)
     prev = np.append(1.0, abar[:-1])
@@ -66,7 +66,7 @@ def test_the_ends_of_the_learned_range_are_the_fixed_kinds() -> None:
         assert (found == fixed).all()
 
 
-def test_a_learned_variance_is_differentiable_in_the_raw_output() -> None:
+def test_a_learned_variance_is_differentiable() -> None:
     learned_output = torch.randn(2, 3, dtype=F64, requires_grad=True)
     for kind in ("learned", "learned_range"):
         assert torch.autograd.gradcheck(
@@ -95,7 +95,7 @@ def test_a_bad_argument_is_named(bad) -> None:
     assert_named(call, bad)
 
 
-def test_a_learned_kind_needs_the_raw_output_of_its_shape() -> None:
+def test_a_learned_kind_needs_a_learned_output() -> None:
     x_t = torch.zeros(2, 3)
     with pytest.raises(
         ValueError, match="learned_output must be a tensor for the variance 'learned_range'"
@@ -129,7 +129,7 @@ def test_an_output_gives_back_x0(prediction: str) -> None:
     torch.testing.assert_close(x_coef * x_t + out_coef * out, x0)
 
 
-def test_without_signal_an_epsilon_says_nothing_of_x0() -> None:
+def test_an_epsilon_without_signal_is_rejected() -> None:
     for prediction in ("epsilon", "score"):
         with pytest.raises(ValueError, match="prediction must be 'x0' or 'v' for a schedule of"):
             x0_coefficients(ZERO_SNR, prediction)
@@ -144,7 +144,7 @@ def test_without_signal_an_epsilon_says_nothing_of_x0() -> None:
     [(50, "linspace"), (1, "linspace"), (250, "trailing"), (7, "quad"), (None, [3, 40, 999])],
 )
 def test_a_respaced_schedule_is_the_chain_of_the_step_table(schedule, steps, spacing) -> None:
-    """The same rows, computed from the new schedule's posterior (Eq. 7) and betas."""
+    """The rows equal those of the posterior (Eq. 7) and betas of the new schedule."""
     chain, kept = respace(schedule, steps, spacing)
     assert chain.alphas_cumprod.tolist() == schedule.alphas_cumprod[kept].tolist()
     for variance in ("posterior", "beta"):
@@ -162,7 +162,7 @@ def test_a_respaced_schedule_is_the_chain_of_the_step_table(schedule, steps, spa
             torch.testing.assert_close(values, theirs, rtol=1e-12, atol=0, msg=name)
 
 
-def test_a_schedule_of_all_its_steps_is_itself() -> None:
+def test_respacing_to_all_steps_returns_the_schedule() -> None:
     chain, kept = respace(SCHEDULE)
     assert chain is SCHEDULE
     assert kept == list(range(1000))
@@ -170,15 +170,15 @@ def test_a_schedule_of_all_its_steps_is_itself() -> None:
     assert respace(SCHEDULE, 10)[0].name == "linear, 10 of 1000 steps"
 
 
-def test_what_cannot_be_respaced_is_named() -> None:
+def test_bad_arguments_of_respace_are_named() -> None:
     with pytest.raises(TypeError, match="schedule must be a NoiseSchedule; got list"):
         respace([0.1, 0.2], 1)
     with pytest.raises(ValueError, match=r"steps must be an integer in \[1, 1000\]; got 1001"):
         respace(SCHEDULE, 1001)
 
 
-def test_the_clamped_variance_is_what_makes_a_decoder_meaningless() -> None:
-    """Why the default is to repeat: a deviation of 1e-10 beside bins of 2/255."""
+def test_the_clamped_variance_makes_the_decoder_degenerate() -> None:
+    """A deviation of 1e-10 is tiny beside bins of 2/255; hence the default "repeat"."""
     _, clamped = model_variance(torch.zeros(1, 1), 0, SCHEDULE, "posterior", None, "clamp")
     _, repeated = model_variance(torch.zeros(1, 1), 0, SCHEDULE, "posterior")
     assert float(clamped) == pytest.approx(math.log(1e-20))

@@ -1,4 +1,4 @@
-"""Data N(M, S^2), for which the best model, the likelihood and the bound are known exactly."""
+"""Data N(M, S^2), with exact model, likelihood and bound."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def data(num, *shape, seed=0, dtype=F64):
 
 
 def best_epsilon(schedule):
-    """E[epsilon | x_t] for this data: a model(x, t) in closed form."""
+    """Return the model E[epsilon | x_t] of this data in closed form."""
     table = torch.stack([schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod], 1)
 
     def model(x, t):
@@ -50,13 +50,13 @@ def expected_terms(schedule, variance):
 
 
 def expected_prior(schedule):
-    """E[L_T] in nats per dimension."""
+    """Return E[L_T] in nats per dimension."""
     abar = float(schedule.alphas_cumprod[-1])
     return (abar * (S**2 + M**2) - abar - math.log(1 - abar)) / 2
 
 
 def model_marginal(schedule):
-    """Mean and variance of x_0 under the model with variance beta: every step is linear in x_t."""
+    """Return mean and variance of x_0 under the model with variance beta (linear steps)."""
     mean, variance = 0.0, 1.0
     model = best_epsilon(schedule)
     for i in reversed(range(schedule.T)):

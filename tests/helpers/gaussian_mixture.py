@@ -1,4 +1,4 @@
-"""A mixture of Gaussians in the plane: its exact networks, its ODE, and distances of samples."""
+"""A mixture of Gaussians in the plane: exact models, its ODE, and distances of samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def generator(seed: int) -> torch.Generator:
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Components of given weights [K], means [K, 2] and covariances [K, 2, 2].
+    """Components with weights [K], means [K, 2] and covariances [K, 2, 2].
 
     Noised to x_t = sqrt(abar) x_0 + sqrt(1 - abar) z it is a mixture again, of means sqrt(abar) m
     and covariances abar C + (1 - abar) I, so that its score and E[x_0 | x_t] are closed forms.
@@ -55,7 +55,7 @@ class Mixture:
         return abar**0.5 * self.sample(num, seed) + (1 - abar) ** 0.5 * z
 
     def outputs(self, x: Tensor, abar: Tensor, one_minus_abar: Tensor) -> tuple[Tensor, Tensor]:
-        """E[epsilon | x_t] and E[x_0 | x_t] for x [N, 2] at one noise level."""
+        """Return E[epsilon | x_t] and E[x_0 | x_t] for x [N, 2] at one noise level."""
         signal, noise = abar.sqrt(), one_minus_abar.sqrt()
         spread = abar * self.covariances + one_minus_abar * torch.eye(2, dtype=F64)
         off = x - signal * self.means[:, None]
@@ -66,7 +66,7 @@ class Mixture:
         return noise * (share * pull).sum(0), (share * x0).sum(0)
 
     def model(self, schedule: NoiseSchedule, prediction: str = "epsilon") -> Callable[..., Tensor]:
-        """The exact network of a schedule; a batch is at one timestep."""
+        """Return the exact model of a schedule; a batch is at one timestep."""
         abar, one_minus_abar = schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod
 
         def network(x: Tensor, t: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Mixture:
         return network
 
     def flow(self, x: Tensor, sigma: float, sigma_end: float) -> Tensor:
-        """The probability-flow ODE from x_t at noise level sigma to another, to about 1e-10.
+        """Integrate the probability-flow ODE from one sigma to another, to about 1e-10.
 
         sigma^2 = 1 / abar - 1. For u = x_t / sqrt(abar) it is du / d log(sigma) = sigma epsilon.
         """
@@ -99,7 +99,7 @@ class Mixture:
 
 
 def _turned(degrees: float, *deviations: float) -> Tensor:
-    """The covariance of these standard deviations along axes turned by an angle."""
+    """Return the covariance of standard deviations along rotated axes."""
     angle = torch.deg2rad(torch.tensor(degrees, dtype=F64))
     c, s = float(angle.cos()), float(angle.sin())
     axes = torch.tensor([[c, -s], [s, c]], dtype=F64)
@@ -122,7 +122,7 @@ PROJECTIONS = torch.stack([_ANGLES.cos(), _ANGLES.sin()])
 
 @cache
 def _quantiles(law: Mixture, num: int) -> Tensor:
-    """Of the projections of a law [num, directions], at the middle of num equal shares."""
+    """Return quantiles of projections [num, directions], at the middle of num equal shares."""
     centers = law.means @ PROJECTIONS
     deviations = torch.einsum("id,kij,jd->kd", PROJECTIONS, law.covariances, PROJECTIONS).sqrt()
     values = torch.linspace(-6, 6, 20_001, dtype=F64)
@@ -135,7 +135,7 @@ def _quantiles(law: Mixture, num: int) -> Tensor:
 
 
 def distances(samples: Tensor, law: Mixture) -> dict[str, float]:
-    """How far samples [N, 2] are from a law.
+    """Return distances between samples [N, 2] and a distribution.
 
     The largest errors of the mean and of the covariance, and the sliced Wasserstein distance: the
     root mean square over fixed directions of the 2-Wasserstein distance of the projections.

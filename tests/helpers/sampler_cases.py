@@ -1,4 +1,4 @@
-"""Chains for the tests of the sampler: models in closed form, and a loop of public steps."""
+"""Models in closed form and chains of public steps, for the tests of the sampler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RANDOM = StepTable.ddpm(SCHEDULE, 5, start="random")
 
 
 class Net(torch.nn.Module):
-    """Two convolutions and the timestep: a model whose last bits depend on the slot and batch."""
+    """Two convolutions and the timestep: the last bits depend on slot and batch size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def alphas_cumprod(device):
 
 
 def smooth(x, t):
-    """The epsilon of data N(0.2, 0.25), by Eq. 15 of Ho et al. 2020: a model in closed form."""
+    """Return the epsilon of data N(0.2, 0.25) in closed form (Eq. 15, Ho et al. 2020)."""
     abar = alphas_cumprod(x.device)[t].view(-1, *[1] * (x.ndim - 1))
     off = x.double() - 0.2 * abar.sqrt()
     return ((1 - abar).sqrt() * off / (0.25 * abar + 1 - abar)).to(x.dtype)
@@ -56,7 +56,7 @@ def draw(sampler, num=10, seed=SEED, **options):
 
 
 def chain(model, table, x, noise_of, dtype=F32, backend="auto"):
-    """The states of a reverse chain, by the public reverse step and nothing else."""
+    """Return the states of a reverse chain, by the public reverse step alone."""
     states, model_input = [x.clone()], x.to(dtype)
     x = x.clone()
     for row, t in enumerate(table.timesteps.tolist()):

@@ -23,14 +23,14 @@ def codec(steps=50, prediction="epsilon", dtype=F64, **options) -> Codec:
 
 
 def data(num=6, seed=0, dtype=F64):
-    """Draws of the data that the closed-form model knows."""
+    """Return samples of the data of the closed-form model."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(num, *SHAPE, generator=generator, dtype=F64)
     return (MEAN + math.sqrt(VARIANCE) * values).to(dtype)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v"])
-def test_codes_of_data_are_noise_and_come_back(prediction):
+def test_codes_of_data_are_noise_and_decode_to_the_data(prediction):
     """The ODE maps N(m, s^2) to N(0, 1) by a line: the code of x is (x - m) / s."""
     images = data(50)
     codes = codec(200, prediction).encode(images, progress=False)
@@ -40,7 +40,7 @@ def test_codes_of_data_are_noise_and_come_back(prediction):
     torch.testing.assert_close(back, images, rtol=0, atol=0.04)
 
 
-def test_a_code_may_be_of_any_timestep():
+def test_codes_of_any_timestep():
     images = data(50)
     codes = codec(200).encode(images, t=399, progress=False)
     abar = float(LINEAR.alphas_cumprod[399])
@@ -53,22 +53,22 @@ def test_a_code_may_be_of_any_timestep():
 
 @pytest.mark.parametrize("spacing", ["linspace", "trailing", [999, 500, 99, 98, 0]])
 @pytest.mark.parametrize("t", [0, 98, 99, 500, 999])
-def test_a_chain_reaches_the_timestep_that_is_asked_for(t, spacing):
-    told = []
+def test_a_chain_reaches_the_requested_timestep(t, spacing):
+    model_timesteps = []
 
     def model(x, at):
-        told.append(int(at[0]))
+        model_timesteps.append(int(at[0]))
         return 0.1 * x
 
     ours = Codec(model, LINEAR, SHAPE, 50, spacing=spacing, device="cpu", dtype=F64)
     codes = ours.encode(data(1), t, progress=False)
-    assert told[-1] == max(told) == t
-    told.clear()
+    assert model_timesteps[-1] == max(model_timesteps) == t
+    model_timesteps.clear()
     ours.decode(codes, t, progress=False)
-    assert told[0] == max(told) == t
+    assert model_timesteps[0] == max(model_timesteps) == t
 
 
-def test_nothing_is_encoded_and_interpolated_too():
+def test_no_images():
     none = data(0)
     assert codec(5).encode(none, progress=False).shape == (0, *SHAPE)
     for mode in ("latent-slerp", "latent-lerp", "stochastic"):
@@ -76,7 +76,7 @@ def test_nothing_is_encoded_and_interpolated_too():
         assert got.shape == (2, 0, *SHAPE)
 
 
-def test_guidance_is_that_of_the_tables():
+def test_guidance_equals_that_of_the_tables():
     def model(x, t, labels):
         return 0.1 * x * (1 + labels.view(-1, 1, 1, 1))
 
@@ -89,7 +89,7 @@ def test_guidance_is_that_of_the_tables():
     assert same_bits(ours.encode(images, labels=labels, progress=False), expected)
 
 
-def test_encoding_and_decoding_are_the_tables_of_their_names():
+def test_encode_and_decode_run_ddim_inverse_and_ddim():
     images = data(8, dtype=F32)
     ours = codec(20, dtype=F32, clip=0.8, spacing="trailing")
     options = {"steps": 20, "clip": 0.8, "spacing": "trailing"}
@@ -103,7 +103,7 @@ def test_encoding_and_decoding_are_the_tables_of_their_names():
     )
 
 
-def test_slerp_goes_round_the_sphere():
+def test_slerp_stays_on_the_sphere():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 3, 500, generator=generator, dtype=F64).unbind()
     b = b * a.norm(dim=1, keepdim=True) / b.norm(dim=1, keepdim=True)
@@ -125,8 +125,8 @@ def test_slerp_of_parallel_vectors_is_a_line():
 
 
 @pytest.mark.parametrize("mode", ["latent-slerp", "latent-lerp"])
-def test_interpolation_is_of_codes(mode):
-    """For this model decoding is a line, so that a line of codes is one of images."""
+def test_interpolation_is_between_codes(mode):
+    """Decoding is linear for this model, and so is interpolation of images."""
     x_a, x_b = data(3, 1), data(3, 2)
     ours = codec(100)
     weights = [0, 0.3, 1]
@@ -160,7 +160,7 @@ def test_stochastic_interpolation_is_noised_mixed_and_sampled():
     assert not torch.equal(other[0], got[1])
 
 
-def test_labels_go_with_their_images():
+def test_labels_stay_with_their_images():
     seen = []
 
     def model(x, t, labels):
@@ -181,9 +181,9 @@ def test_image_to_image_begins_at_the_noised_image(make):
     images = data(4)
     states = []
 
-    def model(x, told):
-        states.append((x.clone(), told.clone()))
-        return closed_form(LINEAR, "epsilon")(x, told)
+    def model(x, model_timesteps):
+        states.append((x.clone(), model_timesteps.clone()))
+        return closed_form(LINEAR, "epsilon")(x, model_timesteps)
 
     sampler = Sampler(model, table, SHAPE, 4, "cpu", F64)
     got = image_to_image(sampler, images, LINEAR, seed=7, progress=False)

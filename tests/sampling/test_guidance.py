@@ -21,7 +21,7 @@ NULL = 9
 
 
 class Classes:
-    """A model in closed form whose x0 is its label; keeps what it was called with."""
+    """Model in closed form whose x0 is its label; records its arguments."""
 
     device, dtype = torch.device("cpu"), F64
 
@@ -42,8 +42,8 @@ def guided(table, model, scale, labels, batch=5, num=5, **options):
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.5])
-def test_guidance_is_the_combined_model(table, scale):
-    """scale * conditional + (1 - scale) * unconditional, as a model of its own would return it."""
+def test_guidance_equals_the_combined_model(table, scale):
+    """The same chain as a model that returns the combined output."""
     labels = torch.tensor([0, 3, 1, 2, 2])
     model = Classes()
 
@@ -56,7 +56,7 @@ def test_guidance_is_the_combined_model(table, scale):
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_network_is_called_once_a_step_for_both():
+def test_the_model_is_called_once_a_step_under_guidance():
     model, labels = Classes(), torch.tensor([4, 0, 1, 7, 2])
     guided(TABLES["ddpm"], model, 2.0, labels)
     assert len(model.calls) == 6
@@ -87,7 +87,7 @@ def test_a_scale_for_each_row():
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-def test_sample_k_has_its_label_and_bits_in_any_cut(dtype):
+def test_sample_k_has_its_label_and_bits_in_any_division(dtype):
     torch.manual_seed(0)
     unet = UNet(
         sample_size=8,

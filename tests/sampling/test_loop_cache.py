@@ -1,4 +1,4 @@
-"""Loops kept between calls: shared by samplers of one model, bounded, freed when dropped."""
+"""Cached loops: shared by samplers of one model, bounded, freed when evicted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ETA = [StepTable.ddim(SCHEDULE, 5, eta=eta) for eta in (0.2, 0.7)]
 
 @pytest.fixture
 def made(monkeypatch):
-    """Weak references to every loop that is made."""
+    """Return weak references to every new loop."""
     loops = []
     original = StepLoop.__init__
 
@@ -52,14 +52,14 @@ def test_tables_of_one_kind_share_a_loop(made):
         pytest.param(RANDOM, id="random-start"),
     ],
 )
-def test_tables_of_another_kind_have_their_own(made, other):
+def test_tables_of_another_kind_have_another_loop(made, other):
     first = sampler(Net(), ETA[0])
     draw(first)
     assert same_bits(draw(first.with_table(other)), draw(sampler(Net(), other)))
     assert len(made) == 3
 
 
-def test_what_is_dropped_is_freed(made):
+def test_evicted_loops_are_freed(made):
     shared = sampler(Net(), DDPM, loops_kept=2)
     for steps in (3, 4, 5, 6):
         draw(shared.with_table(StepTable.ddpm(SCHEDULE, steps)))
@@ -71,8 +71,8 @@ def test_what_is_dropped_is_freed(made):
     assert [ref() is not None for ref in made] == [False, False, True, False, True]
 
 
-def test_samplers_of_one_cache_take_turns():
-    """Chains of several threads, with tables and batch sizes of their own, do not mix."""
+def test_samplers_of_one_cache_run_one_at_a_time():
+    """Chains of several threads, with different tables and batch sizes, do not mix."""
     shared = sampler(Net(), DDPM, pad=False)
     tables = [StepTable.ddpm(SCHEDULE, steps) for steps in (5, 5, 9)]
     jobs = [(shared.with_table(table), seed) for seed, table in enumerate(tables * 2)]
@@ -98,7 +98,7 @@ def test_bad_arguments_are_named():
         sampler(loops_kept=0)
 
 
-def test_a_model_without_parameters_names_its_device_and_dtype():
+def test_device_and_dtype_from_attributes_of_the_model():
     class Doubled:
         device, dtype = torch.device("cpu"), torch.float64
 

@@ -1,4 +1,4 @@
-"""Noise from generators: one or one a sample, dtypes of the draws, other sources on one sampler."""
+"""Noise from generators: one, or one for each sample; dtypes; several sources on one sampler."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 
 def drawn(generator: torch.Generator, num: int, first=F32, rest=F32):
-    """x_T and the noise of each row that draws, in the order of diffusers."""
+    """Return x_T and the noise of each row with noise, in the order of diffusers."""
     x_T = torch.randn(num, *SHAPE, generator=generator, dtype=first).float()
     noise = [torch.randn(num, *SHAPE, generator=generator, dtype=rest).float() for _ in range(4)]
     return x_T, [*noise, torch.zeros_like(x_T)]
 
 
 def test_a_generator_for_each_sample_draws_that_sample_alone():
-    """Whatever the micro-batch: samples 0 to 3, then 4."""
+    """For any micro-batch: samples 0 to 3, then 4."""
     got = draw(sampler(noise=generators(1, 2, 3, 4, 5)), 5)
     for k, generator in enumerate(generators(1, 2, 3, 4, 5)):
         x_T, noise = drawn(generator, 1)
@@ -36,8 +36,8 @@ def test_a_list_of_one_generator_draws_the_whole_batch():
     )
 
 
-def test_the_draws_may_have_another_dtype_than_the_state():
-    """float16 normals are other numbers, not float32 ones that are rounded."""
+def test_noise_of_another_dtype_than_the_state():
+    """float16 normals are different numbers, not rounded float32 ones."""
     noise = GeneratorNoise(generators(3)[0], x_T_dtype=F16, step_dtype=F32)
     got = draw(sampler(noise=noise), 4)
     x_T, rest = drawn(generators(3)[0], 4, first=F16)
@@ -47,8 +47,8 @@ def test_the_draws_may_have_another_dtype_than_the_state():
     )
 
 
-def test_one_sampler_with_other_noise():
-    """The same buffers serve; a generator goes on from where it is."""
+def test_with_noise_shares_the_buffers():
+    """The buffers are shared; a generator continues from its state."""
     philox = sampler()
     by_generator = philox.with_noise(generators(3)[0])
     expected = draw(sampler(noise=generators(3)[0]), 4)
@@ -58,7 +58,7 @@ def test_one_sampler_with_other_noise():
 
 
 @pytest.mark.parametrize("num", [3, 5])
-def test_there_must_be_a_generator_for_each_sample(num: int):
+def test_one_generator_for_each_sample_is_required(num: int):
     with pytest.raises(ValueError, match=rf"noise .* one for each of {num} samples"):
         draw(sampler(noise=generators(1, 2, 3, 4)), num)
 
@@ -70,7 +70,7 @@ class Bar:
         self.taken += n
 
 
-def test_a_bar_of_the_callers_own(capsys):
+def test_a_progress_bar_of_the_caller(capsys):
     bar = Bar()
     sampler().sample(5, progress=bar)
     assert bar.taken == 10  # two micro-batches

@@ -1,4 +1,4 @@
-"""Sampler: identity of samples, sources of noise, starts, dtypes, models that misbehave."""
+"""Sampler: identity of samples, sources of noise, starts, dtypes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ON = pytest.mark.parametrize("on", backends(), ids=str)
 @pytest.mark.parametrize(
     "on", [b for b in backends() if (b.name, b.device) != ("triton", "cpu")], ids=str
 )
-def test_a_sample_is_the_same_bits_however_the_samples_are_cut(on, table):
+def test_a_sample_has_the_same_bits_in_any_division(on, table):
     whole = draw(sampler(Net(), table, on=on))
     again = sampler(Net(), table, on=on)
     assert same_bits(draw(again, 1, first_sample=7)[0], whole[7])
@@ -78,7 +78,7 @@ def test_reference_and_cpu_agree():
 
 
 class Spy:
-    """A model that notes what it was given."""
+    """Model that records its inputs."""
 
     def __init__(self, model=smooth):
         self.model, self.seen = model, []
@@ -88,8 +88,8 @@ class Spy:
         return self.model(x, t)
 
 
-def test_every_sample_has_its_slot():
-    """Sample k sits in slot k % micro_batch, beside its neighbours, whether they are wanted."""
+def test_every_sample_has_a_fixed_slot():
+    """Sample k is in slot k % micro_batch, beside the same samples, requested or not."""
     spy = Spy()
     draw(sampler(spy), 3, first_sample=6)
     starts = [x for x, t, *_ in spy.seen if (t == DDPM.timesteps[0]).all()]
@@ -100,14 +100,14 @@ def test_every_sample_has_its_slot():
     assert {t.dtype for _, t, *_ in spy.seen} == {torch.int64}
 
 
-def test_without_padding_only_wanted_samples_are_run():
+def test_without_padding_only_requested_samples_are_run():
     spy = Spy()
     got = draw(sampler(spy, pad=False), 6, first_sample=3)
     assert [len(x) for x, *_ in spy.seen] == [4] * 5 + [2] * 5
     torch.testing.assert_close(got, draw(sampler(), 6, first_sample=3))
 
 
-def test_samples_far_along_a_seed():
+def test_large_sample_indices():
     first = (1 << 32) - 2
     got = draw(sampler(), 4, first_sample=first)
     x_T = philox_normal(4, SHAPE, SEED, 0, first)
@@ -115,7 +115,7 @@ def test_samples_far_along_a_seed():
     torch.testing.assert_close(got, expected[-1], rtol=0, atol=1e-6)
 
 
-def test_given_starting_points():
+def test_starting_states_of_the_caller():
     x_T = normals((6, *SHAPE), "contiguous", F64, 1, "cpu")
     got = draw(sampler(), 6, x_T=x_T)
     expected = chain(smooth, DDPM, x_T.float(), philox_noise(6))
@@ -123,7 +123,7 @@ def test_given_starting_points():
 
 
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-def test_given_noise(dtype):
+def test_noise_input(dtype):
     noise = normals((5, 6, *SHAPE), "contiguous", F32, 1, "cpu")
     x_T = normals((6, *SHAPE), "contiguous", F32, 2, "cpu")
     got = draw(sampler(noise=noise, dtype=dtype), 6, x_T=x_T)
@@ -131,8 +131,8 @@ def test_given_noise(dtype):
     torch.testing.assert_close(got, expected[-1], rtol=0, atol=1e-6)
 
 
-def test_a_generator_is_drawn_from_for_x_T_and_for_each_row_that_has_noise():
-    """Micro-batch by micro-batch, for the samples that are wanted; nothing for the last row."""
+def test_a_generator_draws_x_T_and_each_row_with_noise():
+    """In micro-batches, for the requested samples; the last row has no noise."""
     got = draw(sampler(noise=torch.Generator().manual_seed(3), micro_batch=6), 8)
     generator = torch.Generator().manual_seed(3)
     for place in (slice(0, 6), slice(6, 8)):
@@ -166,13 +166,13 @@ def test_a_chain_may_begin_at_any_step():
 
 
 def first_timesteps(num, table, seed=SEED, **options):
-    """The timestep of each sample at its first step."""
+    """Return the timestep of each sample at its first step."""
     spy = Spy(lambda x, t: torch.zeros_like(x))
     draw(sampler(spy, table, 500, **options), num, seed)
     return torch.cat([t for _, t, *_ in spy.seen[:: table.steps]])[:num]
 
 
-def test_random_starts_are_uniform_and_each_samples_own():
+def test_random_starts_are_uniform_and_fixed_for_each_sample():
     table = StepTable.ddim(SCHEDULE, 10, start="random")
     started = first_timesteps(4000, table)
     counts = torch.stack([(started == t).sum() for t in table.timesteps])
@@ -188,7 +188,7 @@ def philox_word(sample):
     return philox((0, 0x7FFF_FFFF, sample, 0), (low, high))[0]
 
 
-def test_a_random_start_is_the_chain_that_begins_there():
+def test_a_random_start_equals_the_chain_from_that_row():
     """Without noise a chain from row r is the chain of a table whose start is that timestep + 1."""
     table = StepTable.ddim(SCHEDULE, spacing=[0, 3, 200, 500, 999], start="random")
     got = draw(sampler(table=table), 10)
@@ -201,14 +201,14 @@ def test_a_random_start_is_the_chain_that_begins_there():
         torch.testing.assert_close(got[k : k + 1], expected, rtol=0, atol=1e-6)
 
 
-def test_given_noise_and_a_random_start_meet_at_the_row():
-    """Row i adds noise[i], whenever a sample comes to it."""
+def test_noise_input_of_a_random_start_is_that_of_the_row():
+    """Row i adds noise[i], in whatever step a sample reaches it."""
     table = StepTable.ddpm(SCHEDULE, 5, start="random")
     noise = torch.stack([philox_noise(10)(row) for row in range(5)])
     assert same_bits(draw(sampler(table=table, noise=noise)), draw(sampler(table=table)))
 
 
-def test_no_gradient_is_kept_and_no_global_state_is_touched():
+def test_no_gradient_and_no_global_state():
     sample = sampler(Net())
     before = torch.get_rng_state()
     got = draw(sample)
@@ -242,7 +242,7 @@ def test_samples_of_any_number_of_dimensions(shape):
     assert same_bits(one[0], got[5])
 
 
-def test_the_progress_bar_is_there_only_where_it_is_asked_for(capsys):
+def test_the_progress_bar_is_optional(capsys):
     sampler().sample(5, progress=False)
     assert capsys.readouterr() == ("", "")
     sampler().sample(5)

@@ -1,4 +1,4 @@
-"""The captured step on a GPU: the bits of the loop, no waiting, models that cannot be captured."""
+"""The captured step on a GPU: bits, no synchronisation, models that cannot be captured."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GPU = ON_GPU[-1]
         pytest.param(StepTable.ddpm(SCHEDULE, 21, start="random"), id="random-start"),
     ],
 )
-def test_replay_is_the_bits_of_the_loop(on, dtype, table):
+def test_replay_has_the_bits_of_the_loop(on, dtype, table):
     net = Net().to("cuda", dtype)
     looped, replayed = (
         draw(sampler(net, table, on=on, graph=graph), 10, return_steps=[0, 1, 4, 21])
@@ -38,7 +38,7 @@ def test_replay_is_the_bits_of_the_loop(on, dtype, table):
 
 
 @ON
-def test_a_sample_is_the_same_bits_however_the_samples_are_cut(on):
+def test_a_sample_has_the_same_bits_in_any_division(on):
     net = Net().cuda()
     whole = draw(sampler(net, on=on, graph=True))
     again = sampler(net, on=on, graph=True)
@@ -68,7 +68,7 @@ def test_the_starting_noise_is_that_of_the_cpu():
 
 
 @ON
-def test_a_step_never_waits_for_the_gpu(on):
+def test_a_step_does_not_synchronise(on):
     for graph in (False, True):
         sample = sampler(Net(), on=on, graph=graph)
         draw(sample, 4)
@@ -82,7 +82,7 @@ def test_a_step_never_waits_for_the_gpu(on):
         torch.cuda.synchronize()
 
 
-def test_new_weights_are_seen_by_a_captured_step():
+def test_a_captured_step_reads_new_weights():
     net = Net().cuda()
     sample = sampler(net, on=GPU, graph=True)
     draw(sample, 4)
@@ -94,11 +94,11 @@ def test_new_weights_are_seen_by_a_captured_step():
 
 
 def waits(x, t):
-    """A model that asks the GPU for a number, which a graph cannot hold."""
+    """Model that reads a number from the GPU, which cannot be captured."""
     return smooth(x, t) * (1.0 if float(x.sum()) < 1e30 else 0.0)
 
 
-def test_auto_warns_and_goes_on_without_a_graph():
+def test_auto_warns_and_runs_without_a_graph():
     sample = sampler(waits, on=GPU)
     with pytest.warns(UserWarning, match=r"without a CUDA graph.*cannot be captured"):
         got = draw(sample)
@@ -108,13 +108,13 @@ def test_auto_warns_and_goes_on_without_a_graph():
         assert same_bits(draw(sample), got)
 
 
-def test_a_graph_that_is_asked_for_and_cannot_be_is_an_error():
+def test_graph_true_raises_if_capture_fails():
     with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph.*graph=False"):
         draw(sampler(waits, on=GPU, graph=True))
     assert draw(sampler(on=GPU, graph=True)).isfinite().all()
 
 
-def test_an_error_of_the_model_is_its_own():
+def test_errors_of_the_model_are_passed_on():
     def broken(x, t):
         raise KeyError("of the model")
 
@@ -124,7 +124,7 @@ def test_an_error_of_the_model_is_its_own():
 
 @ON
 def test_the_current_stream_is_used(on):
-    """Work that the caller enqueued before is read, and what follows on the stream waits."""
+    """The chain is ordered after earlier work on the stream, and before later work."""
     x_T = torch.empty(4, *SHAPE, device="cuda")
     sample = sampler(on=on)
     expected = draw(sample, 4, x_T=torch.full_like(x_T, 0.5))

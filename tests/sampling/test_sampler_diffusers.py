@@ -15,7 +15,7 @@ COMMON = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 
 
 def velocity(x, t):
-    """What a network that predicts v or x0 returns where `smooth` predicts epsilon."""
+    """Return the model that predicts v or x0 where `smooth` predicts epsilon."""
     abar = SCHEDULE.alphas_cumprod[t].view(-1, 1, 1, 1)
     epsilon = smooth(x, t).double()
     x0 = (x.double() - (1 - abar).sqrt() * epsilon) / abar.sqrt()
@@ -83,7 +83,7 @@ CHAINS = [
 
 
 def peer_chain(scheduler, table, options, model, num, generator):
-    """diffusers' states; x_T and every step's noise come from one generator."""
+    """Return the states of diffusers; x_T and the noise of every step come from one generator."""
     scheduler.set_timesteps(table.steps)
     assert scheduler.timesteps.tolist() == table.timesteps.tolist()
     states = [torch.randn(num, *SHAPE, generator=generator)]
@@ -104,8 +104,8 @@ def test_a_chain_draws_and_computes_what_diffusers_does(make):
 
 
 @pytest.mark.parametrize("make", CHAINS[2:10])
-def test_each_step_on_diffusers_own_trajectory(make):
-    """Where no error adds up: within 1e-5 of the largest value."""
+def test_each_step_on_the_trajectory_of_diffusers(make):
+    """Each step is within 1e-5 of the largest value; errors do not accumulate."""
     scheduler, table, options, model = make()
     generator = torch.Generator().manual_seed(5)
     theirs = peer_chain(scheduler, table, options, model, 2, generator)

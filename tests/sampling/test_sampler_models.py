@@ -1,4 +1,4 @@
-"""What a sampler takes from a model, and what it says to bad models and bad arguments."""
+"""Models of a sampler: accepted outputs, errors of bad models and bad arguments."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_an_error_of_the_model_leaves_the_sampler_usable():
         ),
     ],
 )
-def test_a_model_that_returns_something_else_is_told_what(model, error, words):
+def test_invalid_model_outputs_are_named(model, error, words):
     with pytest.raises(error) as raised:
         draw(sampler(model))
     assert all(word in str(raised.value) for word in ("model", *words)), str(raised.value)
@@ -176,7 +176,7 @@ def test_bad_arguments_of_sample(bad):
     assert_named(sampled, bad)
 
 
-def test_given_noise_has_the_steps_and_the_samples():
+def test_noise_input_has_the_shape_of_steps_and_samples():
     sample = made(noise=torch.zeros(5, 2, *SHAPE)).sample
     assert sample(2, progress=False).shape == (2, *SHAPE)
     with pytest.raises(ValueError, match=r"noise must be \[5, 3, 3, 6, 5\]; got \[5, 2, 3, 6, 5\]"):

@@ -1,4 +1,4 @@
-"""What a Sampler keeps between calls: strides of a replay, copies of it, the order of its draws."""
+"""State of a Sampler between calls: strides of a replay, copies, order of draws."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TABLE = StepTable.ddpm(SCHEDULE, 21)
 
 
 class Replayed:
-    """Stands in for GraphedStep without a GPU, and notes the strides it is asked for."""
+    """Replacement of GraphedStep without a GPU, which records the strides."""
 
     strides: ClassVar[list[int]] = []
 
@@ -49,7 +49,7 @@ def replayed(monkeypatch):
     return make
 
 
-def test_a_replay_takes_strides_and_stops_where_a_state_is_wanted(replayed):
+def test_a_replay_runs_strides_and_stops_at_recorded_states(replayed):
     states = [0, 3, 4, 16, 21]
     expected = draw(sampler(table=TABLE), 4, return_steps=states)
     got = draw(replayed(table=TABLE), 4, return_steps=states)
@@ -65,14 +65,14 @@ def test_a_replay_of_chains_of_random_length(replayed):
     assert all(map(same_bits, draw(replayed(table=RANDOM), 10, return_steps=states), expected))
 
 
-def test_noise_from_outside_goes_step_by_step(replayed):
+def test_noise_input_is_copied_step_by_step(replayed):
     expected = draw(sampler(table=TABLE, noise=torch.Generator().manual_seed(1)), 4)
     got = draw(replayed(table=TABLE, noise=torch.Generator().manual_seed(1)), 4)
     assert same_bits(got, expected)
     assert set(Replayed.strides) == {1}
 
 
-def test_a_model_that_cannot_be_captured_is_sampled_without_a_graph(replayed, monkeypatch):
+def test_a_model_that_cannot_be_captured_runs_without_a_graph(replayed, monkeypatch):
     class Refuses:
         def __init__(self, *_):
             raise CaptureError("the model cannot be captured in a CUDA graph (it waits)")
@@ -100,7 +100,7 @@ def test_a_copy_samples_the_same(copied):
     assert same_bits(draw(copied(original), 6), expected)
 
 
-def test_what_a_captured_graph_holds_cannot_be_exchanged():
+def test_attributes_in_a_captured_graph_are_read_only():
     fixed = sampler()
     for name in ("model", "table", "noise"):
         with pytest.raises(AttributeError):
@@ -117,7 +117,7 @@ def test_what_a_captured_graph_holds_cannot_be_exchanged():
     ],
 )
 def test_a_generator_is_drawn_from_in_the_order_of_diffusers(table, draws):
-    """DDPM draws where t > 0, DDIM with eta in every step: the next micro-batch follows on."""
+    """DDPM draws where t > 0, DDIM with eta in every step; the next micro-batch continues."""
     generator = torch.Generator().manual_seed(3)
     draw(sampler(table=table, noise=generator, micro_batch=2), 4)
     expected = torch.Generator().manual_seed(3)
@@ -126,7 +126,7 @@ def test_a_generator_is_drawn_from_in_the_order_of_diffusers(table, draws):
     assert torch.equal(generator.get_state(), expected.get_state())
 
 
-def test_two_tensors_that_are_written_must_be_two():
+def test_written_tensors_must_not_overlap():
     x = normals((2, 3, 4, 4), "contiguous", torch.float32, 1, "cpu")
     with pytest.raises(ValueError, match="pred_x0 must not share memory with x"):
         reverse_step_(x, x.clone(), DDPM, 0, rng=philox_rng(1), pred_x0=x)

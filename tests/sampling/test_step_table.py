@@ -26,14 +26,14 @@ PEER_PREDICTION = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 def step(row, x, out, z):
-    """The row equation, for the columns that DDPM and DDIM use."""
+    """Evaluate the row equation for the columns of DDPM and DDIM."""
     r = dict(zip(ROW_FIELDS, row.tolist(), strict=False))
     x0 = (r["P"] * x + r["Q"] * r["G0"] * out).clamp(-r["clip"], r["clip"])
     return r["Xx"] * x + r["Xx0"] * x0 + r["Xo"] * out + r["S"] * z, x0
 
 
 def x0_and_epsilon(prediction, abar, x, out):
-    """x0 and epsilon from x = sqrt(abar) x0 + sqrt(1 - abar) eps and what the network says."""
+    """Return x0 and epsilon from x = sqrt(abar) x0 + sqrt(1 - abar) eps and the model output."""
     a, b = math.sqrt(abar), math.sqrt(1 - abar)
     if prediction == "v":  # v = sqrt(abar) eps - sqrt(1 - abar) x0
         return a * x - b * out, b * x + a * out
@@ -44,7 +44,7 @@ def x0_and_epsilon(prediction, abar, x, out):
 
 
 def bayes(abar, abar_prev, x, x0):
-    """Mean and variance of q(x_prev | x_t, x0): likelihood times prior, precisions added."""
+    """Return mean and variance of q(x_prev | x_t, x0) by adding precisions."""
     if abar_prev == 1:
         return x0, 0.0
     alpha = abar / abar_prev
@@ -55,7 +55,7 @@ def bayes(abar, abar_prev, x, x0):
 
 
 def chain(schedule, table):
-    """(row, abar, abar_prev) of each step, by the timesteps alone."""
+    """Yield (row, abar, abar_prev) of each step, from the timesteps alone."""
     abar = schedule.alphas_cumprod[table.timesteps].tolist()
     return list(zip(table.rows, abar, [*abar[1:], 1.0], strict=True))
 
@@ -95,7 +95,7 @@ LISTS = [[1, 5, 9], (9, 5, 1), np.array([1, 5, 9]), torch.tensor([9, 5, 1]), ran
 
 
 @pytest.mark.parametrize("listed", LISTS, ids=["up", "down", "numpy", "torch", "range"])
-def test_listed_timesteps_come_out_descending(listed):
+def test_listed_timesteps_are_returned_descending(listed):
     assert timesteps(10, None, listed) == timesteps(10, 3, listed) == [9, 5, 1]
 
 
@@ -137,7 +137,7 @@ def test_ddpm_epsilon_is_algorithm_2():
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, NoiseSchedule.linear(beta_start=1e-12)])
-def test_full_ddpm_table_holds_the_schedules_posterior(schedule):
+def test_the_full_ddpm_table_has_the_posterior_of_the_schedule(schedule):
     rows = StepTable.ddpm(schedule).rows.flip(0)
     coefs = schedule.q_posterior_coefs("cpu", torch.float64)
     got = torch.stack([rows[:, column("Xx0")], rows[:, column("Xx")], rows[:, column("S")] ** 2], 1)
@@ -286,7 +286,7 @@ def test_to_rounds_once_and_shares():
     assert torch.equal(table.to("cpu", torch.float64)[0], table.rows)
 
 
-def test_a_pickle_names_classes_as_users_import_them():
+def test_a_pickle_refers_to_public_names():
     schedule = NoiseSchedule.linear()
     pickled = pickle.dumps((schedule, StepTable.ddim(schedule, steps=3, clip=DynamicThreshold())))
     words = [word for _, word, _ in pickletools.genops(pickled) if isinstance(word, str)]

@@ -27,7 +27,7 @@ NUM = 32
 
 @dataclass(frozen=True)
 class Interval:
-    """Two levels of noise sigma that chains of any number of steps run between."""
+    """Two noise levels sigma between which chains of any number of steps run."""
 
     noisy: float
     clean: float
@@ -38,7 +38,7 @@ class Interval:
         return torch.searchsorted(SIGMA, torch.from_numpy(levels)).tolist()
 
     def flow(self, x, back: bool = False):
-        """The exact solution at the clean end of what is x at the noisy one, or the reverse."""
+        """Return the exact solution at the clean end for x at the noisy end, or the reverse."""
         ends = SIGMA[self.timesteps(1)].tolist()
         return MIXTURE.flow(x, *(ends[::-1] if back else ends))
 
@@ -51,7 +51,7 @@ class Interval:
         return self.flow(self.start())
 
     def denoised(self, make, steps: int, prediction: str = "epsilon"):
-        """The state at the clean end, before the last row, which leads to x_0."""
+        """Return the state at the clean end, before the last row, which ends at x_0."""
         spacing = self.timesteps(steps)
         table = make(SCHEDULE, spacing=spacing, prediction=prediction, clip=None)
         state = run(table, prediction, self.start() * table.init_scale, [table.steps - 1])[0]
@@ -63,14 +63,14 @@ IN_SIGMA = Interval(0.7, 0.3, np.linspace)
 
 
 def run(table: StepTable, prediction: str, x, after: list[int]):
-    """The states of a chain that begins at x after so many rows."""
+    """Return the states of a chain from x after a number of rows."""
     model = MIXTURE.model(SCHEDULE, prediction)
     sampler = Sampler(model, table, (2,), len(x), "cpu", F64, BACKEND)
     return sampler.sample(len(x), x_T=x, progress=False, return_steps=after)[1]
 
 
 def slope(errors, steps=STEPS) -> float:
-    """The exponent p of errors that fall like steps^-p, by least squares."""
+    """Return the exponent p of errors proportional to steps^-p, by least squares."""
     sizes = [float(error.square().mean().sqrt()) for error in errors]
     return -float(np.polyfit(np.log(steps), np.log(sizes), 1)[0])
 
@@ -97,7 +97,7 @@ def test_the_error_falls_with_the_order_of_the_solver(name: str):
 
 
 def test_plms_in_equal_steps_of_sigma_is_of_third_order():
-    """That of its start: Heun's step, and the two that know fewer than four epsilons."""
+    """The start limits the order: Heun's step, and two steps with fewer than four epsilons."""
     fewer = [steps // 2 for steps in STEPS]
     errors = [IN_SIGMA.denoised(StepTable.plms, steps) - IN_SIGMA.exact() for steps in fewer]
     assert slope(errors, fewer) > 2.9
@@ -105,7 +105,7 @@ def test_plms_in_equal_steps_of_sigma_is_of_third_order():
 
 @pytest.mark.parametrize("evaluate_at", ["current", "next"])
 def test_the_inverse_is_of_first_order(evaluate_at: str):
-    """From its first state, which lies at the clean end and is that of every chain."""
+    """From its first state, at the clean end, which all chains share."""
     data, errors = MIXTURE.sample(NUM, seed=5), []
     for steps in STEPS:
         spacing = IN_LAMBDA.timesteps(steps)
@@ -117,7 +117,7 @@ def test_the_inverse_is_of_first_order(evaluate_at: str):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_chain_is_the_same_whatever_the_network_predicts(name: str, prediction: str):
+def test_a_chain_is_the_same_for_every_prediction(name: str, prediction: str):
     make, _ = SOLVERS[name]
     ours, epsilon = (IN_LAMBDA.denoised(make, 20, kind) for kind in (prediction, "epsilon"))
     torch.testing.assert_close(ours, epsilon, rtol=0, atol=1e-9)
@@ -163,7 +163,7 @@ STOCHASTIC = {
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
-def test_the_law_of_a_noisy_chain_converges_with_its_weak_order(name: str):
+def test_the_distribution_of_a_noisy_chain_converges_with_its_weak_order(name: str):
     make, order = STOCHASTIC[name]
     errors = []
     for steps in STEPS:

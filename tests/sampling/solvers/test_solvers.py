@@ -1,4 +1,4 @@
-"""Solvers against each other and against closed forms, in float64 where nothing is rounded away."""
+"""Solvers compared with each other and with closed forms, in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde", "unipc", "plms")
 
 
 def run(table: StepTable, model, num: int = 3, steps: int | None = None, **options):
-    """The last state of a chain, or the states after each step."""
+    """Return the last state of a chain, or the states after each step."""
     if table.start == "data":
         generator = torch.Generator().manual_seed(2)
         options["x_T"] = torch.rand(num, 2, 3, generator=generator, dtype=F64) * 2 - 1
@@ -42,7 +42,7 @@ def run(table: StepTable, model, num: int = 3, steps: int | None = None, **optio
 )
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_variance_exploding_form_is_ddim_to_rounding(schedule, clip, prediction):
-    """States too: x_t over sqrt(abar_t), of the same noise."""
+    """The states too: x_t / sqrt(abar_t), with the same noise."""
     model = closed_form(SCHEDULES[schedule], prediction)
     options = {"steps": 20, "prediction": prediction, "clip": clip}
     ddim = StepTable.ddim(SCHEDULES[schedule], **options)
@@ -66,8 +66,8 @@ def test_a_generator_draws_for_the_variance_exploding_form_what_it_draws_for_ddi
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "unipc", "plms"])
-def test_a_chain_remembers_nothing_of_the_one_before(name):
-    """Not even a NaN, which a coefficient of 0 would let through."""
+def test_a_chain_does_not_depend_on_the_one_before(name):
+    """Not even NaN, which a coefficient of 0 would pass on."""
     model, broken = closed_form(LINEAR, "epsilon"), True
     sampler = Sampler(
         lambda x, t: x * math.nan if broken else model(x, t),
@@ -125,8 +125,8 @@ def test_a_clip_that_never_acts_changes_nothing(solver, spacing):
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 @EACH
-def test_an_alphas_cumprod_near_0_is_no_reason_to_refuse(solver, prediction):
-    """1e-127 at the end: what of x_t is in x0 is below any rounding there."""
+def test_alphas_cumprod_near_0(solver, prediction):
+    """At 1e-127 the contribution of x_t to x0 is below rounding."""
     tiny = NoiseSchedule.linear(1000, 1e-4, 0.5)
     table = solver(tiny, 20, prediction=prediction, spacing="trailing")
     got = run(table, closed_form(tiny, prediction))
@@ -136,8 +136,8 @@ def test_an_alphas_cumprod_near_0_is_no_reason_to_refuse(solver, prediction):
 
 
 @EACH
-def test_one_step_leads_to_x0(solver):
-    """From any level a chain of one row ends at the (clipped) x0; encoding begins there."""
+def test_one_step_ends_at_x0(solver):
+    """From any level a chain of one row ends at the (clipped) x0, where encoding begins."""
     table = solver(LINEAR, None, spacing=[600], clip=0.4)
     x0 = closed_form(LINEAR, "x0")
     if table.start == "data":
@@ -155,7 +155,7 @@ def test_one_step_leads_to_x0(solver):
 
 
 @pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
-def test_dpm_solver_is_its_paper(solver_type):
+def test_dpm_solver_is_algorithm_2(solver_type):
     """Algorithm 2 of Lu et al. 2022, written in lambda."""
     table = StepTable.dpmpp_2m(COSINE, 6, clip=None, solver_type=solver_type)
     model = closed_form(COSINE, "epsilon")
@@ -190,8 +190,8 @@ def test_first_order_sde_steps_are_ancestral(steps):
 
 @pytest.mark.parametrize("evaluate_at", ["next", "current"])
 @pytest.mark.parametrize("start", [None, 400])
-def test_encoding_and_decoding_come_back(evaluate_at, start):
-    """Of first order: the error falls as the steps grow."""
+def test_decoding_inverts_encoding(evaluate_at, start):
+    """First order: the error decreases with the number of steps."""
     model = closed_form(LINEAR, "epsilon")
     images = torch.randn(64, 2, 3, dtype=F64, generator=torch.Generator().manual_seed(0)) / 2 + 0.2
     errors = []
@@ -211,7 +211,7 @@ def test_encoding_and_decoding_come_back(evaluate_at, start):
 
 @pytest.mark.parametrize("kind", ["posterior", "beta"])
 def test_a_variance_through_its_logarithm_is_the_same(kind):
-    """Down to 1e-20, where it is clamped."""
+    """Equal down to 1e-20, where it is clamped."""
     for schedule in SCHEDULES.values():
         plain = StepTable.ddpm(schedule, 50, variance=kind).rows
         logged = StepTable.ddpm(schedule, 50, variance=f"{kind}_log").rows
@@ -240,8 +240,8 @@ def test_learned_variances_scale_the_noise():
 
 
 @pytest.mark.parametrize("kind", ["learned", "learned_range"])
-def test_a_learned_variance_is_sampled_with(kind):
-    """The spread of x' around its mean is what the second half of the channels says."""
+def test_samples_have_the_learned_variance(kind):
+    """The deviation of x' from its mean is that of the second half of the channels."""
     v = -0.4
 
     def model(x, t):
@@ -260,7 +260,7 @@ def test_a_learned_variance_is_sampled_with(kind):
     assert float(states[0].var().log()) == pytest.approx(expected, abs=0.02)
 
 
-def test_a_network_of_two_halves_serves_tables_that_read_one():
+def test_learned_channels_are_ignored_by_other_tables():
     single = closed_form(LINEAR, "epsilon")
 
     def model(x, t):
@@ -271,15 +271,15 @@ def test_a_network_of_two_halves_serves_tables_that_read_one():
         assert torch.equal(run(table, model), run(table, single))
 
 
-def test_a_learned_variance_needs_a_network_that_learns_one():
+def test_a_learned_variance_needs_2c_channels():
     table = StepTable.ddpm(LINEAR, 5, variance="learned_range")
     with pytest.raises(ValueError, match=r"2C channels.*\[3, 4, 3\]; got \[3, 2, 3\]"):
         run(table, closed_form(LINEAR, "epsilon"))
 
 
 @EACH
-def test_zero_terminal_snr_samples_or_says_why_not(solver):
-    """v and x0 start from pure noise; what divides by sqrt(abar) cannot."""
+def test_zero_terminal_snr_samples_or_raises(solver):
+    """v and x0 start from pure noise; solvers that divide by sqrt(abar) cannot."""
     for prediction in ("epsilon", "score"):
         with pytest.raises(ValueError, match="prediction must be 'x0' or 'v'"):
             solver(ZERO_SNR, 10, prediction=prediction)
@@ -304,7 +304,7 @@ def test_unipc_bh1_has_no_first_step_out_of_pure_noise():
 
 
 @pytest.mark.parametrize("name", MULTISTEP)
-def test_a_multistep_chain_cannot_start_anywhere(name):
+def test_a_multistep_chain_has_no_random_start(name):
     with pytest.raises(ValueError, match="'random'"):
         SOLVERS[name](LINEAR, 10, start="random")
     later = SOLVERS[name](LINEAR, 10, start=300, spacing="linspace")
@@ -323,7 +323,7 @@ def test_a_chain_that_begins_lower_is_that_of_its_timesteps(solver):
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 499, 999, 1000])
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("name", MULTISTEP)
-def test_any_number_of_steps_has_timesteps_of_its_own(name, spacing, steps):
+def test_any_number_of_steps_has_distinct_timesteps(name, spacing, steps):
     table = SOLVERS[name](LINEAR, steps, spacing=spacing)
     kept = table.timesteps.tolist()
     assert len(set(kept)) == steps
@@ -379,7 +379,7 @@ def test_a_threshold_is_checked(options, words):
         DynamicThreshold(**options)
 
 
-def test_only_what_a_solver_needs_is_flagged():
+def test_flags_are_those_of_the_terms_in_use():
     flags = {name: make(LINEAR, 10, clip=None).flags for name, make in SOLVERS.items()}
     past = RowFlag.H1 | RowFlag.PUSH
     assert flags == {
