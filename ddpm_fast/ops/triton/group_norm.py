@@ -134,9 +134,13 @@ def _sum(terms: Terms, tile: Tile, SLAB: tl.constexpr) -> tl.tensor:
     if terms.x2 is None:
         h = _load(terms.x, tile, tile.channel, tile.mask, terms, SLAB)
     else:
-        rest = tile.channel - terms.first_channels
-        h = _load(terms.x, tile, tile.channel, tile.mask & (rest < 0)[None, :], terms, SLAB)
-        h += _load(terms.x2, tile, rest, tile.mask & (rest >= 0)[None, :], terms, SLAB)
+        second_channel = tile.channel - terms.first_channels
+        h = _load(
+            terms.x, tile, tile.channel, tile.mask & (second_channel < 0)[None, :], terms, SLAB
+        )
+        h += _load(
+            terms.x2, tile, second_channel, tile.mask & (second_channel >= 0)[None, :], terms, SLAB
+        )
     if terms.vector is not None:
         h += _from_row(terms.vector, terms, tile, 0)[None, :]
     if terms.residual is not None:
@@ -215,9 +219,9 @@ def _held_kernel(
     mean = _gathered(tl.sum(tl.where(tile.mask, h, 0.0), 0), member) / count
     centred = tl.where(tile.mask, h - _spread(mean, member)[None, :], 0.0)
     # The rounding error of the mean, which matters if the mean is far from 0.
-    rest = _gathered(tl.sum(centred, 0), member) / count
-    variance = _gathered(tl.sum(centred * centred, 0), member) / count - rest * rest
-    centred -= _spread(rest, member)[None, :]
+    correction = _gathered(tl.sum(centred, 0), member) / count
+    variance = _gathered(tl.sum(centred * centred, 0), member) / count - correction * correction
+    centred -= _spread(correction, member)[None, :]
     _finish(out, terms, affine, tile, centred, _spread(variance, member), SLAB)
 
 
@@ -300,17 +304,17 @@ def _apply_kernel(
     count = 1.0 * terms.pixels * SLAB.group_size
     mean = tl.sum(of_share * weight, 0) / count
     between = tl.where(there, of_share - mean[None, :], 0.0)
-    rest = tl.sum(between * weight, 0) / count
-    variance = tl.sum(deviations + between * between * weight, 0) / count - rest * rest
+    correction = tl.sum(between * weight, 0) / count
+    variance = tl.sum(deviations + between * between * weight, 0) / count - correction * correction
 
     member = _member(_tile(sample, slab, begin, end, terms, SLAB), SLAB)
-    mean, rest = _spread(mean, member)[None, :], _spread(rest, member)[None, :]
+    mean, correction = _spread(mean, member)[None, :], _spread(correction, member)[None, :]
     variance = _spread(variance, member)
     for first in range(begin, end, SLAB.pixels):
         tile = _tile(sample, slab, first, end, terms, SLAB)
         h = _sum(terms, tile, SLAB)
         _store_total(total, tile, h, terms, SLAB)
-        _finish(out, terms, affine, tile, h - mean - rest, variance, SLAB)
+        _finish(out, terms, affine, tile, h - mean - correction, variance, SLAB)
 
 
 def _table(table: Tensor | None) -> Table | None:

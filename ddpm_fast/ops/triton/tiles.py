@@ -102,14 +102,14 @@ def tile_of(walk: Walk, samples: tl.tensor, SHAPE: tl.constexpr) -> Tile:
 def pointers(view: View, tile: Tile) -> tl.tensor:
     """Return the offsets of the elements of a tile in a tensor."""
     pointers = view.data + tile.sample * view.sample_stride
-    rest = tile.element
+    remainder = tile.element
     for i in tl.static_range(1, len(view.strides)):
         size = tile.sizes[len(view.strides) - i]
-        pointers = pointers + (rest % size).to(tl.int64) * view.strides[len(view.strides) - i]
-        rest = rest // size
+        pointers = pointers + (remainder % size).to(tl.int64) * view.strides[len(view.strides) - i]
+        remainder = remainder // size
     if len(view.strides) > 0:
-        rest = rest.to(tl.int64) * view.strides[0]
-    return pointers + rest
+        remainder = remainder.to(tl.int64) * view.strides[0]
+    return pointers + remainder
 
 
 @triton.jit

@@ -118,8 +118,8 @@ def class_of(path: Path, folder: Path) -> str:
     Raises:
         ValueError: the file is in the folder itself.
     """
-    first, *rest = path.relative_to(folder).parts
-    if not rest:
+    first, *below = path.relative_to(folder).parts
+    if not below:
         raise ValueError(
             f"{path} must be in a sub-folder of {folder}: the sub-folders are the classes"
         )

@@ -42,12 +42,12 @@ def norm(
 ) -> Launch:
     """Return a call of group_norm_; terms: vector, residual, total, modulation."""
     every = sum(channels)
-    x, *rest = [maps(batch, c, size, dtype) for c in channels]
+    x, *others = [maps(batch, c, size, dtype) for c in channels]
     optional = {
         key: maps(batch, every, size, dtype) for key in ("residual", "total") if key in terms
     }
     args = (
-        *(maps(batch, every, size, dtype), x, rest[0] if rest else None),
+        *(maps(batch, every, size, dtype), x, others[0] if others else None),
         empty(4, every) if "vector" in terms else None,
         empty(batch, dtype=torch.int64) if "vector" in terms or "modulation" in terms else None,
         *(optional.get("residual"), optional.get("total"), *[empty(every, dtype=dtype)] * 2),
@@ -77,7 +77,7 @@ def conv(
     **terms: Any,
 ) -> Launch:
     """Return a call of conv_; terms: residual, doubling, stride."""
-    x, *rest = [maps(batch, c, size, dtype) for c in channels]
+    x, *others = [maps(batch, c, size, dtype) for c in channels]
     doubling, stride = "doubling" in terms, terms.get("stride", 1)
     large = 2 * size if doubling else size // stride
     out = maps(batch, outputs, large, dtype)
@@ -87,7 +87,7 @@ def conv(
     weight = empty(*shape, dtype=dtype).movedim(-1, -3)
     pad = kernel // 2
     args = (
-        *(out, x, rest[0] if rest else None, weight, empty(outputs, dtype=dtype)),
+        *(out, x, others[0] if others else None, weight, empty(outputs, dtype=dtype)),
         *(maps(batch, outputs, large, dtype) if "residual" in terms else None, stride, [pad] * 4),
     )
     dt = str(dtype).removeprefix("torch.")
