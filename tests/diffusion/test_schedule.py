@@ -393,10 +393,7 @@ def test_default_device_and_dtype_do_not_matter():
 @pytest.mark.slow
 def test_coefficient_tables_compile_without_a_graph_break():
     s = NoiseSchedule.linear()
-
-    def scale(x, t):
-        return x * s.q_sample_coefs(x.device, x.dtype)[t, 0]
-
+    scale = lambda x, t: x * s.q_sample_coefs(x.device, x.dtype)[t, 0]  # noqa: E731
     x, t = torch.randn(3), torch.tensor([0, 5, 999])
     compiled = torch.compile(scale, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, t), scale(x, t))
