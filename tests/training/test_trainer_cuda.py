@@ -1,4 +1,4 @@
-"""The trainer on a GPU: that its steps wait for nothing, and what goes on there."""
+"""Trainer on a GPU: steps do not synchronise, and trainings are resumed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LABELLED = {"label_dropout": 0.5, "offset_noise": 0.1}
 
 
 def trainer(out, chosen, **others) -> Trainer:
-    """Its last class stands for no label."""
+    """Create a trainer of a network whose last class is the null label."""
     model = network(num_class_embeds=6)
     return Trainer(model, Labelled(), NoiseSchedule.linear(), chosen, out, device="cuda", **others)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_step_waits_for_nothing(tmp_path, precision):
+def test_a_step_does_not_synchronise(tmp_path, precision):
     made = run(trainer(tmp_path, options(precision=precision, **LABELLED)))  # warm
     images = torch.randn(28, 1, 8, 8, device="cuda").to(memory_format=torch.channels_last)
     labels = torch.zeros(28, dtype=torch.int64, device="cuda")
@@ -39,7 +39,7 @@ def test_a_step_waits_for_nothing(tmp_path, precision):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_a_run_goes_on(tmp_path, precision):
+def test_a_training_is_resumed(tmp_path, precision):
     chosen = options(epochs=4, precision=precision, **LABELLED)
     whole = run(trainer(tmp_path / "a", chosen))
     steps = trainer(tmp_path / "b", chosen).run(progress=False)

@@ -41,7 +41,7 @@ class TensorImages:
             raise ValueError(f"images must be [N, C, H, W], not empty; got {shape}")
         if not (images.abs() <= 1).all():
             low, high = (value.item() for value in images.aminmax())
-            raise ValueError(f"images must lie in [-1, 1]; got {low:g} to {high:g}")
+            raise ValueError(f"images must be in [-1, 1]; got {low:g} to {high:g}")
         self._images = images.detach().cpu().contiguous()
 
     @property

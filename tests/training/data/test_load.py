@@ -233,7 +233,7 @@ def test_a_missing_folder_and_a_file_are_named(tmp_path: Path) -> None:
         load_data(file)
 
 
-def test_a_path_is_a_folder_whatever_its_name(
+def test_a_path_may_have_the_name_of_a_data_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
