@@ -132,15 +132,15 @@ def decode(
     opened = model.open()
     codec = model.codec(opened)
     try:
-        given = torch.from_numpy(np.load(codes, allow_pickle=False)).float()
+        latents = torch.from_numpy(np.load(codes, allow_pickle=False)).float()
     except (ValueError, EOFError, TypeError) as error:
         raise ValueError(f"{codes}: must be a readable .npy of numbers") from error
-    if given.ndim != 4 or tuple(given.shape[1:]) != opened.sample_shape:
+    if latents.ndim != 4 or tuple(latents.shape[1:]) != opened.sample_shape:
         wanted = ", ".join(map(str, opened.sample_shape))
-        raise ValueError(f"{codes}: must be [N, {wanted}]; got {list(given.shape)}")
+        raise ValueError(f"{codes}: must be [N, {wanted}]; got {list(latents.shape)}")
     output.check_channels(opened.sample_shape[0], "the model")
     output.prepare()
-    images = codec.decode(given, t, opened.labels(model.label, len(given)), model.progress)
+    images = codec.decode(latents, t, opened.labels(model.label, len(latents)), model.progress)
     say("wrote", output.write(images.cpu(), 0, None))
 
 

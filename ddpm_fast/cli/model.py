@@ -199,10 +199,12 @@ class OpenModel:
         if text is None or self.classes is None:
             return None
         parts = [part.strip() for part in text.split(",")]
-        given = [int(part) if part.isascii() and part.isdigit() else self.classes for part in parts]
-        if max(given) >= self.classes:
+        classes = [
+            int(part) if part.isascii() and part.isdigit() else self.classes for part in parts
+        ]
+        if max(classes) >= self.classes:
             raise ValueError(f"--label must be 0 to {self.classes - 1}; got {text!r}")
-        return torch.tensor([given[(first + i) % len(given)] for i in range(num)])
+        return torch.tensor([classes[(first + i) % len(classes)] for i in range(num)])
 
 
 def clip_of(text: str | None, of_model: Clip) -> Clip:

@@ -38,14 +38,14 @@ def schedule_of(option: str, text: str, T: int) -> NoiseSchedule:
             f"{option}: {name} takes {needed} to {len(arguments)} arguments"
             f" ({', '.join(arguments)}); got {text!r}"
         )
-    given = {}
+    options = {}
     for argument, value in zip(arguments, values, strict=False):
         try:
-            given[argument] = float(value)
+            options[argument] = float(value)
         except ValueError:
             message = f"{option}: {argument} must be a number; got {value!r} in {text!r}"
             raise ValueError(message) from None
     try:
-        return make(T=T, **given)
+        return make(T=T, **options)
     except ValueError as error:
         raise ValueError(f"{option}: {text}: {error}") from error

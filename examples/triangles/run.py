@@ -115,8 +115,8 @@ def main() -> None:
     # x^10 leaves much of the image in x_T, as intended by the experiment.
     warnings.simplefilter("ignore", ScheduleWarning)
     plan = PLANS["quick" if options.quick else "gpu" if options.gpu else "full"]
-    given = {name: getattr(options, name) for name in ("epochs", "images", "samples")}
-    plan = replace(plan, **{name: value for name, value in given.items() if value is not None})
+    changes = {name: getattr(options, name) for name in ("epochs", "images", "samples")}
+    plan = replace(plan, **{name: value for name, value in changes.items() if value is not None})
     out = options.out or Path("out") / f"triangles-{plan.name}"
     runs = options.runs or out / "runs"
     results: list[Result] = []

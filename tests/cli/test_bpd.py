@@ -258,8 +258,8 @@ def test_labels_and_thresholding_of_the_model() -> None:
     ddpm_fast.save("labels", tiny_unet(num_class_embeds=3), scheduler_config=config)
     assert "--label must be 0 to 2" in error_of(bpd(model="labels", status=2))
     bpd("--label", "0,2", model="labels")
-    given = {"class_labels": torch.tensor([0, 2, 0, 2, 0])}
-    bound = expected(model="labels", model_kwargs=given, clip=DynamicThreshold(0.995, 3.0))
+    labels = {"class_labels": torch.tensor([0, 2, 0, 2, 0])}
+    bound = expected(model="labels", model_kwargs=labels, clip=DynamicThreshold(0.995, 3.0))
     means = [float(row["mean"]) for row in rows_of()]
     np.testing.assert_allclose(means, bound.vb.mean(0), rtol=1e-6)
 

@@ -40,8 +40,12 @@ def test_each_row_adds_the_noise_of_a_schedule(source: Path) -> None:
     t = torch.tensor([0, 500, 999])
     cell = SIDE + 4
     grid = canvas[-3 * cell :, -3 * cell :]
-    made = (NoiseSchedule.linear(), NoiseSchedule.power(2), NoiseSchedule.cosine(1000, 0.01, 0.99))
-    for row, schedule in enumerate(made):
+    expected = (
+        NoiseSchedule.linear(),
+        NoiseSchedule.power(2),
+        NoiseSchedule.cosine(1000, 0.01, 0.99),
+    )
+    for row, schedule in enumerate(expected):
         for column, x_t in enumerate(to_uint8(q_sample(x0, t, z, schedule)).numpy()):
             got = grid[row * cell :, column * cell :][:SIDE, :SIDE]
             np.testing.assert_array_equal(got, x_t[:, :, 0])

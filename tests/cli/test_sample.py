@@ -24,8 +24,8 @@ from engine_cases import small
 
 def expected(model: Path, num: int, first: int = 0, batch: int = 2, **options: Any) -> np.ndarray:
     checkpoint = ddpm_fast.load(model)
-    given = {"variance": checkpoint.variance, "clip": checkpoint.clip} | options
-    table = StepTable.ddpm(checkpoint.schedule, **given)
+    defaults = {"variance": checkpoint.variance, "clip": checkpoint.clip} | options
+    table = StepTable.ddpm(checkpoint.schedule, **defaults)
     sampler = Sampler(checkpoint.unet, table, checkpoint.sample_shape, batch, "cpu")
     return sampler.sample(num, first_sample=first, progress=False).numpy()
 

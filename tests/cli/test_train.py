@@ -36,8 +36,8 @@ def photos(*sizes: tuple[int, int], folder: str = "photos") -> None:
 
 
 def train(*more: object, status: int = 0):
-    given = ("--epochs", 1, "--sample-every", 0, "--out", "run", *QUICK, *more)
-    return run("train", *given, status=status)
+    base = ("--epochs", 1, "--sample-every", 0, "--out", "run", *QUICK, *more)
+    return run("train", *base, status=status)
 
 
 def error_for(*more: object) -> str:
@@ -64,40 +64,40 @@ def test_missing_sheets_and_metrics_are_written_when_resumed() -> None:
     """As if the process had been killed after it saved its state."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    given = ("--data", "triangles-array", "--num", 20, "--tensorboard", "--sample-steps", 2)
-    train(*given, "--epochs", 2, "--sample-every", 1, "--decay", "none")
+    base = ("--data", "triangles-array", "--num", 20, "--tensorboard", "--sample-steps", 2)
+    train(*base, "--epochs", 2, "--sample-every", 1, "--decay", "none")
     last = Path("run/samples/00002.png")
     before = last.read_bytes()
     last.unlink()
     for file in Path("run/tensorboard").iterdir():
         file.unlink()
-    train(*given, "--epochs", 3, "--sample-every", 1, "--decay", "none", "--resume")
+    train(*base, "--epochs", 3, "--sample-every", 1, "--decay", "none", "--resume")
     assert last.read_bytes() == before
     assert Path("run/samples/00003.png").is_file()
-    train(*given, "--epochs", 4, "--sample-every", 1, "--decay", "none", "--resume")
+    train(*base, "--epochs", 4, "--sample-every", 1, "--decay", "none", "--resume")
     events = EventAccumulator("run/tensorboard").Reload()
     assert [event.step for event in events.Scalars("loss")] == [4, 6, 8]  # two steps an epoch
     shutil.rmtree("run/tensorboard")
-    train(*given, "--epochs", 4, "--sample-every", 1, "--decay", "none", "--resume")
+    train(*base, "--epochs", 4, "--sample-every", 1, "--decay", "none", "--resume")
     events = EventAccumulator("run/tensorboard").Reload()
     assert [event.step for event in events.Scalars("loss")] == [2, 4, 6, 8]
 
 
 def test_a_sheet_has_the_weights_of_its_epoch() -> None:
     """It replaces a sheet of an earlier training, and is not drawn within the next epoch."""
-    given = ("--data", "triangles-array", "--num", 20, "--decay", "none", "--sample-steps", 2)
+    base = ("--data", "triangles-array", "--num", 20, "--decay", "none", "--sample-steps", 2)
     sheet = Path("run/samples/00001.png")
     sheet.parent.mkdir(parents=True)
     sheet.write_bytes(b"earlier training")
-    train(*given, "--sample-every", 1)
+    train(*base, "--sample-every", 1)
     first = sheet.read_bytes()
     assert first.startswith(b"\x89PNG")
     # With two steps an epoch, the last saved step is the third.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_held_out", failing_after(1, Trainer._held_out))
-        train(*given, "--epochs", 2, "--save-steps", 1, "--resume", status=2)
+        train(*base, "--epochs", 2, "--save-steps", 1, "--resume", status=2)
     sheet.unlink()
-    train(*given, "--epochs", 2, "--sample-every", 1, "--resume")
+    train(*base, "--epochs", 2, "--sample-every", 1, "--resume")
     assert not sheet.exists()
     assert Path("run/samples/00002.png").is_file()
 
@@ -131,8 +131,8 @@ def test_a_missing_package_is_named(
     for name in [n for n in sys.modules if n == package or n.startswith(f"{package}.")]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
-    given = ("--data", "triangles-array", "--num", 20)
-    assert "pip install" in error_for(*given, *more)
+    base = ("--data", "triangles-array", "--num", 20)
+    assert "pip install" in error_for(*base, *more)
     assert not Path("run").exists()
 
 
@@ -140,32 +140,32 @@ def test_without_matplotlib_one_note_replaces_the_figure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    given = ("--data", "triangles-array", "--num", 20, "--epochs", 3, "--sample-every", 1)
-    result = train(*given, "--sample-steps", 2)
+    base = ("--data", "triangles-array", "--num", 20, "--epochs", 3, "--sample-every", 1)
+    result = train(*base, "--sample-steps", 2)
     assert result.stderr.count("note: no loss.png") == 1
     assert Path("run/samples/00003.png").is_file()
     assert not Path("run/loss.png").exists()
 
 
 def test_options_of_the_command_are_those_of_the_trainer() -> None:
-    given = ("--data", "triangles-array", "--num", 20)
-    train(*given, "--betas", 0.8, 0.95, "--epochs", 2, "--save-steps", 1)
-    message = error_for(*given, "--epochs", 2, "--resume")
+    base = ("--data", "triangles-array", "--num", 20)
+    train(*base, "--betas", 0.8, 0.95, "--epochs", 2, "--save-steps", 1)
+    message = error_for(*base, "--epochs", 2, "--resume")
     assert "betas: [0.8, 0.95], now [0.9, 0.999]" in message
 
 
-def test_another_network_or_data_set_is_error_for() -> None:
-    given = ("--data", "triangles-array", "--num", 20)
-    train(*given)
+def test_another_network_or_data_set_is_rejected() -> None:
+    base = ("--data", "triangles-array", "--num", 20)
+    train(*base)
     before = Path("run/state.pt").read_bytes()
-    for more, words in (
+    for more, text in (
         (("--network", "small"), "network.block_out_channels"),
         (("--data", "triangles"), "data.name: 'triangles-array', now 'triangles'"),
         (("--seed", 3), "seed: 0, now 3"),
         (("--schedule", "cosine"), "schedule.name: 'linear', now 'cosine'"),
     ):
-        assert words in error_for(*given, *more, "--resume")
-    assert "holds a training (state.pt); resume it" in error_for(*given)
+        assert text in error_for(*base, *more, "--resume")
+    assert "holds a training (state.pt); resume it" in error_for(*base)
     assert Path("run/state.pt").read_bytes() == before
 
 
@@ -192,7 +192,7 @@ def test_unusable_data_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("more", "text"),
     [
         (("--precision", "fp8"), "precision must be one of"),
         (("--lr", "-1"), "lr must be"),
@@ -207,7 +207,7 @@ def test_unusable_data_is_named() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_invalid_options_are_named(more: tuple[str, ...], words: str) -> None:
-    given = ("--data", "triangles-array", "--num", 16)
-    assert words in error_for(*given, *more)
+def test_invalid_options_are_named(more: tuple[str, ...], text: str) -> None:
+    base = ("--data", "triangles-array", "--num", 16)
+    assert text in error_for(*base, *more)
     assert not Path("run").exists()

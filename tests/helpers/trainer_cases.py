@@ -80,8 +80,8 @@ def network(seed: int = 0, **options) -> UNet:
 
 def options(**changed) -> TrainOptions:
     """Options of two epochs of three steps, with a constant learning rate."""
-    given = {"epochs": 2, "batch": 28, "lr": 1e-3, "warmup": 2, "decay": "none", "ema": 0.9}
-    return TrainOptions(**given | changed)
+    defaults = {"epochs": 2, "batch": 28, "lr": 1e-3, "warmup": 2, "decay": "none", "ema": 0.9}
+    return TrainOptions(**defaults | changed)
 
 
 def losses(trainer) -> list[tuple[float, float, float, float | None]]:
@@ -96,10 +96,10 @@ def trainer(out, model=None, data=None, schedule=LINEAR, chosen=None, **others) 
     return Trainer(model, data, schedule, chosen or options(), out, device="cpu", **others)
 
 
-def run(made: Trainer) -> Trainer:
-    for _ in made.run(progress=False):
+def run(trainer_: Trainer) -> Trainer:
+    for _ in trainer_.run(progress=False):
         pass
-    return made
+    return trainer_
 
 
 def weights(module) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value", "message"),
     [
         ("epochs", 0, "epochs"),
         ("batch", 1.5, "batch"),
@@ -38,8 +38,8 @@ ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
         ("compile", "no", "compile must be a bool"),
     ],
 )
-def test_invalid_options_are_named(name, value, words):
-    with pytest.raises((ValueError, TypeError), match=words):
+def test_invalid_options_are_named(name, value, message):
+    with pytest.raises((ValueError, TypeError), match=message):
         TrainOptions(**{name: value})
 
 
@@ -55,7 +55,7 @@ def test_options_can_be_stored_as_json():
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "words"),
+    ("change", "error", "message"),
     [
         ({"model": network(in_channels=3, out_channels=3)}, ValueError, r"images are \[1, 8, 8\]"),
         ({"model": network(out_channels=2)}, ValueError, "output channels"),
@@ -75,8 +75,8 @@ def test_options_can_be_stored_as_json():
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )
-def test_arguments_that_do_not_fit_are_rejected(tmp_path, change, error, words):
-    with pytest.raises(error, match=words):
+def test_arguments_that_do_not_fit_are_rejected(tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
         trainer(tmp_path / "out", **change)
     assert not (tmp_path / "out").exists()
 

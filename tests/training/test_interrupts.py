@@ -33,14 +33,14 @@ def interrupted(*args, **kwargs):
 def test_an_interrupt_in_the_test_pass_loses_nothing(tmp_path):
     """For the same trainer, and for one that resumes what it saved."""
     whole = run(trainer(tmp_path / "a"))
-    made = trainer(tmp_path / "b")
-    held_out, made._held_out = made._held_out, interrupted
+    first = trainer(tmp_path / "b")
+    held_out, first._held_out = first._held_out, interrupted
     with pytest.raises(KeyboardInterrupt):
-        run(made)
-    made.save()
-    made._held_out = held_out
+        run(first)
+    first.save()
+    first._held_out = held_out
     other = run(trainer(tmp_path / "b", resume=True))
-    for found in (run(made), other):
+    for found in (run(first), other):
         assert losses(found) == losses(whole)
         assert all(row["images_per_s"] > 0 for row in found.history)
         assert same_weights(found.averaged, whole.averaged)
@@ -48,13 +48,13 @@ def test_an_interrupt_in_the_test_pass_loses_nothing(tmp_path):
 
 def test_a_trainer_interrupted_within_a_step_is_not_used_again(tmp_path):
     """Its weights may be those before or after the step."""
-    made = trainer(tmp_path / "b")
-    average, made._ema.update = made._ema.update, interrupted
+    first = trainer(tmp_path / "b")
+    average, first._ema.update = first._ema.update, interrupted
     with pytest.raises(KeyboardInterrupt):
-        run(made)
-    made._ema.update = average
+        run(first)
+    first._ema.update = average
     state = (tmp_path / "b" / STATE).read_bytes()
-    for again in (made.save, lambda: run(made)):
+    for again in (first.save, lambda: run(first)):
         with pytest.raises(RuntimeError, match=r"step 0 was interrupted: resume .*resume=True"):
             again()
     assert (tmp_path / "b" / STATE).read_bytes() == state
@@ -63,12 +63,12 @@ def test_a_trainer_interrupted_within_a_step_is_not_used_again(tmp_path):
 
 def test_a_loss_that_is_not_finite_is_reported_whenever_it_is_saved(tmp_path):
     """Even if the step was skipped and the weights are finite."""
-    made = trainer(tmp_path)
-    next(made.run(progress=False))
+    first = trainer(tmp_path)
+    next(first.run(progress=False))
     state = (tmp_path / STATE).read_bytes()
-    step = made._train_step
-    made._train_step = lambda *args: step(*args) * (math.inf if made.step == 4 else 1)
-    for again in (lambda: run(made), made.save):
+    step = first._train_step
+    first._train_step = lambda *args: step(*args) * (math.inf if first.step == 4 else 1)
+    for again in (lambda: run(first), first.save):
         with pytest.raises(RuntimeError, match="the loss is not finite at step 4, epoch 1"):
             again()
     assert (tmp_path / STATE).read_bytes() == state
@@ -89,15 +89,15 @@ def test_random_images_are_reproducible(tmp_path, last):
     """For any state of the caller's generator, and in a resumed training."""
     found = []
     for seed in range(2):
-        made = trainer(tmp_path / str(seed), network(), RandomSquares())
+        first = trainer(tmp_path / str(seed), network(), RandomSquares())
         torch.manual_seed(seed)
-        found.append(run(made))
+        found.append(run(first))
     assert losses(found[0]) == losses(found[1])
-    made = trainer(tmp_path / "c", network(), RandomSquares(), save_steps=1)
-    step = made._train_step
-    made._train_step = lambda *args: interrupted() if made.step == last else step(*args)
+    first = trainer(tmp_path / "c", network(), RandomSquares(), save_steps=1)
+    step = first._train_step
+    first._train_step = lambda *args: interrupted() if first.step == last else step(*args)
     with pytest.raises(KeyboardInterrupt):
-        run(made)
+        run(first)
     again = trainer(tmp_path / "c", network(), RandomSquares(), resume=True)
     assert again.step == last
     assert losses(run(again)) == losses(found[0])

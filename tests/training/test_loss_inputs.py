@@ -297,7 +297,7 @@ def test_an_invalid_argument_is_named(bad) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"noise": None}, ["seed must be an integer", "None"]),
         ({"objective": "hybrid", "variance": "beta"}, ["variance", "learned_range", "'beta'"]),
@@ -313,14 +313,14 @@ def test_an_invalid_argument_is_named(bad) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_arguments_that_contradict_each_other_are_rejected(options, words) -> None:
-    with pytest.raises(ValueError, match=words[0]) as raised:
+def test_arguments_that_contradict_each_other_are_rejected(options, message) -> None:
+    with pytest.raises(ValueError, match=message[0]) as raised:
         training_losses(**(GOOD | options))
-    assert [word for word in words if word not in str(raised.value)] == []
+    assert [word for word in message if word not in str(raised.value)] == []
 
 
 @pytest.mark.parametrize(
-    ("output", "variance", "error", "words"),
+    ("output", "variance", "error", "message"),
     [
         (torch.zeros(4, 2, 3, 5), "learned_range", ValueError,
          ["the model's output", "2C channels", "[4, 4, 3, 5]", "[4, 2, 3, 5]"]),
@@ -331,11 +331,11 @@ def test_arguments_that_contradict_each_other_are_rejected(options, words) -> No
     ],
     ids=["too-few-channels", "too-many-channels", "tuple", "integers", "device"],
 )  # fmt: skip
-def test_an_invalid_output_of_the_model_is_described(output, variance, error, words) -> None:
-    given = GOOD | {"model": lambda x, t: output, "variance": variance}
+def test_an_invalid_output_of_the_model_is_described(output, variance, error, message) -> None:
+    arguments = GOOD | {"model": lambda x, t: output, "variance": variance}
     with pytest.raises(error) as raised:
-        training_losses(**given)
-    assert [word for word in words if word not in str(raised.value)] == []
+        training_losses(**arguments)
+    assert [word for word in message if word not in str(raised.value)] == []
 
 
 def test_the_outer_bins_are_decoded() -> None:

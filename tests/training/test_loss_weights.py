@@ -77,8 +77,8 @@ def test_a_table_multiplies_the_weights_of_the_objective(prediction: str) -> Non
     table = torch.linspace(0.5, 2, 8, dtype=F64)
     options = {"prediction": prediction, "noise": noise, "variance": "learned_range"}
 
-    def loss(**given):
-        return training_losses(network, x0, T4, SHORT, **options, **given).loss
+    def loss(**more):
+        return training_losses(network, x0, T4, SHORT, **options, **more).loss
 
     weight = table[T4]
     torch.testing.assert_close(loss(weighting=table), weight * loss())

@@ -123,8 +123,8 @@ def test_hybrid_trains_the_variance_by_the_bound_and_the_mean_by_simple(variance
     """L_simple + 0.001 L_vlb (Eq. 16, Nichol & Dhariwal 2021), estimated from one t of T."""
     network, (x0, noise) = Network(learned=True), batch()
     options = {"variance": variance, "noise": noise}
-    given = {} if weight is None else {"vb_weight": weight}
-    hybrid = training_losses(network, x0, T4, SHORT, objective="hybrid", **options, **given)
+    more = {} if weight is None else {"vb_weight": weight}
+    hybrid = training_losses(network, x0, T4, SHORT, objective="hybrid", **options, **more)
     simple = training_losses(network, x0, T4, SHORT, **options)
     full = training_losses(network, x0, T4, SHORT, objective="full", **options)
     scale = 8 * (0.001 if weight is None else weight)
@@ -287,8 +287,8 @@ def test_gradcheck_in_x0_the_noise_and_the_parameters(
             return torch.func.functional_call(network, dict(zip(names, parameters, strict=True)),
                                               (x, t))  # fmt: skip
 
-        given = None if generated else noise
-        return training_losses(model, 0.9 * x0, t, SHORT, noise=given, **options).loss
+        more = None if generated else noise
+        return training_losses(model, 0.9 * x0, t, SHORT, noise=more, **options).loss
 
     inputs = [x0, noise, *network.parameters()]
     inputs = [value.detach().clone().requires_grad_() for value in inputs]

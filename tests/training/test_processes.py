@@ -36,11 +36,11 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(*args, **options) -> subprocess.CompletedProcess:
-    made = subprocess.run(
+    done = subprocess.run(
         command(*args, **options), capture_output=True, text=True, env=environment(), timeout=300
     )
-    assert made.returncode == 0, made.stderr
-    return made
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def losses(out: Path) -> list[list[str]]:

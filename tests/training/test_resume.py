@@ -20,8 +20,8 @@ from trainer_cases import Squares, losses, network, options, run, same_weights, 
 @pytest.mark.parametrize(
     "chosen",
     [
-        {},
         {"precision": "float16"},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"ema": 0.0}, marks=pytest.mark.slow),
         pytest.param({"precision": "bfloat16"}, marks=pytest.mark.slow),
     ],
@@ -30,12 +30,12 @@ from trainer_cases import Squares, losses, network, options, run, same_weights, 
 def test_a_resumed_training_has_the_losses_of_an_uninterrupted_one(tmp_path, chosen):
     """Bit for bit, dropout included."""
     model = lambda: network(dropout=0.3)  # noqa: E731
-    whole = run(trainer(tmp_path / "a", model(), chosen=options(epochs=4, **chosen)))
-    first = trainer(tmp_path / "b", model(), chosen=options(epochs=4, **chosen))
+    whole = run(trainer(tmp_path / "a", model(), chosen=options(epochs=3, **chosen)))
+    first = trainer(tmp_path / "b", model(), chosen=options(epochs=3, **chosen))
     steps = first.run(progress=False)
     next(steps), next(steps)
     steps.close()
-    second = run(trainer(tmp_path / "b", model(), chosen=options(epochs=4, **chosen), resume=True))
+    second = run(trainer(tmp_path / "b", model(), chosen=options(epochs=3, **chosen), resume=True))
     assert losses(second) == losses(whole)
     assert second.step == whole.step
     assert same_weights(second.network, whole.network)
@@ -75,7 +75,7 @@ def test_a_training_is_resumed_within_an_epoch(tmp_path, last):
 def test_changed_options_of_a_resumed_training_are_named(tmp_path):
     run(trainer(tmp_path))
     state = (tmp_path / STATE).read_bytes()
-    for change, words in (
+    for change, message in (
         (
             {"model": network(block_out_channels=(8, 8))},
             r"network.block_out_channels: \[8, 16\], now",
@@ -91,7 +91,7 @@ def test_changed_options_of_a_resumed_training_are_named(tmp_path):
         ({"chosen": options(prediction="v")}, "prediction: 'epsilon', now 'v'"),
     ):
         with pytest.raises(
-            ValueError, match=rf"resume: .* was started with other options: .*{words}"
+            ValueError, match=rf"resume: .* was started with other options: .*{message}"
         ):
             trainer(tmp_path, resume=True, **change)
     assert (tmp_path / STATE).read_bytes() == state
@@ -134,8 +134,8 @@ def test_no_code_in_a_state_is_executed(tmp_path):
 
 @pytest.mark.parametrize("file", [STATE, HISTORY])
 def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch, file):
-    made = trainer(tmp_path, chosen=options(epochs=3))
-    steps = made.run(progress=False)
+    first_run = trainer(tmp_path, chosen=options(epochs=3))
+    steps = first_run.run(progress=False)
     next(steps)
     good = (tmp_path / STATE).read_bytes()
     replace = os.replace
@@ -159,8 +159,8 @@ def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch, file):
 
 def test_a_missing_checkpoint_is_written_when_resumed(tmp_path, monkeypatch):
     """The state of the last epoch was saved, its checkpoint was not."""
-    made = trainer(tmp_path)
-    steps = made.run(progress=False)
+    first_run = trainer(tmp_path)
+    steps = first_run.run(progress=False)
     next(steps)
 
     def killed(*args, **kwargs):
@@ -170,18 +170,18 @@ def test_a_missing_checkpoint_is_written_when_resumed(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         next(steps)
     monkeypatch.undo()
-    assert not same_weights(ddpm_fast.load(tmp_path / CHECKPOINT).unet, made.averaged)
+    assert not same_weights(ddpm_fast.load(tmp_path / CHECKPOINT).unet, first_run.averaged)
     again = run(trainer(tmp_path, resume=True))
-    assert again.step == made.step
-    assert same_weights(ddpm_fast.load(tmp_path / CHECKPOINT).unet, made.averaged)
+    assert again.step == first_run.step
+    assert same_weights(ddpm_fast.load(tmp_path / CHECKPOINT).unet, first_run.averaged)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    made = trainer(tmp_path, chosen=options(epochs=3))
-    steps = made.run(progress=False)
+    first_run = trainer(tmp_path, chosen=options(epochs=3))
+    steps = first_run.run(progress=False)
     next(steps)
     with torch.no_grad():
-        made.network.conv_out.bias.fill_(math.nan)
+        first_run.network.conv_out.bias.fill_(math.nan)
     with pytest.raises(RuntimeError, match="the loss is not finite at step 3, epoch 1"):
         next(steps)
     assert ddpm_fast.load(tmp_path / CHECKPOINT).unet.conv_out.bias.isfinite().all()
@@ -190,28 +190,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """All losses of its epoch are finite."""
-    made = trainer(tmp_path, chosen=options(epochs=3, test_share=0.0))
-    steps = made.run(progress=False)
+    first_run = trainer(tmp_path, chosen=options(epochs=3, test_share=0.0))
+    steps = first_run.run(progress=False)
     next(steps)
     good = (tmp_path / STATE).read_bytes()
-    step = made._train_step
+    step = first_run._train_step
 
     def damaged(*args):
         loss = step(*args)
-        if made.step == 5:
+        if first_run.step == 5:
             with torch.no_grad():
-                made.network.conv_out.bias.fill_(math.inf)
+                first_run.network.conv_out.bias.fill_(math.inf)
         return loss
 
-    made._train_step = damaged
+    first_run._train_step = damaged
     with pytest.raises(RuntimeError, match="the weights are not finite after step 5"):
         next(steps)
     assert (tmp_path / STATE).read_bytes() == good
 
 
 def test_the_device_decides_if_the_optimizer_is_fused(tmp_path):
-    made = trainer(tmp_path, chosen=options(epochs=2, precision="float16"))
-    steps = made.run(progress=False)
+    first_run = trainer(tmp_path, chosen=options(epochs=2, precision="float16"))
+    steps = first_run.run(progress=False)
     next(steps)
     state = torch.load(tmp_path / STATE, weights_only=True)
     state["optimizer"]["param_groups"][0]["fused"] = True

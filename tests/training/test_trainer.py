@@ -35,11 +35,11 @@ from trainer_cases import (
 
 def test_a_training_equals_an_explicit_loop(tmp_path):
     """Adam with warm-up and clipping, and averaged weights, by the positions of the images."""
-    made = run(trainer(tmp_path, chosen=options(clip_norm=0.5)))
+    trained = run(trainer(tmp_path, chosen=options(clip_norm=0.5)))
     model, step = network(), 0
     average = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), 1.0)
-    data = made.train_data
+    data = trained.train_data
     means = []
     for epoch in range(2):
         model.train()
@@ -57,11 +57,11 @@ def test_a_training_equals_an_explicit_loop(tmp_path):
                     a.lerp_(b, 1 - (1 + step) / (10 + step))
             means.append(loss.item())
             step += 1
-    for row, of_epoch in zip(made.history, (means[:3], means[3:]), strict=True):
+    for row, of_epoch in zip(trained.history, (means[:3], means[3:]), strict=True):
         assert row["loss"] == pytest.approx(sum(of_epoch) / 3, rel=1e-5)
         assert row["loss_min"] == pytest.approx(min(of_epoch), rel=1e-5)
         assert row["loss_max"] == pytest.approx(max(of_epoch), rel=1e-5)
-    for ours, theirs in ((made.network, model), (made.averaged, average)):
+    for ours, theirs in ((trained.network, model), (trained.averaged, average)):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -72,11 +72,11 @@ def test_the_loss_falls_as_in_a_plain_loop(tmp_path):
     ours, plain = [], []
     for seed in range(3):
         chosen = options(epochs=30, batch=32, lr=2e-3, seed=seed, test_share=0.0, ema=0.0)
-        made = run(trainer(tmp_path / str(seed), network(seed), chosen=chosen, save_every=30))
-        ours.append(sum(row["loss"] for row in made.history[-5:]) / 5)
+        trained = run(trainer(tmp_path / str(seed), network(seed), chosen=chosen, save_every=30))
+        ours.append(sum(row["loss"] for row in trained.history[-5:]) / 5)
         model, images = network(seed), Squares().images
         optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-        abar, kept = LINEAR.alphas_cumprod.float(), []
+        abar, last_losses = LINEAR.alphas_cumprod.float(), []
         torch.manual_seed(seed)
         for epoch in range(30):
             for x0 in images[torch.randperm(96)].split(32):
@@ -88,8 +88,8 @@ def test_the_loss_falls_as_in_a_plain_loop(tmp_path):
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-                kept += [loss.item()] * (epoch >= 25)
-        plain.append(sum(kept) / len(kept))
+                last_losses += [loss.item()] * (epoch >= 25)
+        plain.append(sum(last_losses) / len(last_losses))
     spread = max(abs(a - b) for a in plain for b in plain) + 0.02
     assert abs(sum(ours) / 3 - sum(plain) / 3) < 2 * spread
     assert max(ours) < 0.7  # 1 at the start
@@ -97,8 +97,8 @@ def test_the_loss_falls_as_in_a_plain_loop(tmp_path):
 
 def test_images_are_loaded_in_batches_or_one_by_one(tmp_path):
     """A data set with `batch` and one without, labels and flips included."""
-    given = Labelled()
-    pairs = [given[i] for i in range(len(given))]
+    squares = Labelled()
+    pairs = [squares[i] for i in range(len(squares))]
     data = ImageData(
         torch.stack([image for image, _ in pairs]),
         name="squares",
@@ -123,31 +123,31 @@ def test_images_are_loaded_in_batches_or_one_by_one(tmp_path):
         def split(self, test, seed):
             return tuple(OneByOne(part) for part in self.of.split(test, seed))
 
-    made = [
+    trained = [
         run(trainer(tmp_path / name, network(num_class_embeds=5), which))
         for name, which in (("a", data), ("b", OneByOne(data)))
     ]
-    assert losses(made[0]) == losses(made[1])
-    assert same_weights(made[0].network, made[1].network)
+    assert losses(trained[0]) == losses(trained[1])
+    assert same_weights(trained[0].network, trained[1].network)
 
 
 def test_without_ema_the_network_itself_is_saved(tmp_path):
-    made = run(trainer(tmp_path, chosen=options(ema=0.0)))
-    assert made.averaged is made.network
-    assert same_weights(ddpm_fast.load(tmp_path / CHECKPOINT).unet, made.network)
+    trained = run(trainer(tmp_path, chosen=options(ema=0.0)))
+    assert trained.averaged is trained.network
+    assert same_weights(ddpm_fast.load(tmp_path / CHECKPOINT).unet, trained.network)
 
 
 def test_files_of_a_training(tmp_path):
-    made = run(trainer(tmp_path))
-    made.draw("squares")
-    save_samples(made, tmp_path / "s.png", 4, 5)
+    trained = run(trainer(tmp_path))
+    trained.draw("squares")
+    save_samples(trained, tmp_path / "s.png", 4, 5)
     found = ddpm_fast.load(tmp_path / CHECKPOINT)
-    assert same_weights(found.unet, made.averaged)
-    assert not same_weights(found.unet, made.network)
+    assert same_weights(found.unet, trained.averaged)
+    assert not same_weights(found.unet, trained.network)
     assert (found.prediction, found.variance, found.schedule) == ("epsilon", "posterior", LINEAR)
     with (tmp_path / HISTORY).open() as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["loss"]) for row in rows] == [row["loss"] for row in made.history]
+    assert [float(row["loss"]) for row in rows] == [row["loss"] for row in trained.history]
     assert [int(row["steps"]) for row in rows] == [3, 6]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         [CHECKPOINT, LOSS_CURVE, HISTORY, STATE, "s.png"]
@@ -156,11 +156,11 @@ def test_files_of_a_training(tmp_path):
 
 def test_diffusers_reads_the_checkpoint(tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
-    made = run(trainer(tmp_path, chosen=options(prediction="v")))
+    trained = run(trainer(tmp_path, chosen=options(prediction="v")))
     pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path / CHECKPOINT)
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])
-    torch.testing.assert_close(pipe.unet(x, t).sample, made.averaged.eval()(x, t))
+    torch.testing.assert_close(pipe.unet(x, t).sample, trained.averaged.eval()(x, t))
 
 
 @pytest.mark.parametrize(
@@ -178,21 +178,23 @@ def test_diffusers_reads_the_checkpoint(tmp_path):
 )
 def test_every_objective_trains(tmp_path, chosen):
     model = network(out_channels=2) if "hybrid" in chosen.values() else network()
-    made = run(trainer(tmp_path, model, chosen=options(**chosen)))
-    assert all(map(math.isfinite, losses(made)[-1]))
-    assert not same_weights(made.network, network(out_channels=model.config.out_channels))
-    assert draw_samples(made, 2, 4).shape == (2, 1, 8, 8)
+    trained = run(trainer(tmp_path, model, chosen=options(**chosen)))
+    assert all(map(math.isfinite, losses(trained)[-1]))
+    assert not same_weights(trained.network, network(out_channels=model.config.out_channels))
+    assert draw_samples(trained, 2, 4).shape == (2, 1, 8, 8)
 
 
 def test_labels_and_their_dropout(tmp_path):
     """A share of the labels, by the positions of the images, becomes the last class."""
-    made = trainer(
+    trained = trainer(
         tmp_path, network(num_class_embeds=6), Labelled(), chosen=options(label_dropout=0.5)
     )
     seen, held_out = [], []
-    made.network.register_forward_pre_hook(lambda module, args: seen.append(args[2].clone()))
-    made.averaged.register_forward_pre_hook(lambda module, args: held_out.append(args[2].clone()))
-    run(made)
+    trained.network.register_forward_pre_hook(lambda module, args: seen.append(args[2].clone()))
+    trained.averaged.register_forward_pre_hook(
+        lambda module, args: held_out.append(args[2].clone())
+    )
+    run(trained)
     dropped = torch.cat(
         [data_order.dropped_labels(0, first, 28, 0.5) for first in (0, 28, 56, 86, 114, 142)]
     )
@@ -200,37 +202,39 @@ def test_labels_and_their_dropout(tmp_path):
     assert 0.3 < float(dropped.float().mean()) < 0.7
     assert held_out
     assert all((labels < 5).all() for labels in held_out)
-    assert draw_samples(made, 4, 3).shape == (4, 1, 8, 8)
+    assert draw_samples(trained, 4, 3).shape == (4, 1, 8, 8)
 
 
 def test_the_network_of_the_thesis(tmp_path):
     torch.manual_seed(0)
     model = ThesisUNet(img_channels=1, sequence_channels=(8, 16), sample_size=8)
-    made = run(trainer(tmp_path, model))
-    assert same_weights(ddpm_fast.load(tmp_path / CHECKPOINT).unet, made.averaged)
-    assert draw_samples(made, 2, 3).isfinite().all()
+    trained = run(trainer(tmp_path, model))
+    assert same_weights(ddpm_fast.load(tmp_path / CHECKPOINT).unet, trained.averaged)
+    assert draw_samples(trained, 2, 3).isfinite().all()
 
 
 @pytest.mark.slow
 def test_a_compiled_network_has_the_losses_of_an_eager_one(tmp_path):
     eager = run(trainer(tmp_path / "a"))
-    made = run(trainer(tmp_path / "b", chosen=options(compile=True)))
-    for ours, theirs in zip(losses(made), losses(eager), strict=True):
+    trained = run(trainer(tmp_path / "b", chosen=options(compile=True)))
+    for ours, theirs in zip(losses(trained), losses(eager), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_training_does_not_change_the_callers_generator(tmp_path):
     torch.manual_seed(5)
-    made = trainer(tmp_path)
+    trained = trainer(tmp_path)
     before = torch.get_rng_state()
-    run(made)
+    run(trained)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_dropout_differs_in_every_step(tmp_path):
-    made, seeds = trainer(tmp_path, network(dropout=0.3), chosen=options(epochs=3)), []
-    made.network.register_forward_pre_hook(lambda module, args: seeds.append(torch.initial_seed()))
-    run(made)
+    trained, seeds = trainer(tmp_path, network(dropout=0.3), chosen=options(epochs=3)), []
+    trained.network.register_forward_pre_hook(
+        lambda module, args: seeds.append(torch.initial_seed())
+    )
+    run(trained)
     assert len(set(seeds)) == len(seeds) == 9
     assert data_order.step_seed(0, 5, 0) not in (
         data_order.step_seed(0, 5, 1),
@@ -249,13 +253,13 @@ def test_settings_of_accelerate_are_ignored(tmp_path, monkeypatch):
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_test_images_are_split_over_processes(tmp_path, monkeypatch, ranks):
     """Five images over two processes, and over eight, some of which have none."""
-    made = trainer(tmp_path, data=Squares(50), chosen=options(batch=16))
-    assert len(made.test_data) == 5
-    alone, shared = made._held_out(), []
+    trained = trainer(tmp_path, data=Squares(50), chosen=options(batch=16))
+    assert len(trained.test_data) == 5
+    alone, shared = trained._held_out(), []
     for rank in range(ranks):
         processes = SimpleNamespace(
             num_processes=ranks, process_index=rank, reduce=lambda value, how: value
         )
-        monkeypatch.setattr(made, "_accelerator", processes)
-        shared.append(made._held_out())
+        monkeypatch.setattr(trained, "_accelerator", processes)
+        shared.append(trained._held_out())
     assert sum(shared) == pytest.approx(alone, rel=1e-6)

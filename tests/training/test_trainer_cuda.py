@@ -25,14 +25,14 @@ def trainer(out, chosen, **others) -> Trainer:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_a_step_does_not_synchronise(tmp_path, precision):
-    made = run(trainer(tmp_path, options(precision=precision, **LABELLED)))  # warm
+    trained = run(trainer(tmp_path, options(precision=precision, **LABELLED)))  # warm
     images = torch.randn(28, 1, 8, 8, device="cuda").to(memory_format=torch.channels_last)
     labels = torch.zeros(28, dtype=torch.int64, device="cuda")
     t = torch.full((28,), 500, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss = made._train_step(images, labels, t, 10_000)
+        loss = trained._train_step(images, labels, t, 10_000)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert math.isfinite(loss.item())

@@ -101,12 +101,12 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_images_are_cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = load_data("triangles-array", num=5, seed=2)
+    generated = load_data("triangles-array", num=5, seed=2)
     (file,) = cache.iterdir()
     assert file.name.startswith("triangles-array-n5-seed2-size32-canvas720-")
     np.testing.assert_array_equal(np.load(file), make_triangles(5, 2, "triangles-array"))
     monkeypatch.setattr(triangles, "make_triangles", None)
-    assert load_data("triangles-array", num=5, seed=2).fingerprint == made.fingerprint
+    assert load_data("triangles-array", num=5, seed=2).fingerprint == generated.fingerprint
 
 
 def test_other_arguments_have_another_file(cache: Path) -> None:
