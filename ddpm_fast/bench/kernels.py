@@ -23,7 +23,7 @@ from ddpm_fast.engine.plan.operations import Convolution, Normalization, SelfAtt
 from ddpm_fast.models import UNet
 
 _log = logging.getLogger("ddpm_fast")
-_KEPT = 2  # variants of one provider that are timed in every round
+_MAX_VARIANTS = 2  # variants of one provider that are timed in every round
 COPY = "copy of as many bytes"
 
 
@@ -145,6 +145,6 @@ def _promising(calls: dict[str, Run], device: torch.device) -> dict[str, Run]:
     for name in sorted(seconds, key=seconds.__getitem__):
         provider = name if name.startswith(("torch", "sdpa")) else name.partition(".")[0]
         counts[provider] += 1
-        if counts[provider] <= _KEPT:
+        if counts[provider] <= _MAX_VARIANTS:
             best.add(name)
     return {name: call for name, call in calls.items() if name in best}

@@ -82,38 +82,40 @@ def encode(
     out: Annotated[Path, typer.Option(help="The codes, a .npy of float32 [num, C, H, W].")] = Path(
         "out/codes.npy"
     ),
-    picture: Annotated[
+    image_path: Annotated[
         Path | None,
-        typer.Option(help="Also decode the codes, and draw images, codes and decoded images."),
+        typer.Option(
+            "--picture", help="Also decode the codes, and draw images, codes and decoded images."
+        ),
     ] = None,
 ) -> None:
     """Encode images to latent codes by the ODE of DDIM, from x_0 to noise."""
     check_file("--out", out, ".npy")
-    if picture is not None:
-        check_file("--picture", picture, ".png")
+    if image_path is not None:
+        check_file("--picture", image_path, ".png")
     opened = model.open()
     codec = model.codec(opened)
     images = read_images(data, opened.sample_shape, num)
     labels = opened.labels(model.label, len(images))
-    if picture is not None:
+    if image_path is not None:
         check_drawable("--picture", opened.sample_shape[0], model.model)
     say("model", opened.description)
     say("data", f"{data}, {len(images)} image{'s' if len(images) > 1 else ''}")
     say("device", device_text(opened.device))
     begun = time.perf_counter()
     codes = codec.encode(images, t, labels, model.progress)
-    back = None if picture is None else codec.decode(codes, t, labels, model.progress)
+    back = None if image_path is None else codec.decode(codes, t, labels, model.progress)
     say("time", f"{time.perf_counter() - begun:.1f} s")
     say("codes", f"mean {float(codes.mean()):.3f}, standard deviation {float(codes.std()):.3f}")
     save_npy(codes.cpu().numpy(), out)
     say("wrote", str(out))
-    if picture is not None and back is not None:
+    if image_path is not None and back is not None:
         error = (back.cpu() - images).square().mean().sqrt()
         say("decoded", f"rms {float(error):.4f} from the images")
         shown = [images[:8], _visible(codes[:8].cpu()), back[:8].cpu()]
         rows = ["image", "code", "decoded"]
-        save_png(sheet(torch.cat(shown), len(images[:8]), 4, None, rows), picture)
-        say("wrote", str(picture))
+        save_png(sheet(torch.cat(shown), len(images[:8]), 4, None, rows), image_path)
+        say("wrote", str(image_path))
 
 
 def decode(

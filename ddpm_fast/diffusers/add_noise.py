@@ -25,7 +25,7 @@ class ForwardScales(ImmutableTables):
         signal, noise = alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5
         scales = torch.stack([signal, noise], dim=1).double()
         velocity = torch.stack([scales[:, 0], -scales[:, 1]], dim=1)
-        self._freeze({"noisy": scales, "velocity": velocity}, ("noisy",))
+        self._set_tables({"noisy": scales, "velocity": velocity}, ("noisy",))
 
     def prepare(self, device: torch.device | str | None) -> None:
         """Copy the factors to a device (None: the CPU) before their first use."""

@@ -54,7 +54,7 @@ class TimestepRows(ImmutableTables):
             flags |= RowFlag.RAW_OUT
         if rows[:, column("Lmax")].any():
             flags |= RowFlag.LEARNED
-        self._freeze(
+        self._set_tables(
             {"rows": by_timestep, "first": torch.zeros(1, dtype=torch.int64, device="cpu")},
             ("rows",),
             flags=int(flags),

@@ -218,7 +218,7 @@ class _Conversion(ImmutableTables):
                 "v": [signal * e - noise * x for x, e in zip(x0, epsilon, strict=True)],
             }[target]
         factors = torch.stack([out_coef, x_coef], dim=1)
-        self._freeze({"factors": factors}, ("factors",), source=source, target=target)
+        self._set_tables({"factors": factors}, ("factors",), source=source, target=target)
 
     def __call__(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         wide = torch.float64 in (out.dtype, x_t.dtype)

@@ -129,7 +129,7 @@ class NoiseSchedule(ImmutableTables):
         content = ("betas", "alphas", "alphas_cumprod", "one_minus_alphas_cumprod")
         lengths = {"T": len(betas), "num_timesteps": len(betas)}
         ends_at_0 = bool(abar[-1] == 0)
-        self._freeze(tables, content, **lengths, zero_terminal_snr=ends_at_0, name=name)
+        self._set_tables(tables, content, **lengths, zero_terminal_snr=ends_at_0, name=name)
 
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Self:

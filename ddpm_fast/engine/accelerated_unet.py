@@ -24,7 +24,7 @@ from ddpm_fast.utils import checks
 from ddpm_fast.utils.cuda_graphs import CAPTURE_LOCK, is_capturing, retain_for_graph
 
 _log = logging.getLogger("ddpm_fast")
-_RUNNERS_KEPT = 4  # shapes whose engines are kept; the least recently used is dropped
+_MAX_RUNNERS = 4  # shapes whose engines are kept; the least recently used is dropped
 
 Run = Callable[..., Tensor]
 
@@ -208,7 +208,7 @@ class AcceleratedUNet:
             found = self._runners.pop(shape, None)
             if found is None:
                 found = self._choose(shape)
-                self._let_go(list(self._runners)[: 1 - _RUNNERS_KEPT])
+                self._let_go(list(self._runners)[: 1 - _MAX_RUNNERS])
             self._runners[shape] = found
             on_gpu = self.device.type == "cuda"
             if on_gpu and is_capturing() and not retain_for_graph(found):

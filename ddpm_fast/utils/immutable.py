@@ -21,7 +21,7 @@ class ImmutableTables:
     _content: tuple[object, ...]
     _cache: dict[tuple[str, torch.device, torch.dtype], Tensor]
 
-    def _freeze(self, tables: dict[str, Tensor], content: Sequence[str], **fields: Any) -> None:
+    def _set_tables(self, tables: dict[str, Tensor], content: Sequence[str], **fields: Any) -> None:
         with torch.inference_mode(False):
             tables = {name: table.clone() for name, table in tables.items()}
         key = tuple(tables[n].numpy().tobytes() if n in tables else fields[n] for n in content)

@@ -46,7 +46,7 @@ def tiny(monkeypatch):
     unet = networks.even(UNet(UNetConfig(**SMALL | TINY)))
     monkeypatch.setattr(networks, "build", lambda name: unet)
     monkeypatch.setattr(
-        roofline, "measure", lambda *place: MEASURE_ROOFLINE(*place, 1 << 16, (32,), 2)
+        roofline, "measure", lambda *placement: MEASURE_ROOFLINE(*placement, 1 << 16, (32,), 2)
     )
     for module in ("unet_engine", "accelerated_unet"):
         benchmark = importlib.import_module(f"ddpm_fast.engine.{module}")

@@ -97,10 +97,10 @@ def test_q_posterior_is_eq_6_and_7_and_keeps_the_layout(on, case):
 def test_q_sample_philox_returns_the_noise_that_it_added(on, case):
     x0, t = case.tensor(on.device, 1), case.timesteps(on.device)
     x_t, noise = q_sample_philox(x0, t, SCHEDULE, SEED, STREAM, FIRST, backend=on.name)
-    made = philox_normal(
+    built = philox_normal(
         len(t), x0.shape[1:], SEED, STREAM, FIRST, device=on.device, backend=on.name
     )
-    assert same_bits(noise, made.to(x0.dtype))
+    assert same_bits(noise, built.to(x0.dtype))
     assert same_bits(x_t, q_sample(x0, t, noise, SCHEDULE, backend=on.name))
     assert x_t.stride() == noise.stride() == dense_strides(x0)
 
@@ -195,14 +195,14 @@ def strided(draw, shape, seed):
     """Return normals with random strides: memory order, steps, gaps, broadcast dimensions."""
     order = draw(st.permutations(range(len(shape))))
     steps = [draw(st.integers(1, 2)) for _ in shape]
-    kept = [1 if draw(st.integers(0, 5)) == 0 else size for size in shape]
-    big = torch.full([kept[d] * steps[d] + 1 for d in order], math.nan)
+    stored = [1 if draw(st.integers(0, 5)) == 0 else size for size in shape]
+    big = torch.full([stored[d] * steps[d] + 1 for d in order], math.nan)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     window = big.permute(inverse)
     window = window[tuple(slice(1, None, step) for step in steps)]
-    window = window[tuple(slice(0, size) for size in kept)]
+    window = window[tuple(slice(0, size) for size in stored)]
     generator = torch.Generator().manual_seed(seed)
-    return window.copy_(torch.randn(kept, generator=generator)).expand(shape)
+    return window.copy_(torch.randn(stored, generator=generator)).expand(shape)
 
 
 @ON
@@ -217,8 +217,8 @@ def test_any_shape_and_strides(on, data):
     assert_rounded_once(x_t, *exact_q_sample(x0, t, noise))
     mean, *_ = q_posterior(x0, noise, t, SCHEDULE, backend=on.name)
     assert_rounded_once(mean, *exact_q_posterior(x0, noise, t)[:2])
-    made, added = q_sample_philox(x0, t, SCHEDULE, 1, backend=on.name)
-    assert same_bits(made, q_sample(x0, t, added, SCHEDULE, backend=on.name))
+    built, added = q_sample_philox(x0, t, SCHEDULE, 1, backend=on.name)
+    assert same_bits(built, q_sample(x0, t, added, SCHEDULE, backend=on.name))
 
 
 X = torch.zeros(2, 3, 4, 4)
@@ -237,7 +237,7 @@ def posterior(x0=X, x_t=X, t=1, schedule=SCHEDULE, backend="auto"):
 
 
 FOREIGN_DEVICE = torch.zeros(2, 3, 4, 4, device="meta")
-LEAD = [
+LEADING = [
     ([1.0], TypeError, "torch.Tensor", "list"),
     (X.long(), TypeError, "float32, float16, bfloat16, float64", "int64"),
     (X.to_sparse(), TypeError, "strided", "sparse"),
@@ -264,9 +264,9 @@ LIKE = [
 ]
 BAD_CALLS = [
     *[(f, *case) for f in (sampled, philoxed, posterior) for case in BAD],
-    *[(sampled, "x0", *case) for case in LEAD],
-    *[(philoxed, "x0", *case) for case in LEAD],
-    *[(posterior, "x_t", *case) for case in LEAD],
+    *[(sampled, "x0", *case) for case in LEADING],
+    *[(philoxed, "x0", *case) for case in LEADING],
+    *[(posterior, "x_t", *case) for case in LEADING],
     *[(sampled, "noise", *case) for case in LIKE],
     *[(posterior, "x0", *case) for case in LIKE],
     (philoxed, "seed", -1, ValueError, "[0, 18446744073709551615]", "-1"),

@@ -109,12 +109,12 @@ def test_the_decoder_sums_to_1(mean: float, log_variance: float, dtype: torch.dt
         assert abs(float(found.double().exp().sum()) - 1) < tolerance
 
 
-@pytest.mark.parametrize("place", [0, 1, 100, 127, 128, 254, 255])
+@pytest.mark.parametrize("index", [0, 1, 100, 127, 128, 254, 255])
 @pytest.mark.parametrize(("mean", "scale"), [(0.02, 0.05), (-0.9, 0.3), (1.2, 0.4), (0.0, 3.0)])
-def test_the_decoder_is_the_integral_over_the_bin(place: int, mean: float, scale: float) -> None:
-    x = float(VALUES[place])
-    low = -math.inf if place == 0 else x - 1 / 255
-    high = math.inf if place == 255 else x + 1 / 255
+def test_the_decoder_is_the_integral_over_the_bin(index: int, mean: float, scale: float) -> None:
+    x = float(VALUES[index])
+    low = -math.inf if index == 0 else x - 1 / 255
+    high = math.inf if index == 255 else x + 1 / 255
     exact, _ = integrate.quad(stats.norm(mean, scale).pdf, low, high, epsabs=0, epsrel=1e-11)
     found = discretised_gaussian_log_likelihood(x, mean, 2 * math.log(scale))
     if exact > 1e-280:

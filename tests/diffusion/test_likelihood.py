@@ -32,8 +32,8 @@ VALUES = torch.arange(256, dtype=F64) / 127.5 - 1
 
 
 def bound(model, schedule, x0, **options):
-    given = {"seed": SEED, "progress": False} | options
-    return variational_bound(model, schedule, x0, **given)
+    supplied = {"seed": SEED, "progress": False} | options
+    return variational_bound(model, schedule, x0, **supplied)
 
 
 def pixels(num, *shape, seed=0, dtype=F64):
@@ -250,12 +250,12 @@ def learned(x, t):
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("kept", [None, 5, [0, 3, 20, 44, 59]], ids=["all", "five", "listed"])
+@pytest.mark.parametrize("stored", [None, 5, [0, 3, 20, 44, 59]], ids=["all", "five", "listed"])
 @pytest.mark.parametrize("variance", ["posterior", "beta", "learned", "learned_range"])
-def test_every_number_equals_that_of_openai(variance: str, kept, clip: float | None) -> None:
+def test_every_number_equals_that_of_openai(variance: str, stored, clip: float | None) -> None:
     x0 = pixels(3, 2, 4, 3)
     model = learned if "learned" in variance else rough
-    spacing = {"spacing": kept} if isinstance(kept, list) else {"steps": kept}
+    spacing = {"spacing": stored} if isinstance(stored, list) else {"steps": stored}
     found = bound(model, LONGER, x0, variance=variance, clip=clip, **spacing)
     timesteps = found.timesteps.flip(0).tolist()
     abar = LONGER.alphas_cumprod.numpy()[timesteps]
@@ -331,7 +331,7 @@ def test_the_terms_of_an_item_do_not_depend_on_the_batch(model) -> None:
 def test_the_micro_batch_changes_last_bits_only(other) -> None:
     net, x0 = Net(), pixels(10, 3, 8, 8, dtype=F32)
     options = {"steps": 4, "micro_batch": 4, "variance": "beta", "first_sample": 2}
-    whole, found = (bound(net, SCHEDULE, x0, **given) for given in (options, options | other))
+    whole, found = (bound(net, SCHEDULE, x0, **supplied) for supplied in (options, options | other))
     torch.testing.assert_close(found.vb, whole.vb, rtol=1e-5, atol=1e-8)
 
 

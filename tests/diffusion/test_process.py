@@ -44,10 +44,10 @@ def test_marginals_are_those_of_the_simulated_markov_chain(schedule):
     generator = np.random.default_rng(1)
     betas = schedule.betas.numpy()
     x = np.full(num, x0)
-    watched = {0, 1, schedule.T // 2, schedule.T - 1}
+    observed = {0, 1, schedule.T // 2, schedule.T - 1}
     for t in range(schedule.T):
         x = math.sqrt(1 - betas[t]) * x + math.sqrt(betas[t]) * generator.standard_normal(num)
-        if t not in watched:
+        if t not in observed:
             continue
         start = torch.full((num, 1), x0)
         direct, _ = q_sample_philox(start, t, schedule, seed=2, stream=t)

@@ -119,18 +119,20 @@ def test_betas_follow_their_formula(make, beta):
 def test_equals_diffusers(name, make, betas, T):
     scheduling = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
     ends = dict(zip(("beta_start", "beta_end"), betas, strict=False))
-    peer = scheduling.DDPMScheduler(num_train_timesteps=T, beta_schedule=name, **ends)
+    reference = scheduling.DDPMScheduler(num_train_timesteps=T, beta_schedule=name, **ends)
     ours = quiet(make, T, *betas)
-    torch.testing.assert_close(ours.betas.float(), peer.betas, rtol=2e-4, atol=1e-7)
-    torch.testing.assert_close(ours.alphas_cumprod.float(), peer.alphas_cumprod, rtol=2e-4, atol=0)
+    torch.testing.assert_close(ours.betas.float(), reference.betas, rtol=2e-4, atol=1e-7)
+    torch.testing.assert_close(
+        ours.alphas_cumprod.float(), reference.alphas_cumprod, rtol=2e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("T", [50, 1000])
 def test_sigmoid_cumprod_and_cosine_equal_lucidrains(T):
-    peer = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+    reference = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
     for ours, betas in (
-        (NoiseSchedule.sigmoid_cumprod(T), peer.sigmoid_beta_schedule(T)),
-        (NoiseSchedule.cosine(T), peer.cosine_beta_schedule(T)),
+        (NoiseSchedule.sigmoid_cumprod(T), reference.sigmoid_beta_schedule(T)),
+        (NoiseSchedule.cosine(T), reference.cosine_beta_schedule(T)),
     ):
         # Its sigmoid of start and end is float32: 1.3e-5 of the second-last beta.
         torch.testing.assert_close(ours.betas, betas.double(), rtol=2e-5, atol=1e-9)
@@ -150,8 +152,8 @@ def test_zero_terminal_snr_equals_diffusers(T):
     scheduling = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
     base = quiet(NoiseSchedule.linear, T)
     got = base.rescale_zero_terminal_snr()
-    peer = scheduling.rescale_zero_terminal_snr(base.betas)
-    torch.testing.assert_close(got.betas, peer, rtol=1e-9, atol=1e-12)
+    reference = scheduling.rescale_zero_terminal_snr(base.betas)
+    torch.testing.assert_close(got.betas, reference, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(got.alphas_cumprod[0], base.alphas_cumprod[0], rtol=1e-14, atol=0)
     assert got.alphas_cumprod[-1] == 0
     assert (got.zero_terminal_snr, base.zero_terminal_snr) == (True, False)

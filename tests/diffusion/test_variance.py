@@ -145,11 +145,11 @@ def test_an_epsilon_without_signal_is_rejected() -> None:
 )
 def test_a_respaced_schedule_is_the_chain_of_the_step_table(schedule, steps, spacing) -> None:
     """The rows equal those of the posterior (Eq. 7) and betas of the new schedule."""
-    chain, kept = respace(schedule, steps, spacing)
-    assert chain.alphas_cumprod.tolist() == schedule.alphas_cumprod[kept].tolist()
+    chain, stored = respace(schedule, steps, spacing)
+    assert chain.alphas_cumprod.tolist() == schedule.alphas_cumprod[stored].tolist()
     for variance in ("posterior", "beta"):
         table = StepTable.ddpm(schedule, steps, variance, "v", spacing=spacing)
-        assert kept[::-1] == table.timesteps.tolist()
+        assert stored[::-1] == table.timesteps.tolist()
         sigma2 = chain.posterior_variance if variance == "posterior" else chain.betas
         sigma2[0] = 0
         mine = {
@@ -163,9 +163,9 @@ def test_a_respaced_schedule_is_the_chain_of_the_step_table(schedule, steps, spa
 
 
 def test_respacing_to_all_steps_returns_the_schedule() -> None:
-    chain, kept = respace(SCHEDULE)
+    chain, stored = respace(SCHEDULE)
     assert chain is SCHEDULE
-    assert kept == list(range(1000))
+    assert stored == list(range(1000))
     assert respace(SCHEDULE, 1000)[0] is SCHEDULE
     assert respace(SCHEDULE, 10)[0].name == "linear, 10 of 1000 steps"
 

@@ -251,8 +251,8 @@ def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:
 
 def exact_normals(block: int, stream: int, sample: int, seed: int) -> list[float]:
     """The four normals of a Philox block, by Box and Muller in float64 from float32 uniforms."""
-    halves = [divmod(value, 1 << 32)[::-1] for value in (sample, seed)]
-    words = philox((block, stream, *halves[0]), halves[1])
+    split_output = [divmod(value, 1 << 32)[::-1] for value in (sample, seed)]
+    words = philox((block, stream, *split_output[0]), split_output[1])
     u = [float(np.float32(word * 2.0**-32 + 2.0**-33)) for word in words]
     polar = [(math.sqrt(-2 * math.log(u[i])), 2 * math.pi * u[i + 1]) for i in (0, 2)]
     return [r * f(angle) for r, angle in polar for f in (math.cos, math.sin)]

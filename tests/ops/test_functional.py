@@ -261,10 +261,10 @@ def test_a_gradient_is_refused_where_it_would_be_lost(on, name):
 def test_a_stale_graph_is_noticed(on):
     """Autograd learns that out was written."""
     a = torch.ones(3, 24, 5, 7, device=on.device, requires_grad=True)
-    kept = (a * 1).exp()
-    group_norm(image(24, device=on.device), 2, out=kept.detach(), backend=on.name)
+    stored = (a * 1).exp()
+    group_norm(image(24, device=on.device), 2, out=stored.detach(), backend=on.name)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        kept.sum().backward()
+        stored.sum().backward()
 
 
 @pytest.mark.parametrize("on", kernel_backends(), ids=str)

@@ -133,15 +133,15 @@ def test_a_chain_reads_what_it_has_pushed(on, reads, depth):
     rows[:, column("push")] = pushes
     rows[:, column("slot")] = (pushes.cumsum(0) - pushes) % depth
     step.rows = rows.to(step.rows)
-    kept = [step.history[(-1 - k) % depth].cpu().double() for k in range(depth)]  # newest first
+    stored = [step.history[(-1 - k) % depth].cpu().double() for k in range(depth)]  # newest first
     of = {name: float(step.rows[0, column(name)]) for name in ("P", "Q", "Xx", "Xx0", "Hx", "Hv")}
     past = float(step.rows[0, column(f"Xh{reads}")])
     for i, push in enumerate(pushes.tolist()):
         x = step.x.cpu().double()
         x0 = (of["P"] * x + of["Q"] * step.model_output.cpu().double()).clamp(-0.4, 0.4)
-        expected = of["Xx"] * x + of["Xx0"] * x0 + past * kept[reads - 1]
+        expected = of["Xx"] * x + of["Xx0"] * x0 + past * stored[reads - 1]
         if push:
-            kept = [of["Hx"] * x + of["Hv"] * x0, *kept][:depth]
+            stored = [of["Hx"] * x + of["Hv"] * x0, *stored][:depth]
         step.step = torch.full_like(step.step, i)
         step.run(on)
         torch.testing.assert_close(step.x.cpu().double(), expected, rtol=1e-5, atol=1e-5)

@@ -18,8 +18,8 @@ SHAPE = (2, 4, 3)
 
 def codec(steps=50, prediction="epsilon", dtype=F64, **options) -> Codec:
     model = closed_form(LINEAR, prediction)
-    place = {"device": "cpu", "dtype": dtype, "micro_batch": 8}
-    return Codec(model, LINEAR, SHAPE, steps, prediction, **place, **options)
+    placement = {"device": "cpu", "dtype": dtype, "micro_batch": 8}
+    return Codec(model, LINEAR, SHAPE, steps, prediction, **placement, **options)
 
 
 def data(num=6, seed=0, dtype=F64):
@@ -80,11 +80,11 @@ def test_guidance_equals_that_of_the_tables():
     def model(x, t, labels):
         return 0.1 * x * (1 + labels.view(-1, 1, 1, 1))
 
-    place = {"device": "cpu", "dtype": F64, "null_label": 3}
-    ours = Codec(model, LINEAR, SHAPE, 5, guidance=2.0, **place)
+    placement = {"device": "cpu", "dtype": F64, "null_label": 3}
+    ours = Codec(model, LINEAR, SHAPE, 5, guidance=2.0, **placement)
     images, labels = data(2), torch.tensor([0, 1])
     table = StepTable.ddim_inverse(LINEAR, 5, spacing="linspace").with_guidance(2.0)
-    sampler = Sampler(model, table, SHAPE, pad=False, **place)
+    sampler = Sampler(model, table, SHAPE, pad=False, **placement)
     expected = sampler.sample(2, x_T=images, labels=labels, progress=False)
     assert same_bits(ours.encode(images, labels=labels, progress=False), expected)
 

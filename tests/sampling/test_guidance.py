@@ -81,8 +81,8 @@ def test_a_scale_for_each_row():
         return w * model(x, t, labels) + (1 - w) * model(x, t, null)
 
     expected = Sampler(combined, table, SHAPE, 5, "cpu", F64).sample(5, seed=3, progress=False)
-    for given in (scales, torch.tensor(scales)):
-        got = guided(table, Classes(), given, labels)
+    for supplied in (scales, torch.tensor(scales)):
+        got = guided(table, Classes(), supplied, labels)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -104,8 +104,8 @@ def test_sample_k_has_its_label_and_bits_in_any_division(dtype):
     labels = torch.arange(10) % NULL
     whole = sampler.sample(10, seed=5, labels=labels, progress=False)
     for first, num in ((0, 3), (3, 5), (7, 1)):
-        cut = labels[first : first + num]
-        part = sampler.sample(num, 5, first, labels=cut, progress=False)
+        section = labels[first : first + num]
+        part = sampler.sample(num, 5, first, labels=section, progress=False)
         assert same_bits(part, whole[first : first + num])
     other = sampler.sample(1, 5, 7, labels=3, progress=False)
     assert not torch.equal(other, whole[7:8])

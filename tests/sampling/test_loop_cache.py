@@ -18,7 +18,7 @@ ETA = [StepTable.ddim(SCHEDULE, 5, eta=eta) for eta in (0.2, 0.7)]
 
 
 @pytest.fixture
-def made(monkeypatch):
+def built(monkeypatch):
     """Return weak references to every new loop."""
     loops = []
     original = StepLoop.__init__
@@ -31,16 +31,16 @@ def made(monkeypatch):
     return loops
 
 
-def test_tables_of_one_kind_share_a_loop(made):
+def test_tables_of_one_kind_share_a_loop(built):
     first = sampler(Net(), ETA[0])
     second = first.with_table(ETA[1])
     assert second.table is ETA[1]
     expected = [draw(sampler(Net(), table)) for table in ETA]
-    del made[:]
+    del built[:]
     for _ in range(2):  # forth and back
         assert same_bits(draw(first), expected[0])
         assert same_bits(draw(second), expected[1])
-    assert len(made) == 1
+    assert len(built) == 1
 
 
 @pytest.mark.parametrize(
@@ -52,23 +52,23 @@ def test_tables_of_one_kind_share_a_loop(made):
         pytest.param(RANDOM, id="random-start"),
     ],
 )
-def test_tables_of_another_kind_have_another_loop(made, other):
+def test_tables_of_another_kind_have_another_loop(built, other):
     first = sampler(Net(), ETA[0])
     draw(first)
     assert same_bits(draw(first.with_table(other)), draw(sampler(Net(), other)))
-    assert len(made) == 3
+    assert len(built) == 3
 
 
-def test_evicted_loops_are_freed(made):
+def test_evicted_loops_are_freed(built):
     shared = sampler(Net(), DDPM, loops_kept=2)
     for steps in (3, 4, 5, 6):
         draw(shared.with_table(StepTable.ddpm(SCHEDULE, steps)))
     gc.collect()
-    assert [ref() is not None for ref in made] == [False, False, True, True]
+    assert [ref() is not None for ref in built] == [False, False, True, True]
     draw(shared.with_table(StepTable.ddpm(SCHEDULE, 5)))  # the newest is used again: kept longest
     draw(shared.with_table(StepTable.ddpm(SCHEDULE, 7)))
     gc.collect()
-    assert [ref() is not None for ref in made] == [False, False, True, False, True]
+    assert [ref() is not None for ref in built] == [False, False, True, False, True]
 
 
 def test_samplers_of_one_cache_run_one_at_a_time():
@@ -106,6 +106,6 @@ def test_device_and_dtype_from_attributes_of_the_model():
             assert x.dtype == torch.float64
             return x * 0.5
 
-    made = Sampler(Doubled(), DDPM, SHAPE, 4)
-    assert (made.device, made.dtype) == (torch.device("cpu"), torch.float64)
-    assert draw(made, 2).dtype == torch.float64
+    built = Sampler(Doubled(), DDPM, SHAPE, 4)
+    assert (built.device, built.dtype) == (torch.device("cpu"), torch.float64)
+    assert draw(built, 2).dtype == torch.float64

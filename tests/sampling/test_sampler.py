@@ -135,12 +135,12 @@ def test_a_generator_draws_x_T_and_each_row_with_noise():
     """In micro-batches, for the requested samples; the last row has no noise."""
     got = draw(sampler(noise=torch.Generator().manual_seed(3), micro_batch=6), 8)
     generator = torch.Generator().manual_seed(3)
-    for place in (slice(0, 6), slice(6, 8)):
-        num = len(got[place])
+    for placement in (slice(0, 6), slice(6, 8)):
+        num = len(got[placement])
         x_T, *noise = (torch.randn(num, *SHAPE, generator=generator) for _ in range(5))
         noise.append(torch.zeros_like(x_T))
         expected = chain(smooth, DDPM, x_T, noise.__getitem__)[-1]
-        torch.testing.assert_close(got[place], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(got[placement], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("table", [DDPM, RANDOM], ids=["fixed", "random-start"])

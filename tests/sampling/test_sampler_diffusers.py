@@ -82,7 +82,7 @@ CHAINS = [
 ]
 
 
-def peer_chain(scheduler, table, options, model, num, generator):
+def diffusers_chain(scheduler, table, options, model, num, generator):
     """Return the states of diffusers; x_T and the noise of every step come from one generator."""
     scheduler.set_timesteps(table.steps)
     assert scheduler.timesteps.tolist() == table.timesteps.tolist()
@@ -97,7 +97,7 @@ def peer_chain(scheduler, table, options, model, num, generator):
 @pytest.mark.parametrize("make", CHAINS)
 def test_a_chain_draws_and_computes_what_diffusers_does(make):
     scheduler, table, options, model = make()
-    theirs = peer_chain(scheduler, table, options, model, 6, torch.Generator().manual_seed(5))
+    theirs = diffusers_chain(scheduler, table, options, model, 6, torch.Generator().manual_seed(5))
     ours = Sampler(model, table, SHAPE, 6, "cpu", noise=torch.Generator().manual_seed(5))
     _, states = ours.sample(6, progress=False, return_steps=range(table.steps + 1))
     torch.testing.assert_close(states, theirs, rtol=0, atol=1e-4)
@@ -108,7 +108,7 @@ def test_each_step_on_the_trajectory_of_diffusers(make):
     """Each step is within 1e-5 of the largest value; errors do not accumulate."""
     scheduler, table, options, model = make()
     generator = torch.Generator().manual_seed(5)
-    theirs = peer_chain(scheduler, table, options, model, 2, generator)
+    theirs = diffusers_chain(scheduler, table, options, model, 2, generator)
     generator = torch.Generator().manual_seed(5)
     torch.randn(2, *SHAPE, generator=generator)
     for row, t in enumerate(table.timesteps.tolist()):

@@ -111,7 +111,7 @@ def test_invalid_model_outputs_are_named(model, error, words):
     assert all(word in str(raised.value) for word in ("model", *words)), str(raised.value)
 
 
-def made(
+def built(
     model=smooth,
     table=DDPM,
     sample_shape=SHAPE,
@@ -126,7 +126,7 @@ def made(
 
 
 def sampled(num=2, seed=0, first_sample=0, x_T=None, return_steps=None):
-    sample = made().sample
+    sample = built().sample
     return sample(num, seed, first_sample, x_T, progress=False, return_steps=return_steps)
 
 
@@ -168,7 +168,7 @@ SAMPLED = [
 
 @pytest.mark.parametrize("bad", MADE, ids=lambda c: f"{c[0]}-{c[-1]}")
 def test_bad_arguments_of_a_sampler(bad):
-    assert_named(made, bad)
+    assert_named(built, bad)
 
 
 @pytest.mark.parametrize("bad", SAMPLED, ids=lambda c: f"{c[0]}-{c[-1]}")
@@ -177,9 +177,9 @@ def test_bad_arguments_of_sample(bad):
 
 
 def test_noise_input_has_the_shape_of_steps_and_samples():
-    sample = made(noise=torch.zeros(5, 2, *SHAPE)).sample
+    sample = built(noise=torch.zeros(5, 2, *SHAPE)).sample
     assert sample(2, progress=False).shape == (2, *SHAPE)
     with pytest.raises(ValueError, match=r"noise must be \[5, 3, 3, 6, 5\]; got \[5, 2, 3, 6, 5\]"):
         sample(3, progress=False)
     with pytest.raises(TypeError, match=r"noise .*int64"):
-        made(noise=torch.zeros(5, 2, *SHAPE).long()).sample(2, progress=False)
+        built(noise=torch.zeros(5, 2, *SHAPE).long()).sample(2, progress=False)

@@ -42,9 +42,9 @@ def replayed(monkeypatch):
     monkeypatch.setattr(Replayed, "strides", [])
 
     def make(*args, **options):
-        made = sampler(*args, **options)
-        made._loops._graph = "auto"
-        return made
+        built = sampler(*args, **options)
+        built._loops._graph = "auto"
+        return built
 
     return make
 

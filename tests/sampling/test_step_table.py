@@ -22,7 +22,7 @@ from ddpm_fast.sampling.step_table import StepTable
 LINEAR = NoiseSchedule.linear()
 ZERO_SNR = LINEAR.rescale_zero_terminal_snr()
 PREDICTIONS = ["epsilon", "x0", "v", "score"]
-PEER_PREDICTION = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
+DIFFUSERS_PREDICTION = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 def step(row, x, out, z):
@@ -73,11 +73,11 @@ def close(got, expected, rtol=1e-9):
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 def test_timesteps_equal_diffusers(T, spacing):
     scheduling = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
-    peer = scheduling.DDPMScheduler(num_train_timesteps=T, timestep_spacing=spacing)
+    reference = scheduling.DDPMScheduler(num_train_timesteps=T, timestep_spacing=spacing)
     for steps in {s for s in (*range(1, 101), 250, 333, 400, 499, 999, 1000) if s <= T}:
-        peer.set_timesteps(steps)
+        reference.set_timesteps(steps)
         got = timesteps(T, steps, spacing)
-        assert got == peer.timesteps[:steps].tolist(), steps
+        assert got == reference.timesteps[:steps].tolist(), steps
         assert got == sorted(set(got), reverse=True)
         assert len(got) == steps
 
@@ -179,9 +179,9 @@ def test_any_respaced_chain_is_bayes_rule(data, betas):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScheduleWarning)
         schedule = NoiseSchedule.from_betas(betas)
-    kept = data.draw(st.sets(st.integers(0, len(betas) - 1), min_size=1))
-    table = StepTable.ddpm(schedule, prediction="x0", clip=None, spacing=sorted(kept))
-    assert table.timesteps.tolist() == sorted(kept, reverse=True)
+    stored = data.draw(st.sets(st.integers(0, len(betas) - 1), min_size=1))
+    table = StepTable.ddpm(schedule, prediction="x0", clip=None, spacing=sorted(stored))
+    assert table.timesteps.tolist() == sorted(stored, reverse=True)
     x, out, z = draws(4)
     for row, abar, abar_prev in chain(schedule, table):
         mean, variance = bayes(abar, abar_prev, x, out)
@@ -210,51 +210,53 @@ def test_last_row_adds_no_noise_and_returns_x0(make, variance, spacing):
     assert (table.rows[:-1, column("S")] > 0).all()
 
 
-@pytest.mark.parametrize("prediction", list(PEER_PREDICTION))
+@pytest.mark.parametrize("prediction", list(DIFFUSERS_PREDICTION))
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("variance", ["posterior", "beta"])
 def test_ddpm_steps_like_diffusers(prediction, clip, spacing, variance):
     scheduling = pytest.importorskip("diffusers.schedulers.scheduling_ddpm")
-    peer = scheduling.DDPMScheduler(
+    reference = scheduling.DDPMScheduler(
         timestep_spacing=spacing,
         clip_sample=clip is not None,
-        prediction_type=PEER_PREDICTION[prediction],
+        prediction_type=DIFFUSERS_PREDICTION[prediction],
         variance_type="fixed_small" if variance == "posterior" else "fixed_large",
     )
-    peer.set_timesteps(50)
+    reference.set_timesteps(50)
     table = StepTable.ddpm(LINEAR, 50, variance, prediction, clip, spacing)
-    assert torch.equal(table.timesteps, peer.timesteps)
+    assert torch.equal(table.timesteps, reference.timesteps)
     x, out, _ = draws()
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
-    for row, t in zip(table.rows, peer.timesteps, strict=True):
-        theirs = peer.step(out, t, x, generator=torch.Generator().manual_seed(1))
+    for row, t in zip(table.rows, reference.timesteps, strict=True):
+        theirs = reference.step(out, t, x, generator=torch.Generator().manual_seed(1))
         ours, x0 = step(row, x, out, z)
         # Where trailing ends above t = 0, diffusers adds noise to the finished image.
-        expected = theirs.pred_original_sample if t == peer.timesteps[-1] else theirs.prev_sample
+        expected = (
+            theirs.pred_original_sample if t == reference.timesteps[-1] else theirs.prev_sample
+        )
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-4)
         torch.testing.assert_close(x0, theirs.pred_original_sample, rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("prediction", list(PEER_PREDICTION))
+@pytest.mark.parametrize("prediction", list(DIFFUSERS_PREDICTION))
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 @pytest.mark.parametrize("rederive", [True, False])
 def test_ddim_steps_like_diffusers(prediction, clip, spacing, eta, rederive):
     scheduling = pytest.importorskip("diffusers.schedulers.scheduling_ddim")
-    peer = scheduling.DDIMScheduler(
+    reference = scheduling.DDIMScheduler(
         timestep_spacing=spacing,
         clip_sample=clip is not None,
-        prediction_type=PEER_PREDICTION[prediction],
+        prediction_type=DIFFUSERS_PREDICTION[prediction],
     )
-    peer.set_timesteps(50)
+    reference.set_timesteps(50)
     table = StepTable.ddim(LINEAR, 50, eta, prediction, clip, spacing, rederive)
-    assert torch.equal(table.timesteps, peer.timesteps)
+    assert torch.equal(table.timesteps, reference.timesteps)
     x, out, z = draws()
-    for row, t in zip(table.rows, peer.timesteps.tolist(), strict=True):
+    for row, t in zip(table.rows, reference.timesteps.tolist(), strict=True):
         noise = z if eta else None
-        theirs = peer.step(out, t, x, eta, rederive, variance_noise=noise).prev_sample
+        theirs = reference.step(out, t, x, eta, rederive, variance_noise=noise).prev_sample
         torch.testing.assert_close(step(row, x, out, z)[0], theirs, rtol=1e-4, atol=2e-4)
 
 

@@ -89,7 +89,7 @@ class Table(ImmutableTables):
         start = "data" if start == "data" else check_start(start)
         if start == "random" and (depth or flags & RowFlag.SECOND):
             raise ValueError("start must not be 'random' for rows that read earlier steps")
-        self._freeze(
+        self._set_tables(
             {"rows": rows, "timesteps": torch.tensor(listed, dtype=torch.int64, device="cpu")},
             ("rows", "timesteps", *_LABELS),
             steps=len(listed),

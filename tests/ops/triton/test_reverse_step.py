@@ -217,9 +217,9 @@ def test_only_the_past_values_that_are_flagged_are_read(k):
     before = inputs_of(EVERYTHING)
     slot = before["rows"][before["step"], column("slot")].long()
     samples = torch.arange(len(slot), device=DEVICE)
-    kept = before["history"][(slot - k) % 3, samples].clone()
+    stored = before["history"][(slot - k) % 3, samples].clone()
     before["history"].fill_(NAN)
-    before["history"][(slot - k) % 3, samples] = kept
+    before["history"][(slot - k) % 3, samples] = stored
     before["flags"] = int(flags)
     ours = after(before)
     assert ours["x"].isfinite().all()
@@ -257,12 +257,12 @@ def test_samples_of_a_tile_have_rows_slots_and_thresholds_of_their_own(shape):
     ours = after(before)
     assert_is_the_equation(ours, before)
     for n in (0, 1, shape[0] - 1):
-        cut = {
+        section = {
             k: v[n : n + 1] if isinstance(v, Tensor) and k not in {"rows", "history"} else v
             for k, v in copied(before).items()
         }
-        cut["history"] = before["history"][:, n : n + 1].clone()
-        alone = after(cut)
+        section["history"] = before["history"][:, n : n + 1].clone()
+        alone = after(section)
         for name in STATE:
             each = ours[name][:, n : n + 1] if name == "history" else ours[name][n : n + 1]
             assert same_bits(alone[name], each)
@@ -301,8 +301,8 @@ def test_output_and_variance_are_halves_of_what_a_network_returns(dtype, generat
     expected = after(before)
     both = torch.cat([before[name] for name in names], dim=1)
     both = both.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    halves = dict(zip(names, both.chunk(2, dim=1), strict=True))
-    inputs = copied(before) | halves
+    split_output = dict(zip(names, both.chunk(2, dim=1), strict=True))
+    inputs = copied(before) | split_output
     OP(**inputs)
     assert_same(inputs, expected)
 

@@ -325,9 +325,9 @@ def test_a_chain_that_begins_lower_is_that_of_its_timesteps(solver):
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_any_number_of_steps_has_distinct_timesteps(name, spacing, steps):
     table = SOLVERS[name](LINEAR, steps, spacing=spacing)
-    kept = table.timesteps.tolist()
-    assert len(set(kept)) == steps
-    assert kept == sorted(kept, reverse=True)
+    stored = table.timesteps.tolist()
+    assert len(set(stored)) == steps
+    assert stored == sorted(stored, reverse=True)
     assert table.steps == steps + (name == "plms" and steps > 1)
 
 
