@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from setuptools import Extension
 
 ROOT = Path(__file__).resolve().parent
+# Commands that compile; others, such as sdist, need no compiler.
+COMPILING = {"--check", "bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 DEFAULT_ARCHS = "80;86;89;90a+PTX"
 # The LibTorch stable ABI of torch 2.10: one build works with that torch and every later one.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -216,7 +218,8 @@ def build_extensions(cuda_home: Path | None) -> list[Extension]:
 
 def main() -> None:
     """Check what the build needs, then run setuptools."""
-    require(missing_tools())
+    if COMPILING & set(sys.argv):
+        require(missing_tools())
     if sys.argv[1:] == ["--check"]:
         return
     require(missing_packages())

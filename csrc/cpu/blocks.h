@@ -183,7 +183,7 @@ const R* read_block(const View& view, int64_t sample, int64_t first, int64_t cou
   return scratch;
 }
 
-// Where to compute results: in place, or in `scratch`, which write_block scatters.
+// Destination of the results: the tensor itself, or `scratch`, which write_block scatters.
 template <class R>
 R* target_block(const View& view, int64_t sample, int64_t first, R* scratch) {
   return is_buffer<R>(view) ? sample_pointer<R>(view, sample) + first : scratch;

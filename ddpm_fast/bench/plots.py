@@ -80,18 +80,18 @@ def roofline(rows: Rows) -> Any:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for kind, (label, color) in KINDS.items():
-        mine = [point for point in points if point.kind == kind]
-        if not mine:
+        selected = [point for point in points if point.kind == kind]
+        if not selected:
             continue
         axes.scatter(
-            [point.across for point in mine],
-            [point.rate / scale for point in mine],
-            s=[24 + 2400 * point.share for point in mine],
+            [point.across for point in selected],
+            [point.rate / scale for point in selected],
+            s=[24 + 2400 * point.share for point in selected],
             color=color,
             alpha=0.65,
             edgecolors="white",
             linewidths=0.8,
-            label=f"{label}, {sum(point.share for point in mine):.0%} of the time",
+            label=f"{label}, {sum(point.share for point in selected):.0%} of the time",
             zorder=3,
         )
     axes.set_xlim(left, right)
@@ -153,17 +153,21 @@ def bars(rows: Rows) -> Any:
     counts = [sum(str(row["batch"]) == batch for row in rows) for batch in batches]
     figure, panels = new_figure(8.4, 1.5 + 0.42 * sum(counts) + 0.5 * len(batches), counts)
     for axes, batch in zip(panels, batches, strict=True):
-        mine = [row for row in rows if str(row["batch"]) == batch]
-        mine.sort(key=lambda row: _number(row, "p50_us"))
-        steps = _number(mine[0], "steps") if sampling else 1.0
-        middle = [_number(row, "p50_us") / steps / 1e3 for row in mine]
-        low = [m - _number(r, "p20_us") / steps / 1e3 for m, r in zip(middle, mine, strict=True)]
-        high = [_number(r, "p80_us") / steps / 1e3 - m for m, r in zip(middle, mine, strict=True)]
-        positions = range(len(mine))
+        selected = [row for row in rows if str(row["batch"]) == batch]
+        selected.sort(key=lambda row: _number(row, "p50_us"))
+        steps = _number(selected[0], "steps") if sampling else 1.0
+        middle = [_number(row, "p50_us") / steps / 1e3 for row in selected]
+        low = [
+            m - _number(r, "p20_us") / steps / 1e3 for m, r in zip(middle, selected, strict=True)
+        ]
+        high = [
+            _number(r, "p80_us") / steps / 1e3 - m for m, r in zip(middle, selected, strict=True)
+        ]
+        positions = range(len(selected))
         axes.barh(
             positions,
             middle,
-            color=[OURS if row["role"] == "ours" else BASELINE for row in mine],
+            color=[OURS if row["role"] == "ours" else BASELINE for row in selected],
             height=0.66,
             zorder=2,
         )
@@ -181,7 +185,7 @@ def bars(rows: Rows) -> Any:
                 fontsize=9,
             )
         axes.set_xlim(0, widest * 1.13)
-        axes.set_yticks(positions, [_label(row) for row in mine], fontsize=9)
+        axes.set_yticks(positions, [_label(row) for row in selected], fontsize=9)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.set_title(f"batch {batch}", loc="left", fontsize=10, color=FAINT)

@@ -141,7 +141,7 @@ def network(
 @with_options
 def sampling(
     options: Options,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of each chain.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Steps of the sampler.")] = 1000,
 ) -> None:
     """Time whole sampling: a batch of images from noise to the end."""
     from ddpm_fast.bench.sampling import SamplingBench

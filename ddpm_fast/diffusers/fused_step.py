@@ -41,7 +41,6 @@ class TimestepRows(ImmutableTables):
 
     def __init__(self, rows: Tensor, timesteps: list[int], T: int, clip: Clip) -> None:
         chain = set(timesteps)
-        chain = set(timesteps)
         by_timestep = torch.full((T, rows.shape[1]), math.nan, dtype=torch.float64, device="cpu")
         by_timestep[timesteps] = rows
         threshold = threshold_from_clip(clip)

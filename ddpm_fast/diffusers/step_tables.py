@@ -61,8 +61,8 @@ def step_table(
     corrected = check_compat(compat) == "corrected"
     if kind is not DDIMScheduler and (eta or use_clipped_model_output):
         raise ValueError(
-            "eta and use_clipped_model_output must be 0 and False for any scheduler but"
-            f" DDIMScheduler; got {kind.__name__}"
+            f"eta and use_clipped_model_output must be 0 and False for {kind.__name__}; got"
+            f" {eta} and {use_clipped_model_output}"
         )
     if kind in (DDPMScheduler, DDIMScheduler):
         timesteps = chain_timesteps(scheduler, corrected)

@@ -14,10 +14,10 @@ from torch import Tensor
 from ddpm_fast.diffusion.schedule_values import (
     TableAttribute,
     beta_ramp,
-    between,
     capped_betas,
+    check_values,
     float64_vector,
-    require,
+    interpolate,
     unit_interval,
 )
 from ddpm_fast.utils import checks
@@ -141,7 +141,7 @@ class NoiseSchedule(ImmutableTables):
             beta_end: Last beta, at most 1. OpenAI's linear schedule multiplies both by 1000/T.
         """
         ramp, low, high = beta_ramp(T, beta_start, beta_end)
-        return cls._from_steps(between(low, high, ramp), name="linear")
+        return cls._from_steps(interpolate(low, high, ramp), name="linear")
 
     @classmethod
     def scaled_linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Self:
@@ -153,7 +153,7 @@ class NoiseSchedule(ImmutableTables):
             beta_end: Last beta; 0.012 for latent models.
         """
         ramp, low, high = beta_ramp(T, beta_start, beta_end)
-        roots = between(math.sqrt(low), math.sqrt(high), ramp)
+        roots = interpolate(math.sqrt(low), math.sqrt(high), ramp)
         return cls._from_steps(roots.square(), name="scaled_linear")
 
     @classmethod
@@ -170,7 +170,7 @@ class NoiseSchedule(ImmutableTables):
         """
         exponent = checks.real("exponent", exponent, 0, math.inf, "()")
         ramp, low, high = beta_ramp(T, beta_start, beta_end)
-        return cls._from_steps(between(low, high, ramp**exponent), name=f"power({exponent:g})")
+        return cls._from_steps(interpolate(low, high, ramp**exponent), name=f"power({exponent:g})")
 
     @classmethod
     def sine_wave(
@@ -187,7 +187,7 @@ class NoiseSchedule(ImmutableTables):
         cycles = checks.real("cycles", cycles, 0, math.inf, "()")
         ramp, low, high = beta_ramp(T, beta_start, beta_end)
         wave = torch.sin(math.pi * cycles * ramp).square()
-        return cls._from_steps(between(low, high, wave), name=f"sine_wave({cycles:g})")
+        return cls._from_steps(interpolate(low, high, wave), name=f"sine_wave({cycles:g})")
 
     @classmethod
     def sigmoid(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Self:
@@ -199,7 +199,7 @@ class NoiseSchedule(ImmutableTables):
             beta_end: Highest beta, at most 1.
         """
         ramp, low, high = beta_ramp(T, beta_start, beta_end)
-        betas = between(low, high, torch.sigmoid(12 * ramp - 6))
+        betas = interpolate(low, high, torch.sigmoid(12 * ramp - 6))
         return cls._from_steps(betas, name="sigmoid")
 
     @classmethod
@@ -268,8 +268,8 @@ class NoiseSchedule(ImmutableTables):
             ValueError: As `from_betas`.
         """
         values = float64_vector("alphas", alphas)
-        require("alphas", values, (values >= 0) & (values < 1), "in [0, 1)")
-        require("alphas", values[:-1], values[:-1] > 0, "above 0 except for the last")
+        check_values("alphas", values, (values >= 0) & (values < 1), "in [0, 1)")
+        check_values("alphas", values[:-1], values[:-1] > 0, "above 0 except for the last")
         return cls._from_steps(1 - values, values, name=name)
 
     @classmethod
@@ -286,9 +286,9 @@ class NoiseSchedule(ImmutableTables):
             ValueError: As `from_betas`.
         """
         abar = float64_vector("alphas_cumprod", alphas_cumprod)
-        require("alphas_cumprod", abar, (abar >= 0) & (abar < 1), "in [0, 1)")
+        check_values("alphas_cumprod", abar, (abar >= 0) & (abar < 1), "in [0, 1)")
         prev = torch.cat([abar.new_ones(1), abar[:-1]])
-        require("alphas_cumprod", abar, abar < prev, "strictly falling")
+        check_values("alphas_cumprod", abar, abar < prev, "strictly falling")
         schedule = cls((prev - abar) / prev, abar / prev, abar, 1 - abar, name)
         _warn_if_far_from_normal(schedule, stacklevel=3)
         return schedule
@@ -296,12 +296,12 @@ class NoiseSchedule(ImmutableTables):
     @classmethod
     def _from_steps(cls, betas: Tensor, alphas: Tensor | None = None, *, name: str) -> Self:
         if alphas is None:
-            require("betas", betas, (betas > 0) & (betas <= 1), "in (0, 1]")
-            require("betas", betas[:-1], betas[:-1] < 1, "below 1 except for the last")
+            check_values("betas", betas, (betas > 0) & (betas <= 1), "in (0, 1]")
+            check_values("betas", betas[:-1], betas[:-1] < 1, "below 1 except for the last")
             alphas = 1 - betas
         abar = alphas.cumprod(0)
         normal = (abar >= torch.finfo(torch.float64).tiny) | (alphas == 0)
-        require("alphas_cumprod", abar, normal, "in the range of float64 (smaller T or betas)")
+        check_values("alphas_cumprod", abar, normal, "in the range of float64 (smaller T or betas)")
         prev = torch.cat([abar.new_ones(1), abar[:-1]])
         # 1 - abar cancels for abar near 1; the sum of the variances of the steps does not.
         one_minus_abar = torch.where(abar < 0.5, 1 - abar, (betas * prev).cumsum(0))

@@ -37,7 +37,7 @@ def beta_ramp(T: int, beta_start: float, beta_end: float) -> tuple[Tensor, float
     return unit_interval(checks.integer("T", T, 1)), beta_start, beta_end
 
 
-def between(low: float, high: float, share: Tensor) -> Tensor:
+def interpolate(low: float, high: float, share: Tensor) -> Tensor:
     """Interpolate linearly."""
     return low * (1 - share) + high * share
 
@@ -59,11 +59,11 @@ def float64_vector(name: str, values: object) -> Tensor:
     vector = vector.detach().to("cpu", torch.float64)
     if vector.ndim != 1 or len(vector) == 0:
         raise ValueError(f"{name} must have shape [T] with T >= 1; got {list(vector.shape)}")
-    require(name, vector, vector.isfinite(), "finite")
+    check_values(name, vector, vector.isfinite(), "finite")
     return vector
 
 
-def require(name: str, values: Tensor, good: Tensor, accepted: str) -> None:
+def check_values(name: str, values: Tensor, good: Tensor, accepted: str) -> None:
     """Raise ValueError for the first value that is not good."""
     if not good.all():
         index = int((~good).nonzero()[0])

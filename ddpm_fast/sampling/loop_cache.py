@@ -106,7 +106,8 @@ class LoopCache:
                 return CachedLoop(loop, graph, UNROLLED_STEPS), None
             except CaptureError as error:
                 if self._graph is True:
-                    raise
+                    hint = "Pass graph=False to sample without a graph"
+                    raise CaptureError(f"{error}. {hint}") from error
                 warning = f"sampling without a CUDA graph: {error}"
                 self._graph = False
         return CachedLoop(loop, loop.advance, 1), warning

@@ -345,8 +345,8 @@ class Trainer:
         options, num = self.options, len(self.test_data)
         ranks, rank = self._accelerator.num_processes, self._accelerator.process_index
         share = -(-num // ranks)
-        mine = torch.arange(min(rank * share, num), min((rank + 1) * share, num))
-        batches = [(part, int(part[0])) for part in mine.split(options.batch) if len(part)]
+        indices = torch.arange(min(rank * share, num), min((rank + 1) * share, num))
+        batches = [(part, int(part[0])) for part in indices.split(options.batch) if len(part)]
         network = self.averaged.eval()
         t = data_order.random_timesteps(
             options.seed, 0, num, self.schedule.T, data_order.STREAM_HELD_OUT_TIMESTEPS

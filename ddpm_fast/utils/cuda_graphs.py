@@ -9,33 +9,32 @@ from typing import Any
 
 import torch
 
-WARM_UP_CALLS = (
-    3  # libraries select kernels and allocate in their first calls; a capture allows neither
-)
+# Libraries select kernels and allocate memory in their first calls, which a capture forbids.
+WARM_UP_CALLS = 3
 UNROLLED_STEPS = 8  # steps in the longer of the two graphs: an eighth of the launches
 CAPTURE_LOCK = threading.RLock()  # a process captures one graph at a time
-_here = threading.local()
+_thread_state = threading.local()
 
 
 def is_capturing() -> bool:
     """Return True if this thread captures a CUDA graph, or runs the warm-up of a capture."""
-    return getattr(_here, "warming_up", False) or torch.cuda.is_current_stream_capturing()
+    return getattr(_thread_state, "warming_up", False) or torch.cuda.is_current_stream_capturing()
 
 
-def retain_for_graph(thing: object) -> bool:
+def retain_for_graph(value: object) -> bool:
     """Keep an object alive as long as the graph that this thread is about to capture.
 
     For models that may release their buffers while a graph captured from them is in use.
 
     Args:
-        thing: An object whose memory the graph reads.
+        value: An object whose memory the graph reads.
 
     Returns:
         False if this thread captures no graph.
     """
-    retained: list[object] | None = getattr(_here, "retained", None)
-    if retained is not None and not any(other is thing for other in retained):
-        retained.append(thing)
+    retained: list[object] | None = getattr(_thread_state, "retained", None)
+    if retained is not None and not any(other is value for other in retained):
+        retained.append(value)
     return retained is not None
 
 
@@ -72,8 +71,7 @@ class GraphedStep:
         except RuntimeError as error:
             raise CaptureError(
                 f"the model cannot be captured in a CUDA graph ({error}); it must not wait for"
-                " the GPU, copy from the host or branch on device values. Pass graph=False to"
-                " sample without a graph"
+                " the GPU, copy from the host or branch on device values"
             ) from error
         self._one, self._many = graphs[0], graphs[1] if unrolled else None
 
@@ -95,6 +93,7 @@ def capture_graphs(
     *,
     rewind: Callable[[], None] = lambda: None,
     retained: list[object] | None = None,
+    stream: torch.cuda.Stream | None = None,
 ) -> list[torch.cuda.CUDAGraph]:
     """Capture CUDA graphs of one step repeated `lengths` times, on a side stream.
 
@@ -103,7 +102,10 @@ def capture_graphs(
         lengths: Steps in each graph. The graphs share one memory pool and must not run at once.
         device: A CUDA device.
         rewind: Called before each warm-up call.
-        retained: Receives the objects that models register by `retain_for_graph`.
+        retained: Receives the objects that models register by `retain_for_graph`. None: they go
+            to the list of the capture that this one is part of, if any.
+        stream: Side stream of the capture. None: a new one. The allocator and cuBLAS keep memory
+            for each stream, so many captures should share one.
 
     Returns:
         One graph for each of `lengths`.
@@ -114,12 +116,10 @@ def capture_graphs(
     graphs: list[torch.cuda.CUDAGraph] = []
     with torch.cuda.device(device), CAPTURE_LOCK, _without_autocast_cache():
         outside = torch.cuda.current_stream()
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream() if stream is None else stream
         side.wait_stream(outside)
-        outer, _here.retained = (
-            getattr(_here, "retained", None),
-            retained if retained is not None else [],
-        )
+        outer = getattr(_thread_state, "retained", None)
+        _thread_state.retained = outer if retained is None else retained
         try:
             with torch.cuda.stream(side):
                 _warm_up(step, rewind)
@@ -127,7 +127,7 @@ def capture_graphs(
                 pool = graphs[0].pool() if graphs else None
                 graphs.append(_captured(step, length, side, pool))
         finally:
-            _here.retained = outer
+            _thread_state.retained = outer
             torch.cuda.set_stream(outside)  # torch does not restore it after a failed capture
             outside.wait_stream(side)
     return graphs
@@ -135,10 +135,9 @@ def capture_graphs(
 
 def _warm_up(step: Callable[[], None], rewind: Callable[[], None]) -> None:
     mode = torch.cuda.get_sync_debug_mode()
-    outer, _here.warming_up = (
-        getattr(_here, "warming_up", False),
-        True,
-    )  # a tuner captures in the warm-up of another capture
+    # Restored afterwards: a tuner captures during the warm-up of another capture.
+    outer = getattr(_thread_state, "warming_up", False)
+    _thread_state.warming_up = True
     try:
         for _ in range(WARM_UP_CALLS):
             rewind()
@@ -149,7 +148,7 @@ def _warm_up(step: Callable[[], None], rewind: Callable[[], None]) -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-        _here.warming_up = outer
+        _thread_state.warming_up = outer
     rewind()
 
 

@@ -222,8 +222,8 @@ def save_images(images: Tensor, folder: PathLike, first_index: int = 0) -> list[
 def decode_image(content: bytes) -> Image.Image:
     """Decode an image file in one of `FORMATS`.
 
-    The image is rotated as its EXIF orientation says. 16 bits are rounded to 8. Transparent pixels
-    are composited on white.
+    The image is rotated as its EXIF orientation says. 16-bit grey is rounded to 8 bits.
+    Transparent pixels are composited on white.
 
     Args:
         content: The bytes of the file.
@@ -240,7 +240,9 @@ def decode_image(content: bytes) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} is not supported; 8 or 16 bits a channel are")
+        raise ValueError(
+            f"mode {image.mode} is not supported; 8 bits a channel and 16-bit grey are"
+        )
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -326,7 +328,11 @@ def read_images(
 
 
 def _read_folder(folder: Path, sample_shape: tuple[int, int, int], num: int | None) -> Tensor:
-    files = sorted(path for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES))
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
+    )
     if not files:
         raise ValueError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
     return torch.stack([read_image(path, sample_shape) for path in files[:num]])

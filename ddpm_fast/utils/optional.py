@@ -36,9 +36,10 @@ def require(package: str, feature: str, module: str | None = None) -> ModuleType
         module: Module to import and return. None: the package itself.
 
     Raises:
-        ImportError: The module cannot be imported. The message has the commands that install it.
+        ImportError: The package is not installed; the message has the commands that install it.
+            Or it is installed and cannot be imported.
     """
     try:
         return importlib.import_module(module or package)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError(missing(package, feature)) from error

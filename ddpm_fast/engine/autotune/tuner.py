@@ -76,10 +76,13 @@ class CudaTimer:
     def __init__(self, device: torch.device, calls: int = 10) -> None:
         self.device = device
         self.calls = calls
+        self._stream: torch.cuda.Stream | None = None
 
     def prepare(self, call: Call) -> Call:
         """Capture `calls` calls and return the replay."""
-        (graph,) = capture_graphs(call, (self.calls,), self.device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        (graph,) = capture_graphs(call, (self.calls,), self.device, stream=self._stream)
         with torch.cuda.device(self.device):
             graph.replay()
             torch.cuda.synchronize()
@@ -106,7 +109,7 @@ class Tuner:
             recording.
         rounds: measurements of each candidate, at least 1; medians are compared.
         prune_ratio: candidates slower than `prune_ratio` times the fastest in the first round are
-            not measured again; at least 1.
+            not measured again; at least 1, inf to measure all of them again.
         timer: measures the candidates; None for `CpuTimer` or `CudaTimer`.
 
     Raises:
@@ -127,7 +130,7 @@ class Tuner:
         self.device = device
         self.mode = checks.choice("mode", mode, MODES)
         self.rounds = checks.integer("rounds", rounds, 1)
-        self.prune_ratio = checks.real("prune_ratio", prune_ratio, 1, closed="[)")
+        self.prune_ratio = checks.real("prune_ratio", prune_ratio, 1, closed="[]")
         self._cache = cache
         self._timer = timer
         self._choices: dict[str, TunerChoice] = {}

@@ -132,12 +132,12 @@ class OnednnPhases:
     ) -> None:
         """Write the convolution to `out`."""
         for part, (a, b) in zip(self.parts, PHASES, strict=True):
-            mine = out[:, :, a::2, b::2]
+            phase_out = out[:, :, a::2, b::2]
             if residual is None:
-                part.write_to(mine, x)
+                part.write_to(phase_out, x)
             else:
-                mine.copy_(residual[:, :, a::2, b::2])
-                part.add_to(mine, x)
+                phase_out.copy_(residual[:, :, a::2, b::2])
+                part.add_to(phase_out, x)
 
 
 class OnednnProvider:

@@ -278,7 +278,7 @@ def make_scheduler_config(
         ValueError: Another argument has a value that is not supported.
     """
     checks.instance("schedule", schedule, NoiseSchedule)
-    prediction_types = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    prediction_types = {prediction: name for name, prediction in PREDICTIONS.items()}
     variance_types = {
         "posterior": "fixed_small",
         "posterior_log": "fixed_small_log",

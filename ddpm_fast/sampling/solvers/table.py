@@ -179,7 +179,7 @@ class Table(ImmutableTables):
 
     def __repr__(self) -> str:
         start = "" if self.start is None else f", start={self.start}"
-        return f"StepTable({self.name}, {self.steps} steps, {self.prediction}{start})"
+        return f"{type(self).__name__}({self.name}, {self.steps} steps, {self.prediction}{start})"
 
 
 def pack_rows(columns: dict[str, Tensor]) -> Tensor:

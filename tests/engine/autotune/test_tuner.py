@@ -194,7 +194,7 @@ def test_mode_off_takes_the_first_and_records_nothing(tmp_path):
     [
         ({"mode": "maybe"}, "mode must be one of on, off; got 'maybe'"),
         ({"rounds": 0}, "rounds must be an integer >= 1; got 0"),
-        ({"prune_ratio": 0.5}, r"prune_ratio must be a number in \[1, inf\); got 0.5"),
+        ({"prune_ratio": 0.5}, r"prune_ratio must be a number in \[1, inf\]; got 0.5"),
     ],
 )
 def test_options_are_checked(options, message):
