@@ -320,9 +320,8 @@ def test_is_immutable():
 
 
 def test_repr_says_what_it_is():
-    assert (
-        repr(NoiseSchedule.linear()) == "NoiseSchedule(linear, T=1000, alphas_cumprod[-1]=4.04e-05)"
-    )
+    text = "NoiseSchedule(linear, T=1000, alphas_cumprod[-1]=4.04e-05)"
+    assert repr(NoiseSchedule.linear()) == text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

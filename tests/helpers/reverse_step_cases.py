@@ -301,13 +301,8 @@ def random_rows(depth: int, seed: int = 6) -> Tensor:
     rows = torch.zeros(RANDOM_STEPS, ROW_WIDTH)
     rows[:, : len(ROW_FIELDS)] = torch.randn(RANDOM_STEPS, len(ROW_FIELDS), generator=generator)
     slots = torch.randint(max(depth, 1), (RANDOM_STEPS,), generator=generator)
-    fixed = {
-        "clip": 0.8,
-        "Yo": 0,
-        "M": 0,
-        "push": torch.arange(RANDOM_STEPS) % 3 != 0,
-        "slot": slots,
-    }
+    pushes = torch.arange(RANDOM_STEPS) % 3 != 0
+    fixed = {"clip": 0.8, "Yo": 0, "M": 0, "push": pushes, "slot": slots}
     for name, values in fixed.items():
         rows[:, column(name)] = torch.as_tensor(values).float()
     rows[6, column("P")] = 0  # x0 is the output itself, scaled
