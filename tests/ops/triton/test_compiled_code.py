@@ -173,8 +173,11 @@ def test_steps_with_multistep_terms_move_whole_vectors_and_fuse_nothing(found):
 def test_no_path_spills(tmp_path):
     found = compiled(tmp_path, "--every")
     assert len(found) == 183 + 102
+    # Triton 3.8 gives one kernel a stack frame; its LOCAL, the bytes that are spilled, is 0 too.
+    frames = {name: kernel["STACK"] for name, kernel in found.items() if kernel["STACK"]}
+    assert frames == {"wide-float32 every input": 16}
     for kernel in found.values():
-        assert_lean(kernel)
+        assert_lean(kernel | {"STACK": 0})
 
 
 if __name__ == "__main__":
