@@ -1,6 +1,7 @@
 """Convolution variants against float64, and the choice among them."""
 
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -206,13 +207,13 @@ class Wrong:
 
     workspace_bytes = 0
 
-    def __init__(self, name, fail=False):
-        self.name, self.fail = name, fail
+    def __init__(self, name, value=0.0, fail=False):
+        self.name, self.value, self.fail = name, value, fail
 
     def __call__(self, out, x, x2, residual, workspace):
         if self.fail:
             raise RuntimeError("cannot be built")
-        out.zero_()
+        out.fill_(self.value)
 
 
 class WrongProvider:
@@ -222,7 +223,7 @@ class WrongProvider:
         return None
 
     def variants(self, spec, weight, bias):
-        return [Wrong("wrong"), Wrong("broken", fail=True)]
+        return [Wrong("wrong"), Wrong("undefined", math.nan), Wrong("broken", fail=True)]
 
 
 def test_fastest_leaves_out_wrong_and_failing_variants(monkeypatch, caplog):
@@ -234,6 +235,7 @@ def test_fastest_leaves_out_wrong_and_failing_variants(monkeypatch, caplog):
     assert chosen.name.startswith("aten")
     assert set(tuner.choices[str(case)].seconds) == {"aten.nearest", "aten.phases"}
     assert "wrong is wrong" in caplog.text
+    assert "undefined is wrong" in caplog.text
     assert "cannot be built" in caplog.text
 
 
