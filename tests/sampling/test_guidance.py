@@ -130,6 +130,17 @@ def test_float_labels_and_labels_without_guidance():
     )
 
 
+def test_a_call_with_labels_after_one_without():
+    def model(x, t, labels=None):
+        return 0 * x if labels is None else 0 * x + labels.double().view(-1, 1, 1, 1)
+
+    table = StepTable.ddpm(LINEAR, 2, prediction="x0")
+    sampler = Sampler(model, table, SHAPE, 2, "cpu", F64)
+    for labels in (None, torch.tensor([0.5, -0.25]), torch.tensor([1, 0]), None):
+        got = sampler.sample(2, labels=labels, progress=False)[:, 0, 0, 0]
+        assert got.tolist() == ([0, 0] if labels is None else labels.tolist())
+
+
 def test_the_learned_variance_is_the_conditional_one():
     def model(x, t, labels):
         v = torch.where(labels == NULL, 5.0, -0.5).to(x).view(-1, 1, 1, 1).expand_as(x)
