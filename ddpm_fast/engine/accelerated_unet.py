@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import threading
@@ -275,8 +276,10 @@ def _as_unet(module: nn.Module) -> UNet:
             "unet must be a ddpm_fast.UNet or diffusers' UNet2DModel; got"
             f" {type(module).__name__}. Any other module: ddpm_fast.optimize_module"
         )
+    # diffusers keeps keys of a file in `config` that its class does not read.
+    read = inspect.signature(type(module).__init__).parameters
     options: Any = module.config
-    config = UNetConfig.from_dict(dict(options))
+    config = UNetConfig.from_dict({key: options[key] for key in options if key in read})
     parameter = next(module.parameters())
     with torch.device("meta"):
         unet = UNet(config)

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NoReturn, Self
+
+# Written by EMAModel.save_pretrained of diffusers.
+_EMA_KEYS = frozenset(
+    {
+        "decay",
+        "inv_gamma",
+        "min_decay",
+        "optimization_step",
+        "power",
+        "update_after_step",
+        "use_ema_warmup",
+    }
+)
 
 
 def is_integer(value: object, low: int) -> bool:
@@ -20,37 +34,58 @@ def is_finite(value: object) -> bool:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Base class of the configurations; `_network` is the name of the network in messages."""
+    """Base class of the configurations.
+
+    Attributes:
+        _network: Name of the network in messages.
+        _unsupported: Options of other networks, each with the values that do not change the
+            network.
+    """
 
     _network: ClassVar[str]
+    _unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:
         """Make a configuration from the contents of unet/config.json.
 
+        Keys that start with "_" and those of EMAModel of diffusers are ignored, and all others that
+        no network has are ignored with a warning, as in diffusers.
+
         Args:
-            options: Options by name. Keys that start with "_" are ignored; missing options have
-                their defaults.
+            options: Options by name; missing ones have their defaults.
 
         Raises:
-            ValueError: A key is not an option of the network, or a value is not supported.
+            ValueError: An option of another network is set, or a value is not supported.
         """
         known = {field.name for field in fields(cls)}
-        own = {key: value for key, value in options.items() if not key.startswith("_")}
-        if unknown := sorted(own.keys() - known):
-            accepted = ", ".join(sorted(known))
-            raise ValueError(f"{cls._network} option must be one of {accepted}; got {unknown[0]!r}")
-        return cls(**own)
+        others = {k: v for k, v in options.items() if k not in known and not k.startswith("_")}
+        for key, off in cls._unsupported.items():
+            if key in others and others[key] not in (None, False, *off):
+                cls._reject_option(key)
+        if ignored := sorted(others.keys() - _EMA_KEYS):
+            text = ", ".join(key[:40] for key in ignored[:3])
+            more = f" and {len(ignored) - 3} more" if len(ignored) > 3 else ""
+            warnings.warn(f"{cls._network} options ignored: {text}{more}", stacklevel=2)
+        return cls(**{key: value for key, value in options.items() if key in known})
+
+    @classmethod
+    def _reject_option(cls, key: str) -> NoReturn:
+        raise ValueError(
+            f"{cls._network} option must be one of those of {cls.__name__}; got {key[:40]!r}"
+        )
 
     @classmethod
     def from_config_or_options(cls, config: Self | None, options: Mapping[str, Any]) -> Self:
         """Return `config`, or for None a configuration with these options.
 
         Raises:
-            ValueError: There are both, or as `from_dict`.
+            ValueError: There are both, a key is not an option, or a value is not supported.
         """
         if config is None:
-            return cls.from_dict(options)
+            if unknown := sorted(options.keys() - {field.name for field in fields(cls)}):
+                cls._reject_option(unknown[0])
+            return cls(**options)
         if options:
             names = ", ".join(options)
             raise ValueError(f"{cls._network} must get a config or options; got both ({names})")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from ddpm_fast.models.base_config import NetworkConfig, is_integer
+from ddpm_fast.models.unet_config import UNetConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class ThesisUNetConfig(NetworkConfig):
     """
 
     _network = "ThesisUNet"
+    _unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        field.name: () for field in fields(UNetConfig)
+    }
 
     img_channels: int = 1
     time_embedding_dims: int = 128

@@ -28,6 +28,33 @@ _OPTIONAL_POSITIVE_INTS = (
     "num_class_embeds",
     "num_train_timesteps",
 )
+# Options of other U-Nets of diffusers and of lucidrains, and their values that change nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "addition_embed_type": (),
+    "addition_time_embed_dim": (),
+    "attention_type": ("default",),
+    "class_embeddings_concat": (),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_dim": (),
+    "cross_attention_norm": (),
+    "dual_cross_attention": (),
+    "encoder_hid_dim": (),
+    "encoder_hid_dim_type": (),
+    "learned_sinusoidal_cond": (),
+    "mid_block_only_cross_attention": (),
+    "num_attention_heads": (),
+    "only_cross_attention": (),
+    "projection_class_embeddings_input_dim": (),
+    "random_fourier_features": (),
+    "resnet_out_scale_factor": (1,),
+    "resnet_skip_time_act": (),
+    "self_condition": (),
+    "time_cond_proj_dim": (),
+    "time_embedding_act_fn": (),
+    "timestep_post_act": (),
+    "transformer_layers_per_block": (1,),
+}
 _BOOLS = ("center_input_sample", "flip_sin_to_cos", "add_attention")
 
 
@@ -76,6 +103,7 @@ class UNetConfig(NetworkConfig):
     """
 
     _network = "UNet"
+    _unsupported = _UNSUPPORTED
 
     sample_size: int | tuple[int, int] | None = None
     in_channels: int = 3

@@ -1,5 +1,7 @@
 """Inputs and options that the networks reject, and their configurations as JSON."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -174,6 +176,37 @@ def test_unknown_option_and_config_with_options(network):
     config = {UNet: UNetConfig, ThesisUNet: ThesisUNetConfig}[network]()
     with pytest.raises(ValueError, match=rf"^{name} must get a config or options; got both"):
         network(config, sample_size=8)
+
+
+EMA_KEYS = {"decay": 0.9999, "optimization_step": 3, "use_ema_warmup": False, "inv_gamma": 1.0}
+
+
+@pytest.mark.parametrize("config", [UNetConfig, ThesisUNetConfig])
+def test_keys_of_a_file_that_cannot_change_the_network(config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert config.from_dict(EMA_KEYS | {"_name_or_path": "a/b"}) == config()
+    others = {f"of_trainer_{i}": i for i in range(5)} | {"cross_attention_dim": None}
+    name = config.__name__.removesuffix("Config")
+    noted = f"^{name} options ignored: cross_attention_dim, of_trainer_0, of_trainer_1 and 3 more$"
+    with pytest.warns(UserWarning, match=noted):
+        assert config.from_dict(others) == config()
+
+
+@pytest.mark.parametrize(
+    ("option", "off", "on"),
+    [
+        ("cross_attention_dim", None, 768),
+        ("self_condition", False, True),
+        ("conv_in_kernel", 3, 5),
+        ("resnet_out_scale_factor", 1.0, 1.4),
+    ],
+)
+def test_options_of_other_networks(option, off, on):
+    with pytest.warns(UserWarning, match=f"options ignored: {option}$"):
+        assert UNetConfig.from_dict({option: off}) == UNetConfig()
+    with pytest.raises(ValueError, match=rf"^UNet option must be one of .*; got '{option}'$"):
+        UNetConfig.from_dict({option: on})
 
 
 def test_unet_config_to_json_and_back():

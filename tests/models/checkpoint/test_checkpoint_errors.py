@@ -83,7 +83,8 @@ CORRUPTIONS = {
     "config-infinite": (
         edit_json(CONFIG, norm_eps=float("inf")), "config.json.*norm_eps must .*got inf"),
     "config-value": (edit_json(CONFIG, act_fn="gelu"), "config.json.*act_fn must .*got 'gelu'"),
-    "config-unknown-key": (edit_json(CONFIG, extra=1), "config.json.*got 'extra'"),
+    "config-of-another-network": (
+        edit_json(CONFIG, cross_attention_dim=8), "config.json.*got 'cross_attention_dim'"),
     "scheduler-cut": (truncate(SCHEDULER, 40), "scheduler_config.json.*JSON"),
     "scheduler-class": (
         edit_json(SCHEDULER, _class_name="LMSDiscreteScheduler"),
