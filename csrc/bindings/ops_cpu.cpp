@@ -2,6 +2,7 @@
 #include <memory>
 #include <string>
 
+#include "bindings/checksum_op.h"
 #include "bindings/network_ops.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/kernels.h"
@@ -13,6 +14,9 @@ namespace {
 // noise, or as several blocks whose noise is an input.
 constexpr int64_t kGrainNoiseInput = 16;
 constexpr int64_t kGrainNoiseGenerated = 2;
+// Words of a unit of work of the checksum: 256 KiB. Most tensors of a small network are one unit.
+constexpr int64_t kWordsOfPart = 32768;
+constexpr int64_t kGrainChecksum = 16;
 
 template <class Args>
 void over_blocks(void (*kernel)(const Args&, int64_t, int64_t), const Args& a, int64_t grain) {
@@ -56,6 +60,33 @@ struct CpuLaunch {
                                   cpu_kernels().group_norm(a, begin, end, workspace);
                                 });
   }
+  static void checksum(const std::vector<ChecksumArgs>& tensors, Checksum* sums, const Tensor&) {
+    struct Part {
+      size_t tensor;
+      int64_t begin, end;
+      Checksum checksum;
+    };
+    std::vector<Part> parts;
+    parts.reserve(tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const int64_t words = tensors[i].words();
+      for (int64_t begin = 0; begin < words; begin += kWordsOfPart) {
+        parts.push_back({i, begin, std::min(begin + kWordsOfPart, words), {}});
+      }
+    }
+    const auto kernel = cpu_kernels().checksum;
+    torch::stable::parallel_for(
+        0, static_cast<int64_t>(parts.size()), kGrainChecksum, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            Part& part = parts[static_cast<size_t>(i)];
+            part.checksum = kernel(tensors[part.tensor], part.begin, part.end);
+          }
+        });
+    for (const Part& part : parts) {
+      sums[part.tensor].sum += part.checksum.sum;
+      sums[part.tensor].product += part.checksum.product;
+    }
+  }
 };
 
 // Selects the instruction set ("baseline", "avx2", "avx512" or "auto"; "" keeps the current one)
@@ -72,6 +103,7 @@ std::string use_cpu_kernels(std::string name) {
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, library) {
   ddpm::Ops<ddpm::CpuLaunch>::add_to(library);
   ddpm::NetworkOps<ddpm::CpuLaunch>::add_to(library);
+  ddpm::ChecksumOp<ddpm::CpuLaunch>::add_to(library);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CompositeExplicitAutograd, library) {

@@ -5,20 +5,26 @@
 
 #include <initializer_list>
 
+#include "bindings/checksum_op.h"
 #include "bindings/network_ops.h"
 #include "cuda/launch.h"
 
 namespace ddpm {
 namespace {
 
-template <class Args>
-void on_stream(int (*launch)(const Args&, void* stream), const Args& a, const Tensor& state) {
+template <class Launch>
+void on_stream(const Tensor& state, const Launch& launch) {
   const int32_t device = state.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const int error = launch(a, stream);
+  const int error = launch(stream);
   STD_TORCH_CHECK(error == 0, "CUDA kernel launch failed: ", cuda_error_string(error));
+}
+
+template <class Args>
+void on_stream(int (*launch)(const Args&, void* stream), const Args& a, const Tensor& state) {
+  on_stream(state, [&](void* stream) { return launch(a, stream); });
 }
 
 void check_width(std::initializer_list<const View*> views) {
@@ -50,6 +56,12 @@ struct CudaLaunch {
     STD_TORCH_CHECK(a.dtype != DType::f64, "float64 runs in the backends reference and cpu only");
     on_stream(cuda_group_norm, a, out);
   }
+  static void checksum(const std::vector<ChecksumArgs>& tensors, Checksum* sums,
+                       const Tensor& out) {
+    on_stream(out, [&](void* stream) {
+      return cuda_checksum(tensors.data(), static_cast<int64_t>(tensors.size()), sums, stream);
+    });
+  }
 };
 
 }  // namespace
@@ -58,4 +70,5 @@ struct CudaLaunch {
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, library) {
   ddpm::Ops<ddpm::CudaLaunch>::add_to(library);
   ddpm::NetworkOps<ddpm::CudaLaunch>::add_to(library);
+  ddpm::ChecksumOp<ddpm::CudaLaunch>::add_to(library);
 }

@@ -65,6 +65,13 @@ struct PhiloxNormalArgs {
   Rng rng;
 };
 
+struct ChecksumArgs {
+  const void* data;
+  int64_t bytes;
+
+  DDPM_HD int64_t words() const { return (bytes + 7) / 8; }
+};
+
 // A tensor [N, C, H, W]; strides in elements. data is null if the tensor is absent.
 struct Map {
   void* data;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "core/args.h"
+#include "core/checksum.h"
 
 namespace ddpm {
 
@@ -57,6 +58,8 @@ struct CpuKernels {
   void (*philox_normal)(const PhiloxNormalArgs&, int64_t begin, int64_t end);
   // Processes slabs; each call needs its own workspace, aligned to 64 bytes.
   void (*group_norm)(const GroupNormArgs&, int64_t begin, int64_t end, void* workspace);
+  // Of words begin .. end - 1.
+  Checksum (*checksum)(const ChecksumArgs&, int64_t begin, int64_t end);
 };
 
 // The kernels in use: the widest that run on this processor, or those that select_cpu_kernels

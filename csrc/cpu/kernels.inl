@@ -14,6 +14,7 @@ namespace ddpm {
 namespace DDPM_ISA {
 
 #include "cpu/blocks.h"
+#include "cpu/checksum.h"
 #include "cpu/group_norm.h"
 #include "cpu/noise.h"
 #include "cpu/reverse_step.h"
@@ -115,6 +116,7 @@ extern const CpuKernels DDPM_JOIN(cpu_kernels_, DDPM_ISA);
 const CpuKernels DDPM_JOIN(cpu_kernels_, DDPM_ISA) = {
     DDPM_STRING(DDPM_ISA),      DDPM_ISA::q_sample_any,      DDPM_ISA::q_posterior_any,
     DDPM_ISA::reverse_step_any, DDPM_ISA::philox_normal_any, DDPM_ISA::group_norm_any,
+    DDPM_ISA::checksum_words,
 };
 
 }  // namespace ddpm

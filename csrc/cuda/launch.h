@@ -8,6 +8,7 @@
 #pragma once
 
 #include "core/args.h"
+#include "core/checksum.h"
 
 namespace ddpm {
 
@@ -19,6 +20,9 @@ int cuda_philox_normal(const PhiloxNormalArgs& args, void* stream);
 // On sm_90 the kernel may start before the previous one has ended; it waits for it before it
 // accesses global memory.
 int cuda_group_norm(const GroupNormArgs& args, void* stream);
+
+// Adds the checksums of `count` tensors to sums[0 .. count), in device memory.
+int cuda_checksum(const ChecksumArgs* tensors, int64_t count, Checksum* sums, void* stream);
 
 // Description of a cudaError_t.
 const char* cuda_error_string(int error);

@@ -56,6 +56,7 @@ class Backend:
     group_norm_: Any
     attention_: Any
     conv_: Any
+    checksum: Any
 
     def __init__(self, name: str) -> None:
         self.name = name

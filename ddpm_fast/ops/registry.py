@@ -46,9 +46,13 @@ _NETWORK_SCHEMAS = {
         " int stride, int[4] padding) -> ()"
     ),
 }
-SCHEMAS = {**_DIFFUSION_SCHEMAS, **_NETWORK_SCHEMAS}
+SCHEMAS = {
+    **_DIFFUSION_SCHEMAS,
+    **_NETWORK_SCHEMAS,
+    "checksum": "(Tensor[] tensors) -> Tensor",
+}
 DIFFUSION_OPS, NETWORK_OPS = tuple(_DIFFUSION_SCHEMAS), tuple(_NETWORK_SCHEMAS)
-OPS = (*DIFFUSION_OPS, *NETWORK_OPS)
+OPS = tuple(SCHEMAS)
 
 # The module of each operator's Triton kernel, and of those that ATen runs on the keys CPU and CUDA.
 _TRITON_MODULES = {
@@ -56,6 +60,7 @@ _TRITON_MODULES = {
     "group_norm_": "ddpm_fast.ops.triton.group_norm",
     "attention_": "ddpm_fast.ops.triton.attention",
     "conv_": "ddpm_fast.ops.triton.conv",
+    "checksum": "ddpm_fast.ops.triton.checksum",
 }
 _ATEN_MODULES = {"attention_": "ddpm_fast.ops.aten", "conv_": "ddpm_fast.ops.aten"}
 
@@ -94,6 +99,10 @@ def _fake_reverse_step(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
 
 
+def _fake_checksum(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty(len(tensors), 2, dtype=torch.int64)
+
+
 def _fake_in_place(*args: Any) -> None:
     return None
 
@@ -106,6 +115,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "reverse_step": _fake_reverse_step,
     "philox_normal_": _fake_in_place,
     **dict.fromkeys(NETWORK_OPS, _fake_in_place),
+    "checksum": _fake_checksum,
 }
 
 

@@ -25,7 +25,7 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["philox", "normal", "exponential", "half", "tensor_view"])
+@pytest.mark.parametrize("name", ["philox", "normal", "exponential", "half", "tensor_view", "checksum"])
 def test_arithmetic(tmp_path: Path, name: str) -> None:
     """Run the tests of csrc/core that compile in about a second."""
     need("g++")
@@ -52,7 +52,7 @@ def test_cmake_lists_every_source_and_test() -> None:
 @pytest.mark.parametrize(
     ("options", "target", "expected"),
     [
-        pytest.param(["-DDDPM_SANITIZE=ON"], "all", 8, id="sanitized"),
+        pytest.param(["-DDDPM_SANITIZE=ON"], "all", 9, id="sanitized"),
         pytest.param([], "test_cpu_kernels", 1, id="optimised"),
     ],
 )

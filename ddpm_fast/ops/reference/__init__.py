@@ -1,5 +1,6 @@
 """Operators in plain PyTorch; the other backends are checked against them."""
 
+from ddpm_fast.ops.reference.checksum import checksum
 from ddpm_fast.ops.reference.diffusion import (
     normals,
     philox4x32_10,
@@ -15,6 +16,7 @@ from ddpm_fast.ops.reference.network import attention_, conv_, doubling_weight, 
 
 __all__ = [
     "attention_",
+    "checksum",
     "conv_",
     "doubling_weight",
     "group_norm_",
