@@ -23,6 +23,7 @@ def accelerate(
     dtype: torch.dtype | None = ...,
     num_timesteps: int | None = ...,
     tuner: Tuner | None = ...,
+    check_weights: bool = ...,
 ) -> AcceleratedUNet: ...
 
 
@@ -35,6 +36,7 @@ def accelerate(
     noise: Literal["generator", "philox"] = ...,
     micro_batch: int | None = ...,
     tuner: Tuner | None = ...,
+    check_weights: bool = ...,
 ) -> FastDDPMPipeline | FastDDIMPipeline: ...
 
 
@@ -48,6 +50,7 @@ def accelerate(
     noise: Literal["generator", "philox"] = ...,
     micro_batch: int | None = ...,
     tuner: Tuner | None = ...,
+    check_weights: bool = ...,
 ) -> FastDDPMPipeline | FastDDIMPipeline: ...
 
 
@@ -78,6 +81,7 @@ def accelerate(target: Any, scheduler: Any = None, **options: Any) -> Any:
               bounds memory, and the bits of an image do not depend on batch_size. None: all images
               of a call.
             - `tuner`: `Tuner` of the engine. None: one with its cache on disk.
+            - `check_weights`: As for `AcceleratedUNet`: compare the weights before each run.
 
     Returns:
         An `AcceleratedUNet`, a `FastDDPMPipeline` or a `FastDDIMPipeline`.

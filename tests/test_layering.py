@@ -24,14 +24,14 @@ ORDER = {
         cli
         __main__""",
     "ddpm_fast.diffusion": """
-        model_output schedule_values timesteps
+        model_call model_output schedule_values timesteps
         gaussian schedule thresholding
         forward parameterization
         noise_levels variance
         bound_terms
         likelihood""",
     "ddpm_fast.sampling": """
-        labels solvers
+        labels progress solvers
         step_table
         noise_source reverse_step
         step_loop

@@ -103,15 +103,6 @@ def _modification(module: nn.Module) -> str:
     return ""
 
 
-def fingerprint(network: nn.Module) -> tuple[float, ...]:
-    """Return the norm of each weight, which changes whenever the weight is written.
-
-    Some writes (by `.data`, as in EMAModel of diffusers) do not increment the version counter.
-    """
-    weights = [parameter.detach() for parameter in network.parameters()]
-    return tuple(torch.stack(torch._foreach_norm(weights, 2, torch.float64)).tolist())
-
-
 def unwrap(unet: Any) -> Any:
     """Return the network inside the wrapper of torch.compile."""
     return getattr(unet, "_orig_mod", unet)

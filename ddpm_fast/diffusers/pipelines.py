@@ -19,7 +19,7 @@ from diffusers import (
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ddpm_fast.diffusers.compatibility import check_components, fingerprint, unwrap
+from ddpm_fast.diffusers.compatibility import check_components, unwrap
 from ddpm_fast.diffusers.scheduler_base import check_steps
 from ddpm_fast.diffusers.scheduler_options import (
     Compat,
@@ -51,6 +51,7 @@ class Settings:
     noise: Noise = "generator"
     micro_batch: int | None = None
     tuner: Tuner | None = None
+    check_weights: bool = True
 
 
 class _Accelerated:
@@ -73,6 +74,10 @@ class _Accelerated:
     def report(self) -> str:
         """Return a text with the choice for each shape so far, and the measured times."""
         return self._current().model.report()
+
+    def refresh(self) -> None:
+        """Build the engines again at the next call, as `AcceleratedUNet.refresh`."""
+        self._current().model.refresh()
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **options: Any) -> Any:
@@ -183,10 +188,7 @@ class _Accelerated:
         """Return the accelerated network, rebuilt if network, device or dtype have changed."""
         unet = unwrap(self.unet)
         steps = self.scheduler.config.num_train_timesteps
-        compiled, weights = self._compiled, fingerprint(unet)
-        if compiled is not None and compiled.weights != weights:
-            compiled.model.refresh()
-            compiled.weights = weights
+        compiled = self._compiled
         source = unet, unet.device, unet.dtype, steps
         if compiled is None or compiled.source != source:
             model = AcceleratedUNet(
@@ -194,16 +196,17 @@ class _Accelerated:
                 dtype=self.settings.dtype or unet.dtype,
                 num_timesteps=steps,
                 tuner=self.settings.tuner,
+                check_weights=self.settings.check_weights,
             )
-            compiled = self._compiled = _CompiledPipeline(source, model, weights)
+            compiled = self._compiled = _CompiledPipeline(source, model)
         return compiled
 
 
 class _CompiledPipeline:
     """An accelerated network, and the sampler of the last micro-batch size."""
 
-    def __init__(self, source: tuple[Any, ...], model: AcceleratedUNet, weights: Any) -> None:
-        self.source, self.model, self.dtype, self.weights = source, model, source[2], weights
+    def __init__(self, source: tuple[Any, ...], model: AcceleratedUNet) -> None:
+        self.source, self.model, self.dtype = source, model, source[2]
         self._sampler: Sampler | None = None
 
     def sampler(self, table: StepTable, micro_batch: int) -> Sampler:
@@ -322,6 +325,7 @@ def accelerate_pipeline(
     noise: Noise = "generator",
     micro_batch: int | None = None,
     tuner: Tuner | None = None,
+    check_weights: bool = True,
 ) -> FastDDPMPipeline | FastDDIMPipeline:
     """Return an accelerated pipeline of the same parts; see `ddpm_fast.accelerate`."""
     kind = type(pipe)
@@ -345,7 +349,7 @@ def accelerate_pipeline(
         check_compat(compat)
     if tuner is not None:
         checks.instance("tuner", tuner, Tuner)
-    settings = Settings(dtype, compat, noise, micro_batch, tuner)
+    settings = Settings(dtype, compat, noise, micro_batch, tuner, check_weights)
     fast = cls(unet=pipe.unet, scheduler=pipe.scheduler)
     for name, value in pipe.__dict__.items():
         if name != "_compiled" and name not in fast.__dict__:

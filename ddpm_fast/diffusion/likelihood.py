@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ddpm_fast.diffusion.bound_terms import DECODERS, BoundTerms, Decoder
 from ddpm_fast.diffusion.forward import q_sample_philox
 from ddpm_fast.diffusion.gaussian import gaussian_kl
+from ddpm_fast.diffusion.model_call import call_model, check_eval_mode
 from ddpm_fast.diffusion.model_output import prediction_of
 from ddpm_fast.diffusion.noise_levels import respace
 from ddpm_fast.diffusion.parameterization import Prediction
@@ -28,6 +29,7 @@ from ddpm_fast.diffusion.variance import LEARNED, FirstLogVariance, Variance
 from ddpm_fast.ops.philox import STREAM_TRAINING
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.batching import micro_batches
+from ddpm_fast.utils.run_scope import run_scope
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +142,7 @@ def variational_bound(
     """
     if not callable(model):
         raise TypeError(f"model must be callable as model(x, t); got {type(model).__name__}")
+    check_eval_mode(model)
     checks.choice("decoder", decoder, DECODERS)
     x0 = _checked_data(x0, decoder)
     respaced, model_timesteps = respace(schedule, steps, spacing)
@@ -155,7 +158,7 @@ def variational_bound(
     )
     batches = list(micro_batches(num, first_sample, size, pad))
     total = len(batches) * respaced.T
-    with tqdm(total=total, desc="bound", unit="step", disable=not progress) as bar:
+    with run_scope(), tqdm(total=total, desc="bound", unit="step", disable=not progress) as bar:
         for batch in batches:
             items = batch.take(x0, num)
             arguments = () if labels is None else (batch.take(labels, num),)
@@ -171,7 +174,7 @@ def variational_bound(
                     items, index, respaced, seed, stream, batch.first_sample, backend
                 )
                 model_t = torch.full((len(items),), t, dtype=torch.int64, device=x0.device)
-                output = model(x_t, model_t, *arguments, **keywords)
+                output = call_model(model, x_t, model_t, *arguments, **keywords)
                 vb[batch.samples, column], xstart_mse[batch.samples, column] = (
                     values[batch.slots] for values in terms.at(index, items, x_t, output)
                 )

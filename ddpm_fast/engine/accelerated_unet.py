@@ -6,12 +6,11 @@ import hashlib
 import inspect
 import json
 import logging
-import threading
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,8 @@ from ddpm_fast.engine.weight_watch import WeightWatcher
 from ddpm_fast.models import UNet, UNetConfig
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.cuda_graphs import CAPTURE_LOCK, is_capturing, retain_for_graph
+from ddpm_fast.utils.fork import ForkSafeLock, runs_on_thread_pool
+from ddpm_fast.utils.run_scope import current_run
 
 _log = logging.getLogger("ddpm_fast")
 _MAX_RUNNERS = 4  # shapes whose engines are kept; the least recently used is dropped
@@ -62,9 +63,14 @@ class AcceleratedUNet:
 
     On a GPU that is a `UNetEngine` in float16, whose calls replay a CUDA graph. On a CPU the engine
     and the network itself are timed at the first call with a shape, and the fastest is used. The
-    logger "ddpm_fast" reports each choice, and `report` lists them. Calls are thread-safe. Engines
-    are rebuilt after weights were replaced or written in place; writes through `.data` are not
-    noticed: call `refresh` after them. A copy or pickle holds the network, without the choices.
+    logger "ddpm_fast" reports each choice, and `report` lists them. Calls are thread-safe. A copy
+    or pickle holds the network, without the choices.
+
+    Engines and graphs are rebuilt when the contents of the weights have changed, whatever wrote
+    them. A `Sampler`, a pipeline or a bound compares them once, before the first step of each run.
+    A direct call on a CPU compares before it answers. A direct call on a GPU starts a comparison
+    and reads the result of the previous one: the first call after a change may use the old weights,
+    unless `refresh` was called.
 
     Args:
         unet: A `UNet` or a UNet2DModel of diffusers. It is not changed. Dropout is not applied.
@@ -74,6 +80,8 @@ class AcceleratedUNet:
         num_timesteps: Timesteps are in [0, num_timesteps). None: the number in the configuration
             of `unet`, or 1000.
         tuner: Measures and caches choices. None: a `Tuner` with its cache on disk.
+        check_weights: Compare the weights. False saves one pass over their memory in each direct
+            call; call `refresh` after each change.
 
     Attributes:
         network: The network.
@@ -81,11 +89,14 @@ class AcceleratedUNet:
         device: Device of the network.
         dtype: Dtype of images that are read without a copy.
         num_timesteps: Number of timesteps.
+        training: False: calls never apply dropout, whatever the mode of the network.
 
     Raises:
         TypeError: `unet` is no such network or is float64, or `dtype` is another dtype.
         ValueError: `UNet` does not support an option of the network, or `num_timesteps` is below 1.
     """
+
+    training = False
 
     def __init__(
         self,
@@ -94,12 +105,17 @@ class AcceleratedUNet:
         dtype: torch.dtype | None = None,
         num_timesteps: int | None = None,
         tuner: Tuner | None = None,
+        check_weights: bool = True,
     ) -> None:
         if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32):
             got = checks.dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
             raise TypeError(f"dtype must be float16, bfloat16 or float32; got {got}")
         self.network = unet
-        self._options: dict[str, Any] = {"dtype": dtype, "num_timesteps": num_timesteps}
+        self._options: dict[str, Any] = {
+            "dtype": dtype,
+            "num_timesteps": num_timesteps,
+            "check_weights": bool(check_weights),
+        }
         self._unet = _as_unet(unet)
         if self._unet.dtype == torch.float64:
             raise TypeError("unet must be float16, bfloat16 or float32; got float64")
@@ -110,10 +126,11 @@ class AcceleratedUNet:
         # On a CPU the network itself may run, which reads images in its own dtype.
         self.dtype = self._engine_dtype if on_gpu else self._unet.dtype
         self._tuner = tuner if tuner is not None else Tuner(self.device)
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._runners: dict[tuple[int, ...], _Runner] = {}
         self._pinned: list[_Runner] = []
         self._weights: WeightWatcher | None = WeightWatcher(unet)
+        self._generation = 0  # of the weights
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(AcceleratedUNet, **self._options), (self.network,)
@@ -136,6 +153,7 @@ class AcceleratedUNet:
         """
         x = self._checked(x)
         t = checks.index("t", t, x, self.num_timesteps)
+        runs_on_thread_pool(self.device)
         if x.shape[0] == 0:
             return x.new_empty(0, self.config.out_channels, *x.shape[2:])
         return self._runner(tuple(x.shape)).run(x, t, class_labels)
@@ -179,9 +197,10 @@ class AcceleratedUNet:
             self._weights = None
 
     def captured_state(self) -> object:
-        """Return a value that changes when a CUDA graph of a call must be captured again."""
-        with self._lock:
-            return self._weights is not None and self._weights.state()
+        """Compare the weights; return a value that changes when a graph must be captured again."""
+        with self._locked():
+            self._check_weights(wait=True)
+            return self._generation
 
     def _checked(self, x: Any) -> Tensor:
         checks.floating("x", x)
@@ -199,22 +218,50 @@ class AcceleratedUNet:
 
     def _runner(self, shape: tuple[int, ...]) -> _Runner:
         """Return the runner of a shape; build it at first use and after changes of the weights."""
-        # Lock order: a capture's warm-up holds the capture lock when it calls this.
-        with CAPTURE_LOCK if self.device.type == "cuda" else nullcontext(), self._lock:
-            if self._weights is None or self._weights.changed():
-                self._let_go(list(self._runners))
-                self._pinned.clear()
-                self._unet = _as_unet(self.network)
-                self._weights = WeightWatcher(self.network)
+        with self._locked():
+            self._check_weights()
             found = self._runners.pop(shape, None)
             if found is None:
                 found = self._choose(shape)
                 self._let_go(list(self._runners)[: 1 - _MAX_RUNNERS])
             self._runners[shape] = found
             on_gpu = self.device.type == "cuda"
-            if on_gpu and is_capturing() and not retain_for_graph(found):
-                self._pin(found)
+            if on_gpu and is_capturing():
+                retained = retain_for_graph(found)
+                retain_for_graph(self)  # the graph is outdated when the weights change
+                if not retained:
+                    self._pin(found)
         return found
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        # Lock order: a capture's warm-up holds the capture lock when it calls the network.
+        with CAPTURE_LOCK if self.device.type == "cuda" else nullcontext(), self._lock:
+            yield
+
+    def _check_weights(self, wait: bool = False) -> None:
+        """Drop all engines if the weights have changed, or `refresh` was called.
+
+        Args:
+            wait: Wait for the comparison. False: wait on a CPU and in a run, which compares once.
+        """
+        run, stale = current_run(), self._weights is None
+        if not stale and self._options["check_weights"]:
+            if run is not None and self in run.checked:
+                return
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return
+            deferred = self.device.type == "cuda" and run is None and not wait
+            watcher = cast(WeightWatcher, self._weights)
+            stale = watcher.changed_before() if deferred else watcher.changed()
+        if stale:
+            self._let_go(list(self._runners))
+            self._pinned.clear()
+            self._unet = _as_unet(self.network)
+            self._weights = WeightWatcher(self.network)
+            self._generation += 1
+        if run is not None:
+            run.checked.add(self)
 
     def _pin(self, runner: _Runner) -> None:
         """Keep what a graph of the caller reads, which may outlive the runner."""
@@ -293,7 +340,7 @@ class EvalMode:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._lock = threading.Lock()  # modes are restored before another call runs
+        self._lock = ForkSafeLock()  # modes are restored before another call runs
 
     def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
         """Run the network in evaluation mode and return its output tensor."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_fast.utils.cuda_graphs import GraphedStep, is_capturing
+from ddpm_fast.utils.fork import ForkSafeLock
 
 
 class GraphedModel:
@@ -25,7 +25,7 @@ class GraphedModel:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._inputs: list[Tensor | None] = []
         self._out: Tensor | None = None
         self._graph: GraphedStep | None = None

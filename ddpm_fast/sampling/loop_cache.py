@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -11,6 +10,7 @@ import torch
 
 from ddpm_fast.sampling.step_loop import Model, StepLoop
 from ddpm_fast.utils.cuda_graphs import UNROLLED_STEPS, CaptureError, GraphedStep, capture_key
+from ddpm_fast.utils.fork import ForkSafeLock, runs_on_thread_pool
 
 Graph = Literal["auto"] | bool
 
@@ -45,7 +45,7 @@ class LoopCache:
     """
 
     def __init__(self, model: Model, device: torch.device, graph: Graph, capacity: int) -> None:
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._model, self._device, self._graph, self._capacity = model, device, graph, capacity
         self._loops: dict[Hashable, CachedLoop] = {}
         self._captured_state: object = None
@@ -61,9 +61,18 @@ class LoopCache:
     def acquire(self) -> Iterator[None]:
         """Lock the cache, and order the GPU work of this call after that of the previous one.
 
-        Loops whose graph reads replaced parameters of the model are evicted.
+        Loops whose graph reads old or replaced parameters of the model are evicted.
+
+        Raises:
+            RuntimeError: This thread holds the cache already.
         """
+        if self._lock.held:
+            raise RuntimeError(
+                "sampler must not be used within its own run, by the model or by progress; create"
+                " another Sampler for that"
+            )
         with self._lock:
+            runs_on_thread_pool(self._device)
             if self._device.type != "cuda":
                 yield
                 return
@@ -73,6 +82,9 @@ class LoopCache:
             if state != self._captured_state:
                 self._loops.clear()
             self._captured_state = state
+            for key, cached in list(self._loops.items()):
+                if isinstance(cached.advance, GraphedStep) and cached.advance.outdated():
+                    del self._loops[key]
             yield
             self._done = torch.cuda.current_stream(self._device).record_event()
 

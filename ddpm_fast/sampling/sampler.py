@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ddpm_fast.diffusion.model_call import check_eval_mode
 from ddpm_fast.diffusion.model_output import model_placement
 from ddpm_fast.ops import get_backend
 from ddpm_fast.ops.philox import STREAM_START, random_words
 from ddpm_fast.sampling.labels import as_null_label
 from ddpm_fast.sampling.loop_cache import CachedLoop, Graph, LoopCache
 from ddpm_fast.sampling.noise_source import GeneratorNoise, as_noise, source_of
+from ddpm_fast.sampling.progress import Progress, step_bar
 from ddpm_fast.sampling.step_loop import Model, StepLoop
 from ddpm_fast.sampling.step_table import StepTable
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.batching import MicroBatch, micro_batches
+from ddpm_fast.utils.run_scope import run_scope
 
 Noise = Literal["philox"] | torch.Generator | Sequence[torch.Generator] | GeneratorNoise | Tensor
-
-
-class Progress(Protocol):
-    """Progress bar, such as that of tqdm."""
-
-    def update(self, n: int) -> object:
-        """Advance by `n` steps."""
 
 
 class Sampler:
@@ -41,7 +35,7 @@ class Sampler:
             ...]. Returns the prediction of the table, or an object whose `sample` is it, with the
             shape of x, or with twice the channels, the second half a learned variance; float32,
             float16 or bfloat16. Under guidance B is twice the micro-batch. The model must not write
-            to x. The sampler does not switch it to eval mode.
+            to its inputs, and must be in evaluation mode where it has dropout.
         table: The step table.
         sample_shape: Shape of one sample, such as (3, 32, 32).
         micro_batch: Number of samples in a forward pass. It determines the last bits of a sample:
@@ -231,8 +225,10 @@ class Sampler:
         Raises:
             TypeError: An argument or the model's return value has another type or dtype.
             ValueError: An argument or the model's return value has another shape or device, or is
-                out of range.
+                out of range. The model is in training mode, with dropout.
+            RuntimeError: The model wrote to its inputs, or this sampler is used within its own run.
         """
+        check_eval_mode(self._model)
         num = checks.integer("num", num, 0, 1 << 40)
         checks.integer("seed", seed, 0, checks.SEED_END)
         first_sample = checks.integer("first_sample", first_sample, 0, checks.SAMPLE_END - num)
@@ -253,7 +249,8 @@ class Sampler:
         result = checks.empty_samples(num, self.sample_shape, self.state_dtype, self.device)
         states = result.new_empty((len(return_steps), *shape)) if return_steps is not None else None
         batches = list(micro_batches(num, first_sample, self.micro_batch, self.pad))
-        with self._loops.acquire(), _bar(progress, len(batches) * self.table.steps) as bar:
+        total = len(batches) * self.table.steps
+        with run_scope(), self._loops.acquire(), step_bar(progress, total) as bar:
             for batch in batches:
                 cached = self._loop(batch.size, classes)
                 if cached.warning is not None:
@@ -365,13 +362,6 @@ class Sampler:
             count = checks.integer(f"return_steps[{i}]", value, 0, self.table.steps + 1)
             positions.setdefault(count, []).append(i)
         return positions
-
-
-def _bar(progress: bool | Progress, steps: int) -> AbstractContextManager[Progress]:
-    """Return the progress bar of a call."""
-    if not isinstance(progress, bool):
-        return nullcontext(progress)
-    return tqdm(total=steps, desc="sampling", unit="step", disable=not progress)
 
 
 def _placement(

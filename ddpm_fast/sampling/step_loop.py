@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_fast.diffusion.model_call import call_model
 from ddpm_fast.diffusion.model_output import model_tensor, split_learned_variance
 from ddpm_fast.ops import Backend
 from ddpm_fast.ops.philox import STREAM_STEPS, STREAM_X_T, philox_rng
@@ -157,7 +158,7 @@ class StepLoop:
         if len(self._input) > len(self.x):
             t = t.repeat(2)
         arguments = () if self._labels is None else (self._labels,)
-        out, v, out2 = self._outputs(self._model(self._input, t, *arguments))
+        out, v, out2 = self._outputs(call_model(self._model, self._input, t, *arguments))
         threshold, s = self._table.threshold, None
         if threshold is not None:
             s = thresholds(threshold, self.x, out, out2, self._rows, self.step_index)

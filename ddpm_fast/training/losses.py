@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddpm_fast.diffusion.bound_terms import DECODERS, BoundTerms, Decoder
 from ddpm_fast.diffusion.forward import q_sample, q_sample_philox
+from ddpm_fast.diffusion.model_call import call_model
 from ddpm_fast.diffusion.model_output import prediction_of
 from ddpm_fast.diffusion.parameterization import Prediction, check_prediction, prediction_target
 from ddpm_fast.diffusion.schedule import NoiseSchedule
@@ -152,7 +153,7 @@ def training_losses(
     x_t, noise = _add_noise(
         x0, t, schedule, noise, seed, stream, first_sample, offset_noise, backend
     )
-    output = model(x_t, t) if labels is None else model(x_t, t, labels)
+    output = call_model(model, x_t, t, *(() if labels is None else (labels,)))
     pred, learned_output = prediction_of(output, x0, learned)
     mse = _mean((pred - prediction_target(prediction, x0, noise, inside, schedule)).square())
     loss, vb = mse if weight is None else weight * mse, None

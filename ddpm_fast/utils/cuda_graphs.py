@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from ddpm_fast.utils.fork import ForkSafeLock
+
 # Libraries select kernels and allocate memory in their first calls, which a capture forbids.
 WARM_UP_CALLS = 3
 UNROLLED_STEPS = 8  # steps in the longer of the two graphs: an eighth of the launches
-CAPTURE_LOCK = threading.RLock()  # a process captures one graph at a time
+CAPTURE_LOCK = ForkSafeLock()  # a process captures one graph at a time
 _thread_state = threading.local()
 
 
@@ -24,10 +26,11 @@ def is_capturing() -> bool:
 def retain_for_graph(value: object) -> bool:
     """Keep an object alive as long as the graph that this thread is about to capture.
 
-    For models that may release their buffers while a graph captured from them is in use.
+    For models that may release their buffers while a graph captured from them is in use. A model
+    with a method `captured_state` makes the graph outdated when the value of that changes.
 
     Args:
-        value: An object whose memory the graph reads.
+        value: An object whose memory the graph reads, or a model.
 
     Returns:
         False if this thread captures no graph.
@@ -74,6 +77,15 @@ class GraphedStep:
                 " the GPU, copy from the host or branch on device values"
             ) from error
         self._one, self._many = graphs[0], graphs[1] if unrolled else None
+        self._captured_states = self._states()
+
+    def outdated(self) -> bool:
+        """Return True if a model that was captured has changed and must be captured again."""
+        return self._states() != self._captured_states
+
+    def _states(self) -> list[object]:
+        states = (getattr(value, "captured_state", None) for value in self._retained)
+        return [state() for state in states if callable(state)]
 
     def __call__(self, steps: int = 1) -> None:
         """Enqueue a number of steps on the current stream of the device."""

@@ -13,29 +13,9 @@ import torch
 
 import ddpm_fast
 from cases import BF16, F32, SCHEDULE, same_bits
-from ddpm_fast import Sampler, StepTable, Tuner, UNet, UNetConfig, accelerate
-from engine_cases import CPU, arguments, small
+from ddpm_fast import Sampler, StepTable, UNet, UNetConfig, accelerate
+from engine_cases import Prefers, arguments, small
 from unet_cases import SMALL, relative_error
-
-
-class Prefers(Tuner):
-    """Tuner that chooses a given network instead of timing."""
-
-    def __init__(self, name):
-        super().__init__(CPU, mode="off")
-        self.wanted = name
-        self.requests = []
-
-    def fastest(self, key, candidates):
-        if not key.startswith("network"):
-            return super().fastest(key, candidates)
-        for call in candidates.values():
-            call()
-        self.requests.append(list(candidates))
-        self._choices[key] = ddpm_fast.engine.autotune.tuner.TunerChoice(
-            self.wanted, dict.fromkeys(candidates, 0.5)
-        )
-        return self.wanted
 
 
 @pytest.fixture
@@ -236,18 +216,6 @@ def test_the_engine_ignores_autocast(options):
         assert same_bits(model(*args), outside)
         fresh = accelerate(unet, tuner=Prefers("engine float32"))
         assert same_bits(fresh(*args), outside)
-
-
-def test_writes_through_data_take_effect_after_refresh():
-    unet = small()
-    x, t = arguments(unet.config)
-    model = accelerate(unet, tuner=Prefers("engine float32"))
-    before, state = model(x, t), model.captured_state()
-    unet.conv_out.bias.data.add_(1)
-    assert same_bits(model(x, t), before)
-    model.refresh()
-    assert model.captured_state() != state
-    assert (model(x, t) - before - 1).abs().max() < 1e-5
 
 
 def test_dropout_stays_off_in_every_thread():

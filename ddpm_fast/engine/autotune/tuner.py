@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ import torch
 from ddpm_fast.engine.autotune.cache import PlanCache, TunerChoice
 from ddpm_fast.utils import checks
 from ddpm_fast.utils.cuda_graphs import CAPTURE_LOCK, capture_graphs
+from ddpm_fast.utils.fork import ForkSafeLock
 
 _log = logging.getLogger("ddpm_fast")
 
@@ -134,7 +134,7 @@ class Tuner:
         self._cache = cache
         self._timer = timer
         self._choices: dict[str, TunerChoice] = {}
-        self._lock = threading.RLock()  # concurrent timings would disturb each other
+        self._lock = ForkSafeLock()  # concurrent timings would disturb each other
 
     @property
     def choices(self) -> dict[str, TunerChoice]:
