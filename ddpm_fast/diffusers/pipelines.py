@@ -27,6 +27,7 @@ from ddpm_fast.diffusers.scheduler_options import (
     check_compat,
     get_compat,
     get_options,
+    warn_of_ignored_prediction,
 )
 from ddpm_fast.diffusers.step_tables import step_table
 from ddpm_fast.engine import AcceleratedUNet, Tuner
@@ -356,6 +357,7 @@ def accelerate_pipeline(
             setattr(fast, name, value)
     fast.settings = settings
     check_components(fast.unet, fast.scheduler, fast._compat)
+    warn_of_ignored_prediction(fast.scheduler)
     fast._current()
     return fast
 

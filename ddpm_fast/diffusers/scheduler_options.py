@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from functools import cache
 from typing import Any, Literal, cast
 
@@ -39,7 +40,8 @@ def base_class(scheduler: Any) -> type:
     base = _base_class(scheduler)
     for name, value in get_options(scheduler).items():
         accepted = _SUPPORTED[base].accepted_values(name, _defaults(base)[name])
-        if accepted and value not in accepted:
+        off = not value and not all(accepted)  # null is as good as false
+        if accepted and value not in accepted and not off:
             raise ValueError(
                 f"scheduler option {name} of {base.__name__} must be"
                 f" {' or '.join(map(repr, accepted))}; got {value!r}"
@@ -85,6 +87,16 @@ def get_prediction(scheduler: Any) -> Prediction:
     return cast(Prediction, PREDICTIONS[scheduler.config.prediction_type])
 
 
+def warn_of_ignored_prediction(scheduler: Any) -> None:
+    """Warn if a configuration of an old release says x0, and diffusers reads it as epsilon."""
+    if scheduler.config.get("predict_epsilon") is False and get_prediction(scheduler) == "epsilon":
+        warnings.warn(
+            "scheduler option predict_epsilon=False is ignored by this release of diffusers, which"
+            " samples with prediction_type 'epsilon'; set prediction_type='sample'",
+            stacklevel=4,
+        )
+
+
 def has_learned_variance(scheduler: Any) -> bool:
     """Return True if a scheduler expects a variance in the model output."""
     return get_options(scheduler).get("variance_type") in ("learned", "learned_range")
@@ -95,10 +107,10 @@ def get_clip(scheduler: Any) -> Clip:
     config = get_options(scheduler)
     if config["thresholding"]:
         quantile, cap = config["dynamic_thresholding_ratio"], config["sample_max_value"]
-        return DynamicThreshold(
-            checks.real("dynamic_thresholding_ratio", quantile, 0, 1, "(]"),
-            checks.real("sample_max_value", cap, 0, math.inf, "()"),
-        )
+        quantile = checks.real("dynamic_thresholding_ratio", quantile, 0, 1, "(]")
+        if cap is None:
+            return DynamicThreshold(quantile)
+        return DynamicThreshold(quantile, checks.real("sample_max_value", cap, 0, math.inf, "()"))
     if not config.get("clip_sample"):
         return None
     return checks.real("clip_sample_range", config["clip_sample_range"], 0, math.inf, "()")

@@ -104,6 +104,11 @@ def chain_timesteps(scheduler: Any, corrected: bool) -> list[int]:
         found = list(dict.fromkeys(t for t in found if t >= 0))
     T = len(scheduler.alphas_cumprod)
     outside = [t for t in found if not 0 <= t < T]
+    if outside and scheduler.config.num_train_timesteps > T:
+        raise ValueError(
+            f"num_train_timesteps must be {T}, as many as trained_betas (its default is 1000); got"
+            f" {scheduler.config.num_train_timesteps}"
+        )
     if outside:
         raise ValueError(
             f"timesteps must be in [0, {T - 1}]; got {outside[0]} from set_timesteps"

@@ -47,6 +47,18 @@ def capped_betas(curve: Tensor, max_beta: float) -> Tensor:
     return (1 - curve[1:] / curve[:-1]).clamp(max=checks.real("max_beta", max_beta, 0, 1, "(]"))
 
 
+def laplace_curve(T: int) -> Tensor:
+    """Return the laplace curve of diffusers [T + 1], whose log-SNR has a Laplace distribution.
+
+    It is the square root of SNR / (1 + SNR), and starts below 1 (Hang et al. 2024, as in
+    betas_for_alpha_bar).
+    """
+    from_middle = 0.5 - unit_interval(T + 1)
+    sign = torch.where(from_middle >= 0, 1.0, -1.0)
+    log_snr = -0.5 * sign * torch.log(1 - 2 * from_middle.abs() + 1e-6)
+    return torch.sigmoid(log_snr).sqrt()
+
+
 def float64_vector(name: str, values: object) -> Tensor:
     """Return a float64 CPU copy of a sequence of finite real numbers [T], T >= 1."""
     try:

@@ -234,7 +234,7 @@ def _read_scheduler(
         return None, None
     config = read_json(path)
     # diffusers uses the class in model_index.json, also if the file has another one.
-    held = config.get("_class_name", named)
+    held = config.get("_class_name") or named
     if named and held in SCHEDULERS and diffusers_scheduler(held) != diffusers_scheduler(named):
         held = named
     if held is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from ddpm_fast.diffusion.schedule import NoiseSchedule, ScheduleWarning
+from ddpm_fast.diffusion.schedule_values import capped_betas, laplace_curve
 from ddpm_fast.diffusion.thresholding import Clip, DynamicThreshold
 from ddpm_fast.models.base_config import is_finite, is_integer
 from ddpm_fast.utils import checks
@@ -42,6 +43,7 @@ _DEFAULTS: dict[str, Any] = {
     "steps_offset": 0,
     "rescale_betas_zero_snr": False,
 }
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 _CLIP = ("clip_sample", "clip_sample_range")
 _THRESHOLD = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
@@ -52,15 +54,18 @@ class SchedulerSpec:
 
     Attributes:
         lacks: Options in `_DEFAULTS` that the scheduler does not have; it samples without them.
+        beta_schedules: Values of beta_schedule.
         spacing: Default of timestep_spacing.
         solver: Options of the solver, which change neither schedule nor model output.
         fixed: Options that change the timesteps or the meaning of the model output, each with the
-            only value that `parse_scheduler` accepts.
+            only value that `parse_scheduler` accepts besides null, false and 0, which switch it
+            off.
         drop_in: Options of which `ddpm_fast.diffusers` accepts only some values, and these. None:
             it does not support the scheduler.
     """
 
     lacks: tuple[str, ...] = ()
+    beta_schedules: tuple[str, ...] = _BETA_SCHEDULES
     spacing: str = "leading"
     solver: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -101,7 +106,7 @@ _MULTISTEP_DROP_IN = {
 }
 _SINGLE_STEP = SchedulerSpec(solver=("set_alpha_to_one",), drop_in=_DROP_IN)
 SPECS: Mapping[str, SchedulerSpec] = {
-    "DDPMScheduler": _SINGLE_STEP,
+    "DDPMScheduler": replace(_SINGLE_STEP, beta_schedules=(*_BETA_SCHEDULES, "laplace")),
     "DDIMScheduler": _SINGLE_STEP,
     "DPMSolverMultistepScheduler": SchedulerSpec(
         lacks=_CLIP,
@@ -167,10 +172,13 @@ def parse_scheduler(config: Mapping[str, Any]) -> SchedulerOptions:
     """Parse the contents of scheduler_config.json.
 
     Options of the solver are ignored. Options that the scheduler does not have are ignored with a
-    warning, as in diffusers.
+    warning, as in diffusers. As there, null switches an option off, and the bounds of a clip that
+    is off may have any value.
 
     Args:
-        config: Options by name; missing ones have their defaults in diffusers.
+        config: Options by name; missing ones have their defaults in diffusers. The option
+            predict_epsilon of old releases is read as their successors did: false is the
+            prediction_type "sample", true is "epsilon".
 
     Raises:
         ValueError: The scheduler or a value is not supported.
@@ -180,9 +188,14 @@ def parse_scheduler(config: Mapping[str, Any]) -> SchedulerOptions:
         _reject("_class_name", name, f"one of {', '.join(SCHEDULERS)}")
     spec = SPECS[diffusers_scheduler(name)]
     options = {key: value for key, value in config.items() if not key.startswith("_")}
+    if "predict_epsilon" in options:
+        options["prediction_type"] = _prediction_type(options)
+        del options["predict_epsilon"]
     for option, value in spec.fixed.items():
-        if option in options and options.pop(option) != value:
-            _reject(option, config[option], repr(value))
+        given = options.pop(option, value)
+        # No lower bound of lambda is off but -inf.
+        if given != value and (given or value == -math.inf):
+            _reject(option, given, repr(value))
     if ignored := sorted(options.keys() - spec.schedule - set(spec.solver)):
         warnings.warn(f"scheduler options ignored: {', '.join(ignored)}", stacklevel=2)
     options = {
@@ -195,14 +208,17 @@ def parse_scheduler(config: Mapping[str, Any]) -> SchedulerOptions:
     if options["variance_type"] is None:
         options["variance_type"] = _DEFAULTS["variance_type"]
     for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
-        if not isinstance(options[name], bool):
+        if options[name] not in (True, False, None):
             _reject(name, options[name], "true or false")
+        options[name] = bool(options[name])
+    options["steps_offset"] = options["steps_offset"] or 0
     for name, accepted in (
         ("prediction_type", tuple(PREDICTIONS)),
         ("variance_type", tuple(VARIANCES)),
         ("timestep_spacing", SPACINGS),
+        ("beta_schedule", spec.beta_schedules if options["trained_betas"] is None else ()),
     ):
-        if options[name] not in accepted:
+        if accepted and options[name] not in accepted:
             _reject(name, options[name], f"one of {', '.join(accepted)}")
     if not is_integer(options["steps_offset"], 0):
         _reject("steps_offset", options["steps_offset"], "an integer >= 0")
@@ -216,21 +232,39 @@ def parse_scheduler(config: Mapping[str, Any]) -> SchedulerOptions:
     )
 
 
+def _prediction_type(options: Mapping[str, Any]) -> Any:
+    """Return prediction_type for options that have predict_epsilon."""
+    old, new = options["predict_epsilon"], options.get("prediction_type")
+    if old is None:
+        return new or _DEFAULTS["prediction_type"]
+    if not isinstance(old, bool):
+        _reject("predict_epsilon", old, "true, false or null")
+    if not old:
+        # Later releases wrote their default, "epsilon", beside it.
+        if new not in (None, "epsilon", "sample"):
+            _reject("predict_epsilon", old, f"null or true with prediction_type {new!r}")
+        return "sample"
+    # Its default, true, remained in files whose prediction_type was set later.
+    return new or "epsilon"
+
+
 def _clip(options: Mapping[str, Any]) -> Clip:
-    bound, ratio, cap = (
-        options[name]
-        for name in ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value")
-    )
+    # As in diffusers, thresholding precedes clip_sample, and neither reads options of the other.
+    if options["thresholding"]:
+        ratio, cap = options["dynamic_thresholding_ratio"], options["sample_max_value"]
+        if not is_finite(ratio) or not 0 < ratio <= 1:
+            _reject("dynamic_thresholding_ratio", ratio, "a number in (0, 1]")
+        if cap is None:
+            return DynamicThreshold(float(ratio))
+        if not is_finite(cap) or cap <= 0:
+            _reject("sample_max_value", cap, "null or a finite number > 0")
+        return DynamicThreshold(float(ratio), float(cap))
+    if not options["clip_sample"]:
+        return None
+    bound = options["clip_sample_range"]
     if not is_finite(bound) or bound <= 0:
         _reject("clip_sample_range", bound, "a finite number > 0")
-    if not is_finite(ratio) or not 0 < ratio <= 1:
-        _reject("dynamic_thresholding_ratio", ratio, "a number in (0, 1]")
-    if not is_finite(cap) or cap <= 0:
-        _reject("sample_max_value", cap, "a finite number > 0")
-    # As in diffusers, thresholding precedes clip_sample.
-    if options["thresholding"]:
-        return DynamicThreshold(float(ratio), float(cap))
-    return float(bound) if options["clip_sample"] else None
+    return float(bound)
 
 
 def _schedule(options: Mapping[str, Any]) -> NoiseSchedule:
@@ -240,18 +274,19 @@ def _schedule(options: Mapping[str, Any]) -> NoiseSchedule:
         if betas is not None:
             schedule = NoiseSchedule.from_betas(betas)
             if steps != schedule.T:
-                _reject("num_train_timesteps", steps, f"{schedule.T}, as many as trained_betas")
+                accepted = f"{schedule.T}, as many as trained_betas (its default is 1000)"
+                _reject("num_train_timesteps", steps, accepted)
         elif name == "linear":
             schedule = NoiseSchedule.linear(steps, *ends)
         elif name == "scaled_linear":
             schedule = NoiseSchedule.scaled_linear(steps, *ends)
         elif name == "squaredcos_cap_v2":
             schedule = NoiseSchedule.cosine(steps)
-        elif name == "sigmoid":
-            schedule = NoiseSchedule.sigmoid(steps, *ends)
+        elif name == "laplace":
+            betas = capped_betas(laplace_curve(checks.integer("T", steps, 1)), 0.999)
+            schedule = NoiseSchedule.from_betas(betas, name)
         else:
-            accepted = "one of linear, scaled_linear, squaredcos_cap_v2, sigmoid"
-            _reject("beta_schedule", name, accepted)
+            schedule = NoiseSchedule.sigmoid(steps, *ends)
         if options["rescale_betas_zero_snr"]:
             schedule = schedule.rescale_zero_terminal_snr()
     except TypeError as error:
@@ -294,8 +329,6 @@ def make_scheduler_config(
     bound = clip if isinstance(clip, float | int) else None
     if clip is not threshold and (bound is None or not is_finite(bound) or bound <= 0):
         raise ValueError(f"clip must be None, a finite number > 0 or a threshold; got {clip!r}")
-    if threshold and math.isinf(threshold.cap):
-        raise ValueError(f"clip must be a threshold with a finite cap; got {clip!r}")
     return {
         "_class_name": "DDPMScheduler",
         **_DEFAULTS,
@@ -306,14 +339,23 @@ def make_scheduler_config(
         "clip_sample_range": 1.0 if bound is None else float(bound),
         "thresholding": threshold is not None,
         "dynamic_thresholding_ratio": threshold.quantile if threshold else 0.995,
-        "sample_max_value": threshold.cap if threshold else 1.0,
+        "sample_max_value": _finite(threshold.cap) if threshold else 1.0,
         "timestep_spacing": spacing,
     }
 
 
+def _finite(cap: float) -> float | None:
+    return None if math.isinf(cap) else cap
+
+
 def _describe_betas(schedule: NoiseSchedule) -> dict[str, Any]:
     betas = schedule.betas.tolist()
-    names = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+    names = {
+        "linear": "linear",
+        "scaled_linear": "scaled_linear",
+        "cosine": "squaredcos_cap_v2",
+        "laplace": "laplace",
+    }
     named = {
         "num_train_timesteps": schedule.T,
         "beta_schedule": names.get(schedule.name, "linear"),
@@ -321,7 +363,7 @@ def _describe_betas(schedule: NoiseSchedule) -> dict[str, Any]:
         "beta_end": betas[-1],
     }
     if schedule.name in names:
-        if schedule.name == "cosine":
+        if schedule.name in ("cosine", "laplace"):
             del named["beta_start"], named["beta_end"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ScheduleWarning)

@@ -90,8 +90,8 @@ CORRUPTIONS = {
         edit_json(SCHEDULER, _class_name="LMSDiscreteScheduler"),
         "scheduler_config.json.*LMSDiscrete"),
     "beta-schedule": (
-        edit_json(SCHEDULER, beta_schedule="laplace"),
-        "scheduler_config.json.*beta_schedule must .*got 'laplace'"),
+        edit_json(SCHEDULER, beta_schedule="exp"),
+        "scheduler_config.json.*beta_schedule must .*got 'exp'"),
     "beta-above-one": (
         edit_json(SCHEDULER, trained_betas=[0.1, 1.5], num_train_timesteps=2),
         "scheduler_config.json.*1.5"),
@@ -103,7 +103,7 @@ CORRUPTIONS = {
         edit_json(SCHEDULER, prediction_type="flow"), "prediction_type must .*got 'flow'"),
     "variance": (edit_json(SCHEDULER, variance_type="big"), "variance_type must .*got 'big'"),
     "spacing": (edit_json(SCHEDULER, timestep_spacing=3), "timestep_spacing must .*got 3"),
-    "clip": (edit_json(SCHEDULER, clip_sample=1), "clip_sample must .*got 1"),
+    "clip": (edit_json(SCHEDULER, clip_sample="no"), "clip_sample must .*got 'no'"),
     "range": (edit_json(SCHEDULER, clip_sample_range=-1), "clip_sample_range must .*got -1"),
     "offset": (edit_json(SCHEDULER, steps_offset=-1), "steps_offset must .*got -1"),
     "weights-empty": (write(UNET_FILE, b""), TRUNCATED),

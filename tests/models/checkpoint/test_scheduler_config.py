@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +129,81 @@ def test_options_that_a_scheduler_lacks_are_off_with_a_warning(kind, options, ig
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert found == parse_scheduler({"_class_name": kind})
+
+
+@pytest.mark.parametrize(
+    ("options", "clip"),
+    [
+        ({"clip_sample": None}, None),
+        ({"clip_sample": False, "clip_sample_range": None}, None),
+        ({"thresholding": None, "sample_max_value": None}, 1.0),
+        ({"thresholding": False, "dynamic_thresholding_ratio": 0}, 1.0),
+        ({"thresholding": True, "sample_max_value": None}, DynamicThreshold(0.995)),
+        ({"thresholding": True, "sample_max_value": 2, "clip_sample_range": 0},
+         DynamicThreshold(0.995, 2.0)),
+        ({"rescale_betas_zero_snr": None, "steps_offset": None, "trained_betas": None}, 1.0),
+    ],
+)  # fmt: skip
+def test_options_that_are_null_or_off(options, clip):
+    assert parse_scheduler(options) == replace(parse_scheduler({}), clip=clip)
+
+
+@pytest.mark.parametrize("option", ["clip_sample_range", "dynamic_thresholding_ratio"])
+def test_a_bound_that_is_needed_is_not_null(option):
+    with pytest.raises(ValueError, match=f"^scheduler option {option} must be .*; got None$"):
+        parse_scheduler({option: None, "thresholding": option != "clip_sample_range"})
+
+
+def test_a_threshold_without_a_cap_is_saved(tmp_path):
+    clip = DynamicThreshold(0.9)
+    save(tmp_path / "model", UNet(**OPTIONS), NoiseSchedule.linear(), clip=clip)
+    assert load(tmp_path / "model").clip == clip
+
+
+def test_betas_and_their_number(folder):
+    edit(folder / SCHEDULER, {"trained_betas": [0.02] * 300})
+    match = "num_train_timesteps must be 300, as many as trained_betas .*1000.*; got 1000$"
+    with pytest.raises(ValueError, match=match):
+        load(folder)
+
+
+@pytest.mark.filterwarnings("ignore::ddpm_fast.ScheduleWarning")
+def test_laplace_schedule(diffusers, folder, tmp_path):
+    edit(folder / SCHEDULER, {"beta_schedule": "laplace"})
+    schedule = load(folder).schedule
+    theirs = diffusers.DDPMScheduler(beta_schedule="laplace")
+    torch.testing.assert_close(schedule.betas, theirs.betas.double(), rtol=1e-6, atol=1e-7)
+    save(tmp_path / "again", UNet(**OPTIONS), schedule)
+    assert load(tmp_path / "again").scheduler_config["beta_schedule"] == "laplace"
+    assert load(tmp_path / "again").schedule == schedule
+
+
+@pytest.mark.filterwarnings("error:scheduler options")
+@pytest.mark.parametrize(
+    ("old", "new", "prediction"),
+    [
+        (False, None, "x0"),
+        (False, "epsilon", "x0"),
+        (False, "sample", "x0"),
+        (True, None, "epsilon"),
+        (True, "v_prediction", "v"),
+        (None, None, "epsilon"),
+    ],
+)
+def test_predict_epsilon_of_old_releases(old, new, prediction):
+    options = {"predict_epsilon": old}
+    if new is not None:
+        options["prediction_type"] = new
+    assert parse_scheduler(options).prediction == prediction
+
+
+def test_predict_epsilon_that_contradicts():
+    for options, match in [
+        ({"predict_epsilon": False, "prediction_type": "v_prediction"}, "'v_prediction'; got F"),
+        ({"predict_epsilon": "no"}, "true, false or null; got 'no'"),
+    ]:
+        with pytest.raises(ValueError, match=f"^scheduler option predict_epsilon must .*{match}"):
+            parse_scheduler(options)
 
 
 def rejected(kind, option, value, accepted):
