@@ -94,7 +94,7 @@ def table_of(
             steps = CPU_STEPS
             reason = f" (the default on a CPU; --steps {length} takes all)"
     options: dict[str, Any] = {} if spacing is None else {"spacing": spacing_of(spacing)}
-    text = f"{steps} of {T}{reason}"
+    text = ""
     if "variance" in chosen.takes:
         options["variance"] = variance or model.variance
         text += f", variance {options['variance']}"
@@ -109,4 +109,7 @@ def table_of(
             "--variance must be posterior or beta for a network of C channels, which learns none;"
             f" got {options['variance']}{'' if variance else ' (of the model)'}"
         )
-    return table, text + ("" if start is None else f", start {start}")
+    count = len(set(table.timesteps.tolist()))
+    if count < steps:
+        reason = f" ({steps} of --spacing {spacing}, without repetitions)"
+    return table, f"{count} of {T}{reason}{text}" + ("" if start is None else f", start {start}")

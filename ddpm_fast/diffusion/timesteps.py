@@ -29,18 +29,19 @@ def timesteps(
         steps: Number of timesteps, 1..T. None: all T, whatever the named spacing.
         spacing: "linspace": both ends included; a single step is t = 0. "leading": multiples of
             T // steps from 0. "trailing": from T - 1 down in strides of T / steps. "quad": squares
-            up to 0.8 T, rounded down (Song et al. 2020, Appendix D.2). Or the timesteps,
-            strictly ascending or descending.
+            up to 0.8 T, rounded down (Song et al. 2020, Appendix D.2). Of many steps, some are
+            rounded to the same timestep, which is listed once: a step between equal noise levels
+            would return its input. Or the timesteps, strictly ascending or descending.
         to_data: Place one timestep more and omit the lowest, for solvers whose last step ends at
             x_0 (diffusers' multistep schedulers). No effect on "trailing" and on listed timesteps.
 
     Returns:
-        Timesteps in [0, T).
+        Timesteps in [0, T), as many as `steps` but for "quad".
 
     Raises:
         TypeError: `T`, `steps` or a listed timestep is not an integer.
         ValueError: A value is out of range; the name is unknown; listed timesteps are repeated or
-            not sorted, or their number is not `steps`; "quad" would repeat a timestep.
+            not sorted, or their number is not `steps`.
     """
     T = checks.integer("T", T, 1)
     if steps is not None:
@@ -53,9 +54,9 @@ def timesteps(
         )
     if steps is None:
         return list(range(T - 1, -1, -1))
-    if to_data and spacing != "trailing":
-        # With all T steps there is no further one to omit.
-        return _spaced(T, min(steps + 1, T), spacing)[:steps]
+    # With all T steps there is no further one to omit.
+    if to_data and spacing != "trailing" and steps < T:
+        return _spaced(T, steps + 1, spacing)[:-1]
     return _spaced(T, steps, spacing)
 
 
@@ -70,12 +71,7 @@ def _spaced(T: int, steps: int, spacing: str) -> list[int]:
         # The stride may round so that arange returns one value too many, at 0.
         chosen = np.arange(T, 0, -T / steps).round()[:steps] - 1
     else:
-        chosen = np.floor(np.linspace(0, np.sqrt(0.8 * T), steps) ** 2)[::-1]
-        if len(set(chosen.tolist())) < steps:
-            raise ValueError(
-                "steps must be small enough that spacing 'quad' repeats no timestep;"
-                f" got {steps} of T = {T}"
-            )
+        chosen = np.unique(np.floor(np.linspace(0, np.sqrt(0.8 * T), steps) ** 2))[::-1]
     return [int(t) for t in chosen]
 
 

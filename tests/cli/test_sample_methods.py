@@ -59,6 +59,14 @@ def test_methods_have_their_own_default_steps() -> None:
         assert f"steps    {steps} of 100" in result.stdout
 
 
+def test_default_steps_with_quad_spacing() -> None:
+    model = saved({"num_train_timesteps": 1000, "beta_end": 0.02})
+    result = sample(model, *OUT, "--method", "ddim", "--spacing", "quad")
+    assert "steps    49 of 1000 (50 of --spacing quad, without repetitions), eta 0" in result.stdout
+    table = StepTable.ddim(ddpm_fast.load(model).schedule, 50, spacing="quad")
+    np.testing.assert_array_equal(np.load("a.npy"), samples_of(model, table))
+
+
 def test_thresholding_of_the_checkpoint_is_used() -> None:
     model = saved({"thresholding": True, "sample_max_value": 2.0})
     sample(model, *OUT)
