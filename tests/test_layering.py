@@ -39,8 +39,8 @@ ORDER = {
         sampler
         codec""",
     "ddpm_fast.engine": """
-        autotune graphed_model specs weight_watch
-        convolution
+        autotune graphed_model specs stand_in weight_watch
+        choice convolution
         fuse_modules plan
         unet_engine
         accelerated_unet

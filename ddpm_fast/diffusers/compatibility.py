@@ -16,6 +16,7 @@ from ddpm_fast.diffusers.scheduler_options import (
     has_learned_variance,
     reject_subclass,
 )
+from ddpm_fast.engine import AcceleratedUNet
 from ddpm_fast.utils import checks
 
 _PROCESSORS = (AttnProcessor, AttnProcessor2_0)  # two implementations of the same attention
@@ -104,5 +105,6 @@ def _modification(module: nn.Module) -> str:
 
 
 def unwrap(unet: Any) -> Any:
-    """Return the network inside the wrapper of torch.compile."""
-    return getattr(unet, "_orig_mod", unet)
+    """Return the network inside a wrapper of torch.compile or an `AcceleratedUNet`."""
+    network = getattr(unet, "_orig_mod", unet)
+    return network.network if isinstance(network, AcceleratedUNet) else network

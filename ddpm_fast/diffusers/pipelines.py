@@ -31,7 +31,7 @@ from ddpm_fast.diffusers.scheduler_options import (
 )
 from ddpm_fast.diffusers.step_tables import step_table
 from ddpm_fast.engine import AcceleratedUNet, Tuner
-from ddpm_fast.engine.accelerated_unet import Choice
+from ddpm_fast.engine.choice import Choice
 from ddpm_fast.ops.aten import no_autocast
 from ddpm_fast.sampling.noise_source import GeneratorNoise
 from ddpm_fast.sampling.sampler import Sampler
@@ -368,7 +368,7 @@ def _as_diffusers(pipe: Any) -> Any:
     base = getattr(type(scheduler), "replaces", None)
     if base is not None:
         scheduler = base.from_config(get_options(scheduler))
-    return _PLAIN[type(pipe)](unet=pipe.unet, scheduler=scheduler)
+    return _PLAIN[type(pipe)](unet=unwrap(pipe.unet), scheduler=scheduler)
 
 
 def _global_generator(device: torch.device) -> torch.Generator:

@@ -15,12 +15,13 @@ def model_placement(model: Any) -> tuple[torch.device | None, torch.dtype | None
 
     Args:
         model: A module, for those of its first floating-point parameter, or another callable, for
-            its attributes `device` and `dtype`.
+            its attributes `device` and `dtype`. An attribute `input_dtype` comes before both.
     """
     source: Any = model
     if isinstance(model, torch.nn.Module):
         source = next((p for p in model.parameters() if p.is_floating_point()), None)
-    device, dtype = getattr(source, "device", None), getattr(source, "dtype", None)
+    device, dtype = getattr(source, "device", None), getattr(model, "input_dtype", None)
+    dtype = getattr(source, "dtype", None) if dtype is None else dtype
     return (
         device if isinstance(device, torch.device) else None,
         dtype if isinstance(dtype, torch.dtype) else None,

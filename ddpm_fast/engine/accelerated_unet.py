@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from ddpm_fast.engine.autotune.tuner import Tuner
+from ddpm_fast.engine.choice import Choice, Run, choose
 from ddpm_fast.engine.graphed_model import GraphedModel
+from ddpm_fast.engine.stand_in import (
+    EvalMode,
+    ModelOutput,
+    StandIn,
+    as_timesteps,
+    needs_gradient,
+    one_of,
+)
 from ddpm_fast.engine.unet_engine import UNetEngine, resolve_num_timesteps
 from ddpm_fast.engine.weight_watch import WeightWatcher
 from ddpm_fast.models import UNet, UNetConfig
@@ -28,26 +35,6 @@ from ddpm_fast.utils.run_scope import current_run
 _log = logging.getLogger("ddpm_fast")
 _MAX_RUNNERS = 4  # shapes whose engines are kept; the least recently used is dropped
 
-Run = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Implementation chosen for one shape.
-
-    Attributes:
-        name: the implementation.
-        seconds: seconds of one call of everything that was timed.
-        drift: largest difference from the original network, relative to its largest output, on
-            random images; None if they were not compared.
-        failed: implementations that raised when they were timed.
-    """
-
-    name: str
-    seconds: Mapping[str, float]
-    drift: float | None
-    failed: tuple[str, ...] = ()
-
 
 @dataclass(frozen=True)
 class _Runner:
@@ -58,7 +45,7 @@ class _Runner:
     engine: UNetEngine | None
 
 
-class AcceleratedUNet:
+class AcceleratedUNet(StandIn):
     """A U-Net run by the fastest available implementation, called as `model(x, t)`.
 
     On a GPU that is a `UNetEngine` in float16, whose calls replay a CUDA graph. On a CPU the engine
@@ -71,6 +58,10 @@ class AcceleratedUNet:
     A direct call on a CPU compares before it answers. A direct call on a GPU starts a comparison
     and reads the result of the previous one: the first call after a change may use the old weights,
     unless `refresh` was called.
+
+    It replaces a UNet2DModel of diffusers in a loop or a pipeline of its own, `pipe.unet = model`:
+    it is a module with the parameters, state dict, mode and methods of `unet`, which is moved by
+    `to`. Calls give no gradient of the weights: train `unet`.
 
     Args:
         unet: A `UNet` or a UNet2DModel of diffusers. It is not changed. Dropout is not applied.
@@ -87,7 +78,8 @@ class AcceleratedUNet:
         network: The network.
         config: Its options.
         device: Device of the network.
-        dtype: Dtype of images that are read without a copy.
+        dtype: Dtype of the network.
+        input_dtype: Dtype of images that are read without a copy.
         num_timesteps: Number of timesteps.
         training: False: calls never apply dropout, whatever the mode of the network.
 
@@ -95,8 +87,6 @@ class AcceleratedUNet:
         TypeError: `unet` is no such network or is float64, or `dtype` is another dtype.
         ValueError: `UNet` does not support an option of the network, or `num_timesteps` is below 1.
     """
-
-    training = False
 
     def __init__(
         self,
@@ -110,21 +100,17 @@ class AcceleratedUNet:
         if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32):
             got = checks.dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
             raise TypeError(f"dtype must be float16, bfloat16 or float32; got {got}")
-        self.network = unet
+        converted = _as_unet(unet)
+        super().__init__(unet)
         self._options: dict[str, Any] = {
             "dtype": dtype,
             "num_timesteps": num_timesteps,
             "check_weights": bool(check_weights),
         }
-        self._unet = _as_unet(unet)
-        if self._unet.dtype == torch.float64:
-            raise TypeError("unet must be float16, bfloat16 or float32; got float64")
-        self.config, self.device = self._unet.config, self._unet.device
-        self.num_timesteps = resolve_num_timesteps(self._unet, num_timesteps)
-        on_gpu = self.device.type == "cuda"
-        self._engine_dtype = dtype or (torch.float16 if on_gpu else self._unet.dtype)
-        # On a CPU the network itself may run, which reads images in its own dtype.
-        self.dtype = self._engine_dtype if on_gpu else self._unet.dtype
+        self._unet, self.config = converted, converted.config
+        self._plain = EvalMode(unet)
+        self.num_timesteps = resolve_num_timesteps(converted, num_timesteps)
+        self._place()
         self._tuner = tuner if tuner is not None else Tuner(self.device)
         self._lock = ForkSafeLock()
         self._runners: dict[tuple[int, ...], _Runner] = {}
@@ -133,30 +119,56 @@ class AcceleratedUNet:
         self._generation = 0  # of the weights
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(AcceleratedUNet, **self._options), (self.network,)
+        return partial(type(self), **self._options), (self.network,)
 
-    @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor | None = None,
+        t: Tensor | float | None = None,
+        class_labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        *,
+        sample: Tensor | None = None,
+        timestep: Tensor | float | None = None,
+    ) -> Tensor | ModelOutput:
         """Predict the network's output for any batch and image size.
 
+        Where a gradient is asked for (`x` or labels require it and grad mode is on, torch.func,
+        forward-mode differentiation), the network itself runs, in evaluation mode.
+
         Args:
-            x: noisy images, as for `UNetEngine`.
-            t: timesteps, as for `UNetEngine`.
-            class_labels: class labels, as for `UNet`.
+            x: Noisy images, as for `UNetEngine`.
+            t: Timesteps, as for `UNetEngine`. They may be floating-point numbers without a
+                fraction, and a single one may be in CPU memory.
+            class_labels: Class labels, as for `UNet`.
+            return_dict: True or False: return a tuple of the output, named `sample`. None: return
+                the output.
+            sample: Another name of `x`, as in diffusers.
+            timestep: Another name of `t`, as in diffusers.
 
         Returns:
-            [N, out_channels, H, W] in the dtype of `x`, channels_last.
+            [N, out_channels, H, W] in the dtype of `x`, channels_last. Its attribute `sample` is
+            the same tensor, as in the output of a diffusers model.
 
         Raises:
-            TypeError: an argument has the wrong type or dtype.
-            ValueError: an argument has the wrong shape, device or range.
+            TypeError: An argument has the wrong type or dtype, or was given twice or not at all.
+            ValueError: An argument has the wrong shape, device or range.
         """
-        x = self._checked(x)
-        t = checks.index("t", t, x, self.num_timesteps)
+        x = self._checked(one_of("x", x, "sample", sample))
+        t = as_timesteps(one_of("t", t, "timestep", timestep), x, self.num_timesteps)
         runs_on_thread_pool(self.device)
-        if x.shape[0] == 0:
-            return x.new_empty(0, self.config.out_channels, *x.shape[2:])
-        return self._runner(tuple(x.shape)).run(x, t, class_labels)
+        if needs_gradient(x, class_labels):
+            out = self._plain(x, t, class_labels)
+        elif x.shape[0] == 0:
+            out = x.new_empty(0, self.config.out_channels, *x.shape[2:])
+        else:
+            with torch.no_grad():
+                out = self._runner(tuple(x.shape)).run(x, t, class_labels)
+        if return_dict is not None:
+            return ModelOutput(out)
+        # A view: a reference to itself would keep the memory until the garbage collection.
+        out.sample = out.view_as(out)  # type: ignore[attr-defined]
+        return out
 
     @property
     def chosen(self) -> dict[tuple[int, ...], Choice]:
@@ -201,6 +213,31 @@ class AcceleratedUNet:
         with self._locked():
             self._check_weights(wait=True)
             return self._generation
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert the network, as `to`, `cuda` and `half` do."""
+        super()._apply(fn, recurse)
+        parameter = next(self.network.parameters())
+        if (parameter.device, parameter.dtype) != (self.device, self.dtype):
+            with self._locked():
+                self._let_go(list(self._runners))
+                self._place()
+                if self._tuner.device.type != self.device.type:
+                    self._tuner = Tuner(self.device)
+                self._weights = None
+        return self
+
+    def _place(self) -> None:
+        """Read the device and the dtype of the network."""
+        parameter = next(self.network.parameters())
+        if parameter.dtype == torch.float64:
+            raise TypeError("unet must be float16, bfloat16 or float32; got float64")
+        self.device, self.dtype = parameter.device, parameter.dtype
+        on_gpu = self.device.type == "cuda"
+        default = torch.float16 if on_gpu else self.dtype
+        self._engine_dtype: torch.dtype = self._options["dtype"] or default
+        # On a CPU the network itself may run, which reads images in its own dtype.
+        self.input_dtype = self._engine_dtype if on_gpu else self.dtype
 
     def _checked(self, x: Any) -> Tensor:
         checks.floating("x", x)
@@ -296,22 +333,12 @@ class AcceleratedUNet:
         if self._engine_dtype != self._unet.dtype:
             exact = {f"engine {checks.dtype_name(self._unet.dtype)}": engine(self._unet.dtype)}
             engines = exact | engines
-        runs: dict[str, Run] = {"module": EvalMode(self.network)}
+        runs: dict[str, Run] = {"module": self._plain}
         if self.network is not self._unet:
             runs["channels_last"] = EvalMode(self._unet)
         runs |= engines
-        x, t, labels = _example(self._unet, shape)
-        key = _key(self._unet, shape, list(runs))
-        name = self._tuner.fastest(key, {k: _thunk(run, x, t, labels) for k, run in runs.items()})
-        want, got = runs["module"](x, t, labels).double(), runs[name](x, t, labels).double()
-        drift = float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
-        _log.info("accelerate: %s for %s", name, list(shape))
-        seconds = self._tuner.seconds(key)
-        failed = tuple(other for other in runs if seconds and other not in seconds)
-        if failed:
-            _log.warning("accelerate: without %s, which failed; the log says why", failed)
-        chosen = Choice(name, seconds, drift, failed)
-        return _Runner(runs[name], chosen, engines.get(name))
+        chosen = choose(self._tuner, self._unet, shape, runs)
+        return _Runner(runs[chosen.name], chosen, engines.get(chosen.name))
 
 
 def _as_unet(module: nn.Module) -> UNet:
@@ -333,51 +360,3 @@ def _as_unet(module: nn.Module) -> UNet:
     unet = unet.to_empty(device=parameter.device).to(parameter.dtype)
     unet.load_state_dict(module.state_dict())
     return unet.train(module.training)
-
-
-class EvalMode:
-    """Network without dropout in any mode, whose output is always a tensor."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._lock = ForkSafeLock()  # modes are restored before another call runs
-
-    def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
-        """Run the network in evaluation mode and return its output tensor."""
-        args = (x, t) if class_labels is None else (x, t, class_labels)
-        with self._lock:
-            training = [module for module in self._module.modules() if module.training]
-            for module in training:
-                module.training = False
-            try:
-                out = self._module(*args)
-            finally:
-                for module in training:
-                    module.training = True
-        return out if isinstance(out, Tensor) else out.sample
-
-
-def _example(unet: UNet, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Create random images, timesteps and labels to time a network."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(unet.device, unet.dtype)
-    x = x.to(memory_format=torch.channels_last)
-    t = torch.arange(shape[0], device=unet.device) % 1000
-    labels: Tensor | None = None
-    if unet.config.class_embed_type == "identity":
-        labels = torch.zeros(shape[0], unet.config.time_channels, device=unet.device)
-    elif unet.class_embedding is not None:
-        labels = torch.zeros(shape[0], dtype=torch.int64, device=unet.device)
-    return x, t, labels
-
-
-def _key(unet: UNet, shape: tuple[int, ...], names: list[str]) -> str:
-    """Return the tuner's key for the choice among `names`."""
-    text = json.dumps(unet.config.to_dict(), sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    size, dtype = "x".join(map(str, shape)), checks.dtype_name(unet.dtype)
-    return f"network {digest} {size} {dtype} of {', '.join(names)}"
-
-
-def _thunk(run: Run, *args: Any) -> Callable[[], Any]:
-    return lambda: run(*args)

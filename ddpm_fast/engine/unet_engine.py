@@ -19,6 +19,7 @@ from ddpm_fast.engine.plan.lowering import lower
 from ddpm_fast.engine.plan.memory import Lifetime, plan_offsets
 from ddpm_fast.engine.plan.operations import Program
 from ddpm_fast.engine.plan.report import EnginePlan, describe
+from ddpm_fast.engine.stand_in import needs_gradient
 from ddpm_fast.models import UNet
 from ddpm_fast.models.inputs import reject_labels
 from ddpm_fast.ops import unavailable_reason
@@ -153,8 +154,6 @@ class UNetEngine:
             ],
         }
 
-    @torch.inference_mode(False)  # the memory is used inside and outside of inference mode
-    @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
         """Predict the network's output for noisy images.
 
@@ -172,11 +171,19 @@ class UNetEngine:
 
         Raises:
             TypeError: an argument has the wrong type or dtype.
-            ValueError: an argument has the wrong shape, device or range.
+            ValueError: an argument has the wrong shape, device or range, or requires a gradient
+                while grad mode is on.
         """
-        row = self._checked(x, t)
-        with self._here():
-            return self._run(x, row, self._labels(x, class_labels)).to(x.dtype)
+        if needs_gradient(x, class_labels):
+            raise ValueError(
+                "x must not require a gradient, which an engine does not compute (call the network,"
+                " or run under torch.no_grad()); got a tensor that does"
+            )
+        # The memory is used inside and outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            row = self._checked(x, t)
+            with self._here():
+                return self._run(x, row, self._labels(x, class_labels)).to(x.dtype)
 
     def _run(self, x: Tensor, row: Tensor, labels: Tensor | None) -> Tensor:
         # `to` keeps views with a larger pixel stride, but some kernels read by address and shape.

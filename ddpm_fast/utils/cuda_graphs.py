@@ -193,16 +193,18 @@ def capture_key(model: Any) -> object:
     """Return what a captured graph of a model depends on besides its inputs.
 
     Args:
-        model: A module, or a callable with an optional method `captured_state`.
+        model: A callable with a method `captured_state`, or a module, or another callable.
 
     Returns:
         A comparable object of the autocast state, the modes and the addresses of the parameters. A
         graph must be captured again when it changes.
     """
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    own = getattr(model, "captured_state", None)
+    if callable(own):
+        return autocast, own()
     if not isinstance(model, torch.nn.Module):
-        own = getattr(model, "captured_state", None)
-        return autocast, own() if callable(own) else None
+        return autocast, None
     tensors = (*model.parameters(), *model.buffers())
     modes = tuple((type(module), module.training) for module in model.modules())
     return autocast, modes, tuple(tensor.data_ptr() for tensor in tensors)
