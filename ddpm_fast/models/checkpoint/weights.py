@@ -11,8 +11,9 @@ from __future__ import annotations
 import errno
 import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ddpm_fast.models.checkpoint.keys import current_key, find_prefix, removed_text
 from ddpm_fast.models.registry import NETWORK_KINDS, AnyUNet, network_kind
 from ddpm_fast.utils.files import read_json
 
@@ -42,8 +44,6 @@ _DTYPES = {
 }
 _FLOATING = tuple(_DTYPES.values())
 
-_OLD_ATTENTION = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.")
-_NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Stored as a 1x1 convolution, it has two more dimensions.
 _PROJECTION = re.compile(r"attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
 
@@ -257,16 +257,12 @@ def _unpickle(path: Path) -> Any:
         raise ValueError(f"{path}: truncated or not a file of tensors ({line})") from error
 
 
-def current_key(key: str) -> str:
-    """Return the key of a weight in current diffusers; old releases named attention differently."""
-    return _OLD_ATTENTION.sub(lambda m: f"{m[1]}.{_NEW_ATTENTION[m[2]]}.", key)
-
-
 def read_weights(unet: AnyUNet, files: WeightFiles, device: torch.device) -> None:
     """Allocate the weights of a network and read them from files.
 
     Weights are cast to the dtype of the network. Keys, shapes and dtypes are checked before
-    anything is allocated.
+    anything is allocated. A prefix of the keys, such as "module." or "unet.", is removed with a
+    warning; other keys than those with the prefix are then ignored.
 
     Args:
         unet: A network on the meta device.
@@ -320,6 +316,8 @@ def _match(
             first = locations.setdefault(current_key(key), (path, key))
             if first != (path, key):
                 raise ValueError(f"{path}: {first[1]} and {key} are the same weight")
+    shapes = {name: list(value.shape) for name, value in unet.state_dict().items()}
+    locations = _without_prefix(locations, shapes, source)
     kind = network_kind(unet)
     held_kind = next((other for other in NETWORK_KINDS if other.marker_key in locations), kind)
     if kind.marker_key not in locations and held_kind is not kind:
@@ -327,7 +325,6 @@ def _match(
             f"{source}: holds the weights of a {held_kind.name}; the config is that of a"
             f" {kind.name}"
         )
-    shapes = {name: list(value.shape) for name, value in unet.state_dict().items()}
     if missing := shapes.keys() - locations.keys():
         raise ValueError(f"{source}: keys are missing: {_some(missing)}")
     if extra := locations.keys() - shapes.keys():
@@ -340,6 +337,22 @@ def _match(
             accepted = f"{shape} in one of {', '.join(_FLOATING)}"
             raise ValueError(f"{path}: {key} must be {accepted}; got {dtype} {found}")
     return locations
+
+
+def _without_prefix(
+    locations: dict[str, tuple[Path, str]], names: Collection[str], source: Path
+) -> dict[str, tuple[Path, str]]:
+    """Return the locations by key without a prefix; warn of what was removed."""
+    try:
+        prefix = find_prefix(locations, names, (kind.marker_key for kind in NETWORK_KINDS))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    own = {k.removeprefix(prefix): v for k, v in locations.items() if k.startswith(prefix)}
+    if removed := removed_text((key for _, key in own.values()), prefix):
+        others = len(locations) - len(own)
+        left_out = f"; {others} other keys ignored" if others else ""
+        warnings.warn(f"{source}: keys read without {removed}{left_out}", stacklevel=5)
+    return own
 
 
 def _some(keys: Iterable[str]) -> str:

@@ -117,7 +117,7 @@ CORRUPTIONS = {
     "integer-weights": (set_bias(torch.ones(1, dtype=torch.int8)), f"{BIAS} must .*got I8"),
     "nan-weights": (set_bias(torch.full((1,), torch.nan)), f"{BIAS} has values .* not finite"),
     "key-renamed": (
-        edit_weights(lambda s: s.update({f"module.{BIAS}": s.pop(BIAS)})), f"missing: {BIAS}"),
+        edit_weights(lambda s: s.update({f"renamed.{BIAS}": s.pop(BIAS)})), f"missing: {BIAS}"),
     "old-and-new-key": (edit_weights(add_old_key), "are the same weight"),
     "config-for-larger-weights": (
         edit_json(CONFIG, block_out_channels=[1 << 20, 1 << 21]),
