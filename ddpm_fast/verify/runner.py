@@ -7,7 +7,7 @@ the bounds of the U-Net's operators.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -119,22 +119,37 @@ def _q_posterior(case: Case, schedule: NoiseSchedule) -> Results:
     return list(outputs), list(exact), [term.abs() for term in terms]
 
 
+def _checksum(case: Case, schedule: NoiseSchedule) -> Results:
+    tensors = [case.tensor(0), case.tensor(1)]
+    found, exact = (_sixteen_bits(run.checksum(tensors)) for run in (case.run, reference))
+    return [found], [exact.cpu()], [torch.zeros_like(exact, device="cpu")]
+
+
+def _sixteen_bits(values: Tensor) -> Tensor:
+    """Split int64 values into parts of 16 bits, which float64 represents exactly."""
+    return torch.stack([(values >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]).double()
+
+
 def _operators() -> Iterator[tuple[str, Operate]]:
     yield "q_sample", _q_sample
     yield "q_sample_philox", _q_sample_philox
     yield "q_posterior", _q_posterior
     yield "philox_normal", _philox_normal
+    yield "checksum", _checksum
     yield from step_operators(NoiseSchedule.linear())
 
 
 def verify(
-    backends: Sequence[str] | None = None, dtypes: Sequence[torch.dtype] | None = None
+    backends: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    on_check: Callable[[Check], object] = lambda check: None,
 ) -> tuple[list[Check], dict[str, str]]:
     """Check every operator on every backend, dtype and layout.
 
     Args:
         backends: Names of the backends. None: all.
         dtypes: Dtypes of the samples. None: all that a backend accepts.
+        on_check: Called with each check as soon as it has run.
 
     Returns:
         The checks, and the reason why it cannot run here for each backend that cannot.
@@ -159,7 +174,9 @@ def verify(
                 if dtypes is not None and dtype not in dtypes:
                     continue
                 run = get_backend(backend, device, dtype)
-                found += _verify_backend(run, device, dtype)
+                for check in _verify_backend(run, device, dtype):
+                    on_check(check)
+                    found.append(check)
     return found, skipped
 
 
