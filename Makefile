@@ -4,12 +4,19 @@
 # make docs        build the documentation: site/index.html
 # make bench       run the CPU benchmarks; results go to benchmarks/results/
 # make quality     measure the share of triangles among samples, also with diffusers' pipeline
-# make gpu OUT=dir [PART=base|cifar32|ddpm256|pipelines|training|triangles]
-#                  run what needs a GPU: nine minutes a part, offline, with the installed torch
+# make gpu OUT=dir [PART=first|base|cifar32|ddpm256|pipelines|training|triangles] [WHEELS=dir]
+#                  run what needs a GPU, offline, with the installed torch: the first part in five
+#                  minutes, each other one in nine
+# make gpu-wheels  gather the wheels of optional packages for that machine: out/gpu-wheels
 PYTHON ?= python3
 TORCH ?= torch>=2.10
 OUT ?= out/gpu
-PART ?= base
+PART ?= first
+WHEELS ?=
+GPU_PYTHON ?= 3.12
+# With those of their requirements that an environment with torch may lack.
+GPU_PACKAGES := nvidia-cudnn-frontend apache-tvm-ffi diffusers importlib_metadata lazy-importer matplotlib
+GPU_PLATFORMS := $(foreach glibc,17 24 27 28 31 34,--platform manylinux_2_$(glibc)_x86_64)
 RESULTS := benchmarks/results
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +29,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests/cpp -type f)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: sample test test-full lint docs bench quality gpu clean
+.PHONY: sample test test-full lint docs bench quality gpu gpu-wheels clean
 
 sample: $(VENV)/.package
 	$(BIN)/ddpm-fast sample --num 64 --out out/triangles.png
@@ -59,7 +66,12 @@ quality: $(VENV)/.package $(VENV)/.test
 	$(BIN)/python benchmarks/sample_quality.py --peer
 
 gpu:
-	$(PYTHON) benchmarks/run_gpu.py --out $(OUT) --part $(PART)
+	$(PYTHON) benchmarks/run_gpu.py --out $(OUT) --part $(PART) $(if $(WHEELS),--wheels $(WHEELS))
+
+gpu-wheels:
+	rm -rf out/gpu-wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest out/gpu-wheels \
+		--python-version $(GPU_PYTHON) --implementation cp $(GPU_PLATFORMS) $(GPU_PACKAGES)
 
 $(VENV)/.torch:
 	@$(PYTHON) setup.py --check

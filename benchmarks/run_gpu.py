@@ -1,35 +1,42 @@
-"""Checks and benchmarks that need a GPU, in parts of at most nine minutes.
+"""Checks and benchmarks that need a GPU: a first part of five minutes, others of at most nine.
 
-    python benchmarks/run_gpu.py --out DIR [--part PART]
+    python benchmarks/run_gpu.py --out DIR [--part PART] [--wheels DIR]
 
-base: build, verify, sanitizers, tests, benchmarks of the updates and of the sampling loop. cifar32,
-ddpm256: the engine and its baselines on that network, batch by batch, and its operations.
-pipelines: sampling with cifar32 and 1000 steps, beside diffusers' pipeline. training: the trainer
-beside a plain loop. triangles: the experiment of examples/triangles, which resumes an earlier run
-with the same --out.
+first: the checks of gpu_first.py, the tests that need a GPU, sanitizers and the bandwidth of the
+updates, in five minutes, the most informative first. base: build, verify, sanitizers, tests,
+benchmarks of the updates and of the sampling loop. cifar32, ddpm256: the engine and its baselines
+on that network, batch by batch, and its operations. pipelines: sampling with cifar32 and 1000
+steps, beside diffusers' pipeline. training: the trainer beside a plain loop. triangles: the
+experiment of examples/triangles, which resumes an earlier run with the same --out.
 
 Runs offline with the calling Python and its torch, builds in place for this GPU alone, and stops
-each stage at its limit. DIR gets PART.log, the CSVs of the benchmarks and, if matplotlib is
-installed, their figures (otherwise `ddpm-fast bench plot` draws them later). The exit status is 0
-if every stage passed.
+each stage at its limit, by SIGINT first, so that Python says where it was. A stage that fails does
+not stop those after it, except the build. --wheels names a folder of wheels, as `make gpu-wheels`
+gathers them, which are installed for the run only. DIR gets PART.log, PART.json with the verdicts,
+the CSVs of the benchmarks and, if matplotlib is installed, their figures (otherwise `ddpm-fast
+bench plot` draws them later). The exit status is 0 if every stage passed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET_S = 530
+BUDGET_S = {"first": 295}  # of a part; otherwise:
+LONG_S = 530
+INTERRUPT_S = 5  # between SIGINT and SIGKILL
 # Prefixes of tests that need no GPU.
 WITHOUT_GPU = (
     "bench/",
@@ -46,7 +53,7 @@ WITHOUT_GPU = (
     "training/test_trainer.py",
     "utils/test_images.py",
 )
-PARTS = ("base", "cifar32", "ddpm256", "pipelines", "training", "triangles")
+PARTS = ("first", "base", "cifar32", "ddpm256", "pipelines", "training", "triangles")
 DENIED = ("Device not supported", "not supported on this", "ERR_NVGPUCTRPERM")
 
 
@@ -83,20 +90,54 @@ def bench(name: str, out: Path, limit_s: int, *options: object) -> Stage:
     return Stage(name, command + [str(option) for option in options], limit_s)
 
 
-def sanitizer(tool: str, backend: str) -> Stage:
-    """Create a stage of compute-sanitizer over every kernel, dtype and layout."""
+def sanitizer(tool: str, command: list[str], limit_s: int, name: str) -> Stage:
+    """Create a stage of compute-sanitizer over our kernels alone."""
     path = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )
-    command = [str(path), "--tool", tool, "--error-exitcode", "9", sys.executable, "-m"]
-    command += ["ddpm_fast", "verify", "--backend", backend]
+    # Kernels of torch are many and take most of the time. Versions differ in the option's name.
+    text = subprocess.run([path, "--help"], capture_output=True, text=True).stdout if path else ""
+    option = next((o for o in ("--kernel-regex", "--kernel-name", "--filter") if o in text), None)
+    ours = [option, "kns=ddpm"] if option else []
+    whole = [str(path), "--tool", tool, "--error-exitcode", "9", *ours, sys.executable, *command]
     missing = "" if path else "compute-sanitizer not found"
     # Without torch's cache every tensor is a separate allocation, whose bounds are checked.
-    return Stage(f"{tool} {backend}", command, 70, missing, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Stage(f"{tool} {name}", whole, limit_s, missing, env)
+
+
+def first(out: Path) -> list[Stage]:
+    """Return the stages of the part `first`."""
+    python = sys.executable
+
+    def check(name: str, limit_s: int) -> Stage:
+        command = [python, "-X", "faulthandler", "benchmarks/gpu_first.py", name]
+        return Stage(name, command, limit_s)
+
+    small = ["benchmarks/gpu_first.py", "small"]
+    updates = [python, "benchmarks/reverse_step.py", "--device", "cuda", "--rounds", "5"]
+    updates += ["--out", str(out / "updates_first.csv")]
+    tests = [python, "-m", "pytest", "-v", "--tb=short", "-m", "cuda", "--maxfail=20", "tests"]
+    return [
+        Stage("build", BUILD.command, 120),
+        check("facts", 20),
+        check("kernels", 30),
+        check("verify", 45),
+        check("norms", 40),
+        check("overlap", 25),
+        Stage("tests on the GPU", tests, 75),
+        check("loop", 45),
+        Stage("updates cuda", updates, 40),
+        sanitizer("memcheck", small, 40, "small"),
+        sanitizer("racecheck", small, 40, "small"),
+        check("verify-triton", 60),
+    ]
 
 
 def stages(part: str, out: Path) -> list[Stage]:
     """Return the stages of a part."""
+    if part == "first":
+        return first(out)
     if part == "cifar32":
         return [
             BUILD,
@@ -147,12 +188,12 @@ def base(out: Path) -> list[Stage]:
     updates = [python, "benchmarks/reverse_step.py", "--device", "cuda", "--rounds", "20"]
     cuda_csv, triton_csv = out / "updates_cuda.csv", out / "updates_triton.csv"
     loop = [python, "benchmarks/sampler_overhead.py", "--device", "cuda", "--rounds", "9"]
+    checked = ["-m", "ddpm_fast", "verify", "--backend", "cuda"]
     sheet = [python, "-m", "ddpm_fast", "sample", "--device", "cuda", "--no-progress"]
     return [
         BUILD,
         Stage("verify", [python, "-m", "ddpm_fast", "verify"], 90),
-        sanitizer("memcheck", "cuda"),
-        sanitizer("racecheck", "cuda"),
+        *(sanitizer(tool, checked, 70, "cuda") for tool in ("memcheck", "racecheck")),
         Stage("sample", [*sheet, "--out", str(out / "triangles.png")], 40),
         Stage("updates cuda", [*updates, "--backend", "cuda", "--out", str(cuda_csv)], 50),
         Stage("loop", [*loop, "--out", str(out / "loop.csv")], 80),
@@ -189,18 +230,43 @@ def run(stage: Stage, log: Path, left_s: float, env: dict[str, str]) -> tuple[st
             code = process.wait(min(stage.limit_s, left_s))
             verdict = "ok" if code == 0 else f"FAILED with status {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _stop(process)
             verdict = "FAILED: stopped at its limit"
     if verdict != "ok" and any(text in log.read_text()[start:] for text in DENIED):
         verdict = "skipped: the machine does not allow it"
     return verdict, time.perf_counter() - begin
 
 
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a process and its children, and kill what is left after a few seconds."""
+    os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(INTERRUPT_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _findings(text: str) -> list[str]:
+    """Return the lines of a stage's output that tell of a fault, at most 12."""
+    words = ("MISS", "FAIL", "Error", "ERROR SUMMARY", "========= Invalid")
+    return [line[:300] for line in text.splitlines() if any(word in line for word in words)][:12]
+
+
+def _install(wheels: Path, out: Path) -> str:
+    """Install wheels into a folder of the run, and return it."""
+    target = out / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    files = sorted(map(str, wheels.glob("*.whl")))
+    subprocess.run([*command, "--upgrade", "--target", str(target), *files], check=True)
+    return str(target)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--part", choices=PARTS, default="base")
+    parser.add_argument("--part", choices=PARTS, default="first")
+    parser.add_argument("--wheels", type=Path, default=None)
     args = parser.parse_args()
     out = args.out.resolve()
     if not torch.cuda.is_available():
@@ -211,21 +277,30 @@ def main() -> int:
     log.write_text("")
     major, minor = torch.cuda.get_device_capability()
     arch = f"{major}{minor}" + ("a" if major >= 9 else "")
+    path = [str(ROOT), *([_install(args.wheels, out)] if args.wheels else [])]
     env = os.environ | {
+        "PYTHONUNBUFFERED": "1",
         "DDPM_FAST_CUDA": "1",
         "DDPM_FAST_CUDA_ARCHS": arch,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     start = time.perf_counter()
-    failed = False
+    summary: list[dict[str, object]] = []
     for stage in stages(args.part, out):
-        verdict, seconds = run(stage, log, BUDGET_S - (time.perf_counter() - start), env)
-        failed |= verdict.startswith("FAILED")
+        left, begin = BUDGET_S.get(args.part, LONG_S), log.stat().st_size
+        verdict, seconds = run(stage, log, left - (time.perf_counter() - start), env)
         print(f"{stage.name:<22}{seconds:>7.1f} s  {verdict}", flush=True)
-        if failed and stage.name == "build":
+        found = [] if verdict == "ok" else _findings(log.read_text()[begin:])
+        for line in found:
+            print(f"    {line}", flush=True)
+        row = {"stage": stage.name, "verdict": verdict, "seconds": round(seconds, 1)}
+        summary.append(row | {"findings": found})
+        text = json.dumps({"gpu": torch.cuda.get_device_name(), "stages": summary}, indent=1)
+        (out / f"{args.part}.json").write_text(text)
+        if verdict != "ok" and stage.name == "build":
             break
     print(log.read_text()[-6000:])
-    return int(failed)
+    return int(any(str(row["verdict"]).startswith("FAILED") for row in summary))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,10 @@ def test_large_figures_lose_colours_rather_than_size(tmp_path) -> None:
         pytest.param("NVIDIA H100 80GB HBM3", 64, torch.bfloat16, 3.63, "unknown", id="dtype"),
         pytest.param("NVIDIA H100 80GB HBM3", 2, torch.float16, 3.63, "unknown", id="batch"),
         pytest.param("NVIDIA H100 80GB HBM3", 64, torch.float16, None, "unknown", id="no-baseline"),
-        pytest.param("NVIDIA H200", 64, torch.float16, 3.63, "unknown", id="other-card"),
+        pytest.param("NVIDIA H200", 64, torch.float16, 3.63, "yes", id="h200-not-faster"),
+        pytest.param("NVIDIA H200", 64, torch.float16, 2.54, "yes", id="h200-as-its-memory"),
+        pytest.param("NVIDIA H200", 64, torch.float16, 2.1, "no", id="h200-too-fast"),
+        pytest.param("NVIDIA A100", 64, torch.float16, 3.63, "unknown", id="other-card"),
     ],
 )
 def test_a_run_counts_near_the_published_baseline(gpu, batch, dtype, ms, verdict) -> None:
