@@ -76,7 +76,7 @@ gpu-wheels:
 $(VENV)/.torch:
 	@$(PYTHON) setup.py --check
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" ninja "pybind11>=2.13"
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" ninja
 	$(BIN)/pip install --quiet "$(TORCH)" numpy
 	touch $@
 

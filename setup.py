@@ -32,6 +32,7 @@ COMPILING = {"--check", "bdist_wheel", "build", "build_ext", "develop", "editabl
 DEFAULT_ARCHS = "80;86;89;90a+PTX"
 # The LibTorch stable ABI of torch 2.10: one build works with that torch and every later one.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+LIMITED_API = "0x030B0000"  # of Python 3.11: one build works with that Python and every later one
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-fvisibility=hidden"]
 # No contraction: a fused multiply-add only where the source has one.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -164,14 +165,8 @@ def build_extensions(cuda_home: Path | None) -> list[Extension]:
     """Describe the three extension modules, or two without CUDA."""
     import torch
     from setuptools import Extension
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    try:
-        import pybind11
-
-        pybind = [pybind11.get_include()]
-    except ImportError:  # torch carries a copy
-        pybind = include_paths()
     include = [str(ROOT / "csrc")]
     headers = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".inl", ".cuh"}]
     common = {"include_dirs": include, "depends": list(map(str, headers)), "py_limited_api": True}
@@ -206,11 +201,13 @@ def build_extensions(cuda_home: Path | None) -> list[Extension]:
         Extension(
             "ddpm_fast._C",
             ["csrc/bindings/module.cpp"],
-            include_dirs=[*include, *pybind],
-            depends=list(map(str, headers)),
-            define_macros=[(name, f'"{value}"') for name, value in build_info.items()],
+            define_macros=[
+                ("Py_LIMITED_API", LIMITED_API),
+                *((name, f'"{value}"') for name, value in build_info.items()),
+            ],
             extra_compile_args=[*CXX_FLAGS, *ARITHMETIC],
             language="c++",
+            **common,
         )
     )
     return extensions
@@ -233,6 +230,7 @@ def main() -> None:
     setup(
         ext_modules=build_extensions(cuda_home),
         cmdclass={"build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
     )
 
 
