@@ -3,6 +3,7 @@
 # make lint        run ruff, mypy and clang-format
 # make docs        build the documentation: site/index.html
 # make bench       run the CPU benchmarks; results go to benchmarks/results/
+# make wheels      build wheels for the CPU and for CUDA, and verify them without a compiler: dist/
 # make quality     measure the share of triangles among samples, also with diffusers' pipeline
 # make gpu OUT=dir [PART=first|base|cifar32|ddpm256|pipelines|training|triangles] [WHEELS=dir]
 #                  run what needs a GPU, offline, with the installed torch: the first part in five
@@ -29,7 +30,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests/cpp -type f)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: sample test test-full lint docs bench quality gpu gpu-wheels clean
+.PHONY: sample test test-full lint docs bench quality wheels gpu gpu-wheels clean
 
 sample: $(VENV)/.package
 	$(BIN)/ddpm-fast sample --num 64 --out out/triangles.png
@@ -64,6 +65,10 @@ bench: $(VENV)/.package $(VENV)/.test
 
 quality: $(VENV)/.package $(VENV)/.test
 	$(BIN)/python benchmarks/sample_quality.py --peer
+
+wheels: $(VENV)/.torch
+	$(BIN)/pip install --quiet --group wheels
+	$(BIN)/python tests/build/wheels.py
 
 gpu:
 	$(PYTHON) benchmarks/run_gpu.py --out $(OUT) --part $(PART) $(if $(WHEELS),--wheels $(WHEELS))
@@ -100,4 +105,4 @@ $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build out site ddpm_fast/*.so ddpm_fast.egg-info
+	rm -rf $(VENV) build dist out site ddpm_fast/*.so ddpm_fast.egg-info

@@ -32,7 +32,6 @@ COMPILING = {"--check", "bdist_wheel", "build", "build_ext", "develop", "editabl
 DEFAULT_ARCHS = "80;86;89;90a+PTX"
 # The LibTorch stable ABI of torch 2.10: one build works with that torch and every later one.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-LIMITED_API = "0x030B0000"  # of Python 3.11: one build works with that Python and every later one
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-fvisibility=hidden"]
 # No contraction: a fused multiply-add only where the source has one.
 ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -201,10 +200,7 @@ def build_extensions(cuda_home: Path | None) -> list[Extension]:
         Extension(
             "ddpm_fast._C",
             ["csrc/bindings/module.cpp"],
-            define_macros=[
-                ("Py_LIMITED_API", LIMITED_API),
-                *((name, f'"{value}"') for name, value in build_info.items()),
-            ],
+            define_macros=[(name, f'"{value}"') for name, value in build_info.items()],
             extra_compile_args=[*CXX_FLAGS, *ARITHMETIC],
             language="c++",
             **common,

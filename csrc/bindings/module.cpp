@@ -3,6 +3,8 @@
 //
 // It is written with the limited API of Python 3.11, so that one build works with that Python and
 // every later one; pybind11 does not support it.
+#undef Py_LIMITED_API  // torch's build helpers define that of an older Python, without buffers
+#define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
