@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/written.h"
 #include "core/args.h"
 #include "core/row.h"
 
@@ -80,6 +81,14 @@ class Batch {
 
   View view(const std::optional<Tensor>& tensor, const char* name) const {
     return tensor ? view(*tensor, name) : View{};
+  }
+
+  View written(const Tensor& tensor, const char* name) const {
+    check_written(tensor, name);
+    return view(tensor, name);
+  }
+  View written(const std::optional<Tensor>& tensor, const char* name) const {
+    return tensor ? written(*tensor, name) : View{};
   }
 
  private:
@@ -218,6 +227,7 @@ struct Ops {
   static void fill_history(ReverseStepArgs& a, const Batch& batch, const Tensor& history,
                            const Tensor& x) {
     check_dtype(history, x, "history");
+    check_written(history, "history");
     STD_TORCH_CHECK(history.dim() == x.dim() + 1 && history.size(0) <= kDeepest &&
                         history.size(0) >= std::max(1, history_depth(a.flags)),
                     "history must be [depth, ...], the shape of the state in each of ",
@@ -267,9 +277,9 @@ struct Ops {
     const Batch batch(x, /*channels_last=*/rng.has_value());
     ReverseStepArgs a{};
     fill_step(a, batch, x, model_output, rows, step, noise, flags, log_variance, threshold);
-    a.x = batch.view(x, "x");
-    a.model_input = batch.view(model_input, "model_input");
-    a.pred_x0 = batch.view(pred_x0, "pred_x0");
+    a.x = batch.written(x, "x");
+    a.model_input = batch.written(model_input, "model_input");
+    a.pred_x0 = batch.written(pred_x0, "pred_x0");
     if (rng) a.rng = rng_of(*rng, x);
     check_flagged(model_output2, flags & kGuide, "model_output2");
     check_flagged(second, flags & kSecond, "second");
@@ -277,7 +287,7 @@ struct Ops {
     a.out2 = batch.view(model_output2, "model_output2");
     if (second) {
       check_dtype(*second, x, "second");
-      a.second = batch.view(*second, "second");
+      a.second = batch.written(*second, "second");
     }
     if (history) fill_history(a, batch, *history, x);
     if (a.samples > 0 && a.elements > 0) Launch::reverse_step(a, x);
@@ -308,7 +318,7 @@ struct Ops {
     PhiloxNormalArgs a{};
     a.samples = batch.samples();
     a.elements = batch.elements();
-    a.out = batch.view(out, "out");
+    a.out = batch.written(out, "out");
     a.rng = rng_of(rng, out);
     if (a.samples > 0 && a.elements > 0) Launch::philox_normal(a, out);
   }

@@ -73,6 +73,8 @@ struct NetworkOps {
                     a.channels(), " channels of the sources; got ", groups);
     a.dtype = dtype_of(out, "out");
     a.parameters = dtype_of(weight, "weight");
+    check_written(out, "out");
+    if (total) check_written(*total, "total");
     a.out = map_of(out, out, a.channels(), "out");
     a.x = map_of(x, out, a.first, "x");
     a.x2 = map_of(x2, out, a.second, "x2");

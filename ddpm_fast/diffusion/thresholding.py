@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.utils import checks
+from ddpm_fast.utils.batching import by_sample
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def dynamic_threshold(config: DynamicThreshold, x0: Tensor) -> Tensor:
     Returns:
         Thresholds [N] in the dtype of `x0`.
     """
-    magnitudes = x0.abs().flatten(1)
+    magnitudes = by_sample(x0.abs())
     count = math.prod(x0.shape[1:])
     if count == 0:
         return magnitudes.new_ones(len(x0))

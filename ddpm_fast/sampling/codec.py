@@ -19,6 +19,7 @@ from ddpm_fast.sampling.solvers.ddpm import SamplerVariance
 from ddpm_fast.sampling.step_loop import Model
 from ddpm_fast.sampling.step_table import StepTable
 from ddpm_fast.utils import checks
+from ddpm_fast.utils.batching import by_sample
 
 Mode = Literal["latent-slerp", "latent-lerp", "stochastic"]
 MODES = ("latent-slerp", "latent-lerp", "stochastic")
@@ -45,7 +46,7 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     a = checks.batch("a", a)
     b = checks.like("b", b, "a", a, checks.FLOATS)
     weight = checks.real("weight", weight, -math.inf, math.inf, "()")
-    flat_a, flat_b = a.double().flatten(1), b.double().flatten(1)
+    flat_a, flat_b = by_sample(a.double()), by_sample(b.double())
     lengths = flat_a.norm(dim=1) * flat_b.norm(dim=1)
     cosine = ((flat_a * flat_b).sum(1) / lengths).clamp(-1, 1)
     angle = cosine.acos()

@@ -143,6 +143,8 @@ def _memory(
                 f" {checks.dtype_name(x.dtype)} on {x.device};"
                 f" got {checks.dtype_name(tensor.dtype)} on {tensor.device}"
             )
+        if tensor is not None:
+            in_place.writable(f"memory.{name}", tensor)
     return second, history
 
 

@@ -67,3 +67,15 @@ def micro_batches(num: int, first_sample: int, size: int, pad: bool) -> Iterator
             samples=slice(done, done + count),
         )
         done += count
+
+
+def by_sample(values: Tensor) -> Tensor:
+    """Return the elements of each sample in one dimension.
+
+    Args:
+        values: [N, ...], also [N], whose samples are single numbers.
+
+    Returns:
+        [N, elements], a view where possible.
+    """
+    return values.flatten(1) if values.ndim > 1 else values[:, None]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_MOST_COMPARED = 1 << 24  # elements or bytes whose addresses are listed
+
 
 def writable(name: str, value: Tensor) -> Tensor:
     """Return `value` if an operator can write to it in place.
@@ -14,12 +16,21 @@ def writable(name: str, value: Tensor) -> Tensor:
         value: A tensor. No two of its elements may share memory.
 
     Raises:
-        ValueError: `value` is expanded, or requires grad.
+        ValueError: Elements of `value` share memory, or it requires grad.
     """
-    if any(
-        size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)
-    ):
-        raise ValueError(f"{name} is written in place and must not be expanded; .clone() it first")
+    if not value.is_contiguous():
+        if any(
+            size > 1 and stride == 0
+            for size, stride in zip(value.shape, value.stride(), strict=True)
+        ):
+            raise ValueError(
+                f"{name} is written in place and must not be expanded; .clone() it first"
+            )
+        if not torch.compiler.is_compiling() and _overlaps_itself(value):
+            raise ValueError(
+                f"{name} is written in place and its elements must not share memory; got shape"
+                f" {list(value.shape)} with strides {list(value.stride())}; .clone() it first"
+            )
     if value.requires_grad:
         raise ValueError(f"{name} is written in place and must not require grad; .detach() it")
     return value
@@ -65,18 +76,74 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def distinct(**tensors: Tensor | None) -> None:
-    """Check that no two of the tensors that a call writes begin at the same address.
+    """Check that no two of the tensors that a call writes share memory.
 
     Raises:
         ValueError: two of them do.
     """
-    seen: dict[int, str] = {}
+    if torch.compiler.is_compiling():
+        return
+    seen: list[tuple[str, Tensor, int, int]] = []
     for name, tensor in tensors.items():
-        if tensor is None or torch.compiler.is_compiling() or _extent(tensor) == (0, 0):
+        if tensor is None:
             continue
-        other = seen.setdefault(tensor.data_ptr(), name)
-        if other != name:
-            raise ValueError(f"{name} must not share memory with {other}; both are written")
+        first, last = _extent(tensor)
+        for other_name, other, other_first, other_last in seen:
+            if first < other_last and other_first < last and _share_memory(tensor, other):
+                raise ValueError(
+                    f"{name} must not share memory with {other_name}; both are written"
+                )
+        seen.append((name, tensor, first, last))
+
+
+def _overlaps_itself(value: Tensor) -> bool:
+    """Return True if two elements have the same address; tensors of too many are assumed to."""
+    if value.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:  # the smaller dimensions reach the next index of this one
+                return value.numel() > _MOST_COMPARED or len(_offsets(value, "cpu").unique()) < (
+                    value.numel()
+                )
+            reach += (size - 1) * stride
+    return False
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Return True if two tensors of intersecting extents have a byte in common.
+
+    Views that interleave, such as channels of one channels-last buffer, do not. Those of too many
+    elements are not compared: they are assumed to interleave unless they begin at one address.
+    """
+    if a.data_ptr() == b.data_ptr() or (_is_dense(a) and _is_dense(b)):
+        return True
+    if max(a.numel() * a.element_size(), b.numel() * b.element_size()) > _MOST_COMPARED:
+        return False
+    return bool(torch.isin(_addresses(a), _addresses(b)).any())
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.is_contiguous() or (
+        value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _offsets(value: Tensor, device: str) -> Tensor:
+    """Return the offset of each element from the first, in elements."""
+    offsets = torch.zeros(1, dtype=torch.int64, device=device)
+    for size, stride in zip(value.shape, value.stride(), strict=True):
+        steps = stride * torch.arange(size, device=device)
+        offsets = (offsets[:, None] + steps).flatten()
+    return offsets
+
+
+def _addresses(value: Tensor) -> Tensor:
+    """Return the address of each byte."""
+    size = value.element_size()
+    elements = value.data_ptr() + size * _offsets(value, "cpu")
+    return (elements[:, None] + torch.arange(size, device="cpu")).flatten()
 
 
 def mark_written(*tensors: Tensor | None) -> None:

@@ -136,3 +136,11 @@ def test_a_nan_stays_in_its_sample():
     ours = reverse_step_(x, out, table, 2)
     assert int(ours.isnan().sum()) == 1
     assert ours[2, 1, 3, 3].isnan()
+
+
+@pytest.mark.parametrize("quantile", [0.5, 1.0])
+def test_samples_of_one_number_are_as_those_of_one_element(quantile):
+    table = StepTable.ddim(LINEAR, 5, clip=DynamicThreshold(quantile))
+    x, out = wide(shape=(1, 1, 1)).flatten(), wide(shape=(1, 1, 1), seed=1).flatten()
+    expected = reverse_step_(x[:, None].clone(), out[:, None], table, 2).flatten()
+    assert torch.equal(reverse_step_(x.clone(), out, table, 2), expected)

@@ -117,6 +117,11 @@ def test_slerp_stays_on_the_sphere():
     torch.testing.assert_close(quarter, angle / 4)
 
 
+def test_slerp_of_single_numbers_is_that_of_vectors_of_one():
+    a, b = torch.randn(2, 5, dtype=F64)
+    torch.testing.assert_close(slerp(a, b, 0.3), slerp(a[:, None], b[:, None], 0.3)[:, 0])
+
+
 def test_slerp_of_parallel_vectors_is_a_line():
     a = torch.ones(3, 4, dtype=F64)
     b = torch.stack([2 * a[0], -a[0], 0 * a[0]])
